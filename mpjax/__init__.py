@@ -1,0 +1,1 @@
+"""Mixed-precision and low-precision training for JAX and Flax."""

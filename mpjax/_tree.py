@@ -1,0 +1,113 @@
+"""Casts, checks and selections over pytrees."""
+
+import functools
+import operator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mpjax._typing import Array, ArrayTree, DType
+
+
+def cast_floating(tree: ArrayTree, dtype: DType) -> ArrayTree:
+    """Casts the real floating-point arrays of a tree and leaves all else alone.
+
+    Integers, booleans, complex numbers, PRNG keys, ``None``, strings and Python
+    scalars (whose type is weak: they follow the arrays they meet) stay what they are.
+
+    Args:
+      tree: any pytree. Leaves may be jax arrays, numpy arrays and numpy scalars, or
+        ``jax.ShapeDtypeStruct``.
+      dtype: a floating dtype.
+
+    Returns:
+      The tree with every floating leaf in ``dtype``. A leaf that has it already is
+      returned as it is; numpy leaves come back as numpy.
+
+    Example:
+      >>> import jax.numpy as jnp, mpjax
+      >>> tree = {"w": jnp.ones(2), "step": jnp.array(3), "name": "layer"}
+      >>> cast = mpjax.cast_floating(tree, jnp.bfloat16)
+      >>> cast["w"].dtype.name, cast["step"].dtype.name, cast["name"]
+      ('bfloat16', 'int32', 'layer')
+    """
+    dtype = jnp.dtype(dtype)
+
+    def cast(leaf):
+        if not _is_floating(leaf) or leaf.dtype == dtype:
+            return leaf
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return leaf.update(dtype=dtype)
+        return leaf.astype(dtype)
+
+    return jax.tree.map(cast, tree)
+
+
+def _is_floating(leaf) -> bool:
+    return isinstance(
+        leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct
+    ) and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def all_finite(tree: ArrayTree) -> Array:
+    """Whether no floating or complex leaf of a tree holds an inf or a NaN.
+
+    Args:
+      tree: any pytree of arrays; integer leaves and ``None`` are finite.
+
+    Returns:
+      bool[]. True for a tree without leaves.
+
+    Example:
+      >>> import jax.numpy as jnp, mpjax
+      >>> bool(mpjax.all_finite({"a": jnp.ones(2), "b": jnp.array(jnp.nan)}))
+      False
+    """
+    checks = [
+        jnp.all(jnp.isfinite(leaf))
+        for leaf in jax.tree.leaves(tree)
+        if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+    ]
+    return functools.reduce(operator.and_, checks, jnp.array(True))
+
+
+def select_tree(pred: Array, on_true: ArrayTree, on_false: ArrayTree) -> ArrayTree:
+    """Chooses one of two trees, without mixing in the other's values.
+
+    After an optimizer step that was skipped, it keeps what the forward pass has changed
+    (batch statistics, an EMA, a step counter) as it was before::
+
+        batch_stats = mpjax.select_tree(
+            mpjax.last_step_finite(opt_state), new_batch_stats, batch_stats)
+
+    Args:
+      pred: bool[].
+      on_true: the tree returned where ``pred`` holds.
+      on_false: the tree returned elsewhere; same structure, shapes and dtypes.
+
+    Returns:
+      A tree like the two.
+
+    Raises:
+      ValueError: the trees differ in structure.
+      TypeError: two leaves differ in shape or dtype.
+
+    Example:
+      >>> import jax.numpy as jnp, mpjax
+      >>> mpjax.select_tree(jnp.array(False), {"n": jnp.array(2)}, {"n": jnp.array(1)})
+      {'n': Array(1, dtype=int32, weak_type=True)}
+    """
+
+    def select(new, old):
+        if jnp.shape(new) != jnp.shape(old) or jnp.result_type(new) != jnp.result_type(
+            old
+        ):
+            raise TypeError(
+                "select_tree needs leaves of one shape and dtype, got "
+                f"{jax.typeof(new)} and {jax.typeof(old)}; cast the new tree to the "
+                "dtypes of the old one first."
+            )
+        return jax.lax.select(pred, jnp.asarray(new), jnp.asarray(old))
+
+    return jax.tree.map(select, on_true, on_false)
