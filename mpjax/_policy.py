@@ -1,0 +1,204 @@
+"""Which dtype parameters, computation and outputs have."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from mpjax._tree import cast_floating
+from mpjax._typing import ArrayTree, DType
+
+dtype_to_names = {
+    np.float64: ("f64", "float64"),
+    np.float32: ("f32", "float32", "full"),
+    np.float16: ("f16", "float16"),
+    ml_dtypes.bfloat16: ("bf16", "bfloat16"),
+    ml_dtypes.float8_e4m3fn: ("f8_e4m3fn", "float8_e4m3fn"),
+    ml_dtypes.float8_e5m2: ("f8_e5m2", "float8_e5m2"),
+    ml_dtypes.float8_e4m3fnuz: ("f8_e4m3fnuz", "float8_e4m3fnuz"),
+    ml_dtypes.float8_e5m2fnuz: ("f8_e5m2fnuz", "float8_e5m2fnuz"),
+}
+
+_NAME_TO_DTYPE = {n: jnp.dtype(d) for d, names in dtype_to_names.items() for n in names}
+_KEYS = {
+    "p": "param_dtype",
+    "params": "param_dtype",
+    "c": "compute_dtype",
+    "compute": "compute_dtype",
+    "o": "output_dtype",
+    "output": "output_dtype",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """The dtypes in which parameters are kept, layers compute and a model answers.
+
+    Policies are values: equal ones hash equal, whatever spelling of a dtype they were
+    made from, so that they can be static arguments of ``jax.jit`` without retracing.
+
+    Attributes:
+      param_dtype: parameters and their initial values; float32 unless given.
+      compute_dtype: operands of the layers; follows ``param_dtype`` unless given.
+      output_dtype: what comes out; follows ``compute_dtype`` unless given.
+
+    Raises:
+      ValueError: a dtype is unknown, not a real floating dtype, or float64 while
+        ``jax_enable_x64`` is off.
+
+    Example:
+      >>> import jax.numpy as jnp, mpjax
+      >>> policy = mpjax.Policy(compute_dtype=jnp.bfloat16, output_dtype="float32")
+      >>> str(policy)
+      'p=f32,c=bf16,o=f32'
+      >>> policy.cast_to_compute({"w": jnp.ones(2), "step": 3})["w"].dtype.name
+      'bfloat16'
+
+    References:
+      Micikevicius et al., Mixed Precision Training, https://arxiv.org/abs/1710.03740;
+      the shape of the class is that of https://github.com/google-deepmind/jmp.
+    """
+
+    param_dtype: DType = None
+    compute_dtype: DType = None
+    output_dtype: DType = None
+
+    def __post_init__(self):
+        previous = np.float32
+        for field in ("param_dtype", "compute_dtype", "output_dtype"):
+            given = getattr(self, field)
+            previous = _floating_dtype(previous if given is None else given)
+            object.__setattr__(self, field, previous)
+
+    def cast_to_param(self, tree: ArrayTree) -> ArrayTree:
+        """Casts the floating leaves of a tree to ``param_dtype``."""
+        return cast_floating(tree, self.param_dtype)
+
+    def cast_to_compute(self, tree: ArrayTree) -> ArrayTree:
+        """Casts the floating leaves of a tree to ``compute_dtype``."""
+        return cast_floating(tree, self.compute_dtype)
+
+    def cast_to_output(self, tree: ArrayTree) -> ArrayTree:
+        """Casts the floating leaves of a tree to ``output_dtype``."""
+        return cast_floating(tree, self.output_dtype)
+
+    def with_output_dtype(self, output_dtype: DType) -> "Policy":
+        """The same policy with another output dtype."""
+        return dataclasses.replace(self, output_dtype=output_dtype)
+
+    def __str__(self):
+        p, c, o = (
+            dtype_to_names[d.type][0]
+            for d in (self.param_dtype, self.compute_dtype, self.output_dtype)
+        )
+        return f"p={p},c={c},o={o}"
+
+
+def get_policy(policy: str | Policy | DType) -> Policy:
+    """Reads a policy from a name, from jmp's grammar, or from one dtype for all.
+
+    ===================================  =====================================
+    ``"mixed_bfloat16"``                 ``p=f32,c=bf16,o=f32``
+    ``"mixed_float16"``                  ``p=f32,c=f16,o=f32``
+    ``"float32"``, ``"f32"``, ``"full"``  all float32; likewise any other dtype
+    ``"half"``                           all bfloat16 on a TPU, else all float16
+    ``"p=f32,c=bf16"``                   keys ``p|params``, ``c|compute``,
+                                         ``o|output``; spaces are allowed
+    ===================================  =====================================
+
+    Parameters default to float32, compute follows parameters, output follows compute.
+
+    Args:
+      policy: a string as above, a dtype, or a ``Policy``, which is returned as it is.
+
+    Returns:
+      A ``Policy``; ``get_policy(str(policy)) == policy``.
+
+    Raises:
+      ValueError: a name, key or dtype is unknown, or a key stands twice.
+
+    Example:
+      >>> import mpjax
+      >>> str(mpjax.get_policy("params=float32, compute=float16"))
+      'p=f32,c=f16,o=f16'
+    """
+    if isinstance(policy, Policy):
+        return policy
+    if not isinstance(policy, str):
+        return Policy(policy)
+    if "=" not in policy:
+        name = policy.strip()
+        if name.startswith("mixed_"):
+            return Policy(
+                np.float32, parse_dtype(name.removeprefix("mixed_"))
+            ).with_output_dtype(np.float32)
+        return Policy(parse_dtype(name))
+    dtypes = {}
+    for part in policy.split(","):
+        key, _, value = (piece.strip() for piece in part.partition("="))
+        if key not in _KEYS:
+            raise ValueError(
+                f"Unknown key {key!r} in policy {policy!r}: the keys are p|params, "
+                "c|compute and o|output, as in 'p=f32,c=bf16,o=f32'."
+            )
+        if _KEYS[key] in dtypes:
+            raise ValueError(f"Policy {policy!r} gives {key!r} twice; give it once.")
+        dtypes[_KEYS[key]] = parse_dtype(value)
+    return Policy(**dtypes)
+
+
+def half_dtype() -> np.dtype:
+    """The 16-bit dtype of the default backend: bfloat16 on a TPU, else float16."""
+    return jnp.dtype(jnp.bfloat16 if jax.default_backend() == "tpu" else jnp.float16)
+
+
+def cast_to_full(tree: ArrayTree) -> ArrayTree:
+    """Casts the floating leaves of a tree to float32."""
+    return cast_floating(tree, np.float32)
+
+
+def cast_to_half(tree: ArrayTree) -> ArrayTree:
+    """Casts the floating leaves of a tree to ``half_dtype()``."""
+    return cast_floating(tree, half_dtype())
+
+
+def parse_dtype(name: str) -> np.dtype:
+    """Reads a dtype from its name or short form, or ``half``.
+
+    Raises:
+      ValueError: the name is not one of the table's.
+
+    Example:
+      >>> parse_dtype("bf16").name
+      'bfloat16'
+    """
+    if name == "half":
+        return half_dtype()
+    if name not in _NAME_TO_DTYPE:
+        raise ValueError(
+            f"Unknown dtype {name!r} in a policy. Use one of "
+            f"{', '.join([*_NAME_TO_DTYPE, 'half'])}, or mixed_bfloat16, mixed_float16."
+        )
+    return _NAME_TO_DTYPE[name]
+
+
+def _floating_dtype(dtype) -> np.dtype:
+    if isinstance(dtype, str):
+        return parse_dtype(dtype)
+    try:
+        dtype = jnp.dtype(dtype)
+    except TypeError as error:
+        raise ValueError(f"A policy is made of dtypes, got {dtype!r}.") from error
+    if dtype.type not in dtype_to_names:
+        raise ValueError(
+            f"A policy is made of real floating dtypes, got {dtype.name}. Use one of "
+            f"{', '.join(names[-1] for names in dtype_to_names.values())}."
+        )
+    if dtype == np.float64 and not jax.config.jax_enable_x64:
+        raise ValueError(
+            "A policy in float64 needs jax.config.update('jax_enable_x64', True); "
+            "without it JAX would compute in float32."
+        )
+    return dtype

@@ -1,0 +1,251 @@
+"""From the path of a module to its policy: the first rule that matches decides."""
+
+import dataclasses
+import difflib
+import functools
+import re
+from collections.abc import Iterable, Mapping
+from typing import TypeAlias
+
+import jax.numpy as jnp
+
+from mpjax._policy import Policy, get_policy
+
+# Class names of normalization layers, in Linen, NNX and in models of other authors.
+# Weight and spectral norms normalize parameters and hold a layer that multiplies.
+NORMS = r"(?!Weight|Spectral)\w*Norm(alization)?\w{0,2}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    r"""Gives the modules that it matches a policy.
+
+    A module matches when its path *and* its type do. Its path is the names from the
+    model down to it, joined by "/", and "" for the model itself.
+
+    Attributes:
+      path: regular expression that the whole path must match.
+      policy: a ``Policy``, a policy string, or None: leave these modules alone. A
+        policy by *name* (``"mixed_bfloat16"``) keeps normalization layers in float32,
+        see ``expand_rules``; one spelled out (``"c=bf16"``) is taken literally.
+      module_type: a class, a tuple of classes, or a regular expression that the whole
+        name of the module's class or of one of its bases must match. None: any type.
+      optional: allow the rule to match nothing.
+
+    Raises:
+      ValueError: ``path`` or ``module_type`` is not a valid regular expression, or the
+        policy cannot be read.
+      TypeError: a field has the wrong type.
+
+    Example:
+      >>> import mpjax
+      >>> rule = mpjax.Rule(r"decoder/layer_\d+/mlp", "p=f32,c=bf16")
+      >>> rule.matches("decoder/layer_11/mlp", object)
+      True
+      >>> rule.matches("decoder/layer_11/mlp/up", object)
+      False
+    """
+
+    path: str = ".*"
+    policy: Policy | str | None = None
+    module_type: type | tuple[type, ...] | str | None = dataclasses.field(
+        default=None, kw_only=True
+    )
+    optional: bool = dataclasses.field(default=False, kw_only=True)
+
+    def __post_init__(self):
+        _check_regex("path", self.path)
+        if isinstance(self.module_type, str):
+            _check_regex("module_type", self.module_type)
+        elif self.module_type is not None:
+            types = self.module_type
+            for t in types if isinstance(types, tuple) else (types,):
+                if not isinstance(t, type):
+                    raise TypeError(
+                        "Rule.module_type must be a class, a tuple of classes or a "
+                        f"regular expression on class names, got {self.module_type!r}."
+                    )
+        if not isinstance(self.policy, Policy | str | None):
+            raise TypeError(
+                f"Rule.policy must be a Policy, a policy string or None, got "
+                f"{self.policy!r}."
+            )
+        if self.policy is not None:
+            policy = get_policy(self.policy)
+            if not _is_name(self.policy):
+                object.__setattr__(self, "policy", policy)
+
+    def matches(self, path: str, module_type: type) -> bool:
+        """Whether the rule matches a module of this path and type."""
+        return self.matches_path(path) and self.matches_type(module_type)
+
+    def matches_path(self, path: str) -> bool:
+        """Whether the rule matches some type at this path."""
+        return re.fullmatch(self.path, path) is not None
+
+    def matches_type(self, module_type: type) -> bool:
+        """Whether the rule matches this type at some path."""
+        if self.module_type is None:
+            return True
+        if isinstance(self.module_type, str):
+            pattern = self.module_type
+            return any(re.fullmatch(pattern, t.__name__) for t in module_type.__mro__)
+        return issubclass(module_type, self.module_type)
+
+
+Rules: TypeAlias = str | Policy | Rule | Iterable[Rule | str | Policy]
+
+
+def expand_rules(rules: Rules) -> tuple[Rule, ...]:
+    """Makes the flat tuple of rules that a front end applies.
+
+    A string or a ``Policy`` stands for a rule that matches everything. A policy *name*
+    with a 16-bit compute dtype becomes two rules: normalization layers compute in
+    float32 and return the compute dtype (they are matched by class name, so that those
+    of other authors are found too), and everything else follows the policy. Layers that
+    know a float32 softmax are told to use it by the front ends.
+
+    Raises:
+      ValueError: there is no rule, or a policy cannot be read or computes in 8 bits.
+      TypeError: an entry is none of the above.
+
+    Example:
+      >>> for rule in mpjax.expand_rules([mpjax.Rule("head", "f32"), "mixed_bfloat16"]):
+      ...     print(rule.path, rule.policy)
+      head p=f32,c=f32,o=f32
+      .* p=f32,c=f32,o=bf16
+      .* p=f32,c=bf16,o=f32
+    """
+    if isinstance(rules, str | Policy | Rule):
+        rules = (rules,)
+    expanded = []
+    for rule in rules:
+        if isinstance(rule, str | Policy):
+            rule = Rule(policy=rule)
+        if not isinstance(rule, Rule):
+            raise TypeError(
+                "Rules are Rule objects, policies or policy strings, got "
+                f"{rule!r} of type {type(rule).__name__}."
+            )
+        expanded.extend(_expand(rule))
+    if not expanded:
+        raise ValueError("At least one rule is needed, as in 'mixed_bfloat16'.")
+    return tuple(expanded)
+
+
+def _expand(rule: Rule) -> Iterable[Rule]:
+    if rule.policy is None:
+        return [rule]
+    policy = get_policy(rule.policy)
+    if policy.compute_dtype.itemsize < 2:
+        raise ValueError(
+            f"Policy {policy} computes in 8 bits, which needs scales: compute in "
+            "bfloat16 or float16."
+        )
+    literal = dataclasses.replace(rule, policy=policy)
+    if not _is_name(rule.policy) or policy.compute_dtype.itemsize > 2:
+        return [literal]
+    norms = dataclasses.replace(
+        literal,
+        policy=Policy(policy.param_dtype, jnp.float32, policy.compute_dtype),
+        module_type=NORMS,
+        optional=True,
+    )
+    return [norms, literal] if rule.module_type is None else [literal]
+
+
+class Matcher:
+    """Looks rules up and remembers the answers.
+
+    Attributes:
+      rules: the expanded rules, in order.
+    """
+
+    def __init__(self, rules: tuple[Rule, ...]):
+        self.rules = rules
+        self._found: dict[tuple[str, type], int | None] = {}
+
+    def find(self, path: str, module_type: type) -> int | None:
+        """The index of the first rule that matches, or None."""
+        key = path, module_type
+        if key not in self._found:
+            matching = (
+                i for i, r in enumerate(self.rules) if r.matches(path, module_type)
+            )
+            self._found[key] = next(matching, None)
+        return self._found[key]
+
+    def check_all_used(
+        self, seen: Mapping[str, type], known: Iterable[str] = ()
+    ) -> None:
+        """Raises when a rule that is not optional decides for no module.
+
+        Args:
+          seen: the modules of the model, path to type.
+          known: further paths, of modules whose types are not known.
+
+        Raises:
+          ValueError: names the rule and what it might have meant.
+        """
+        used = {self.find(path, t) for path, t in seen.items()}
+        unused = [
+            i for i, r in enumerate(self.rules) if i not in used and not r.optional
+        ]
+        for i in unused:
+            rule = self.rules[i]
+            if any(rule.matches_path(path) for path in known if path not in seen):
+                continue
+            raise ValueError(f"{_describe(i, rule)} {self._why_unused(i, seen, known)}")
+
+    def _why_unused(self, index, seen, known) -> str:
+        rule = self.rules[index]
+        paths = sorted({*seen, *known})
+        for path in paths:
+            if path in seen and rule.matches(path, seen[path]):
+                first = self.find(path, seen[path])
+                return (
+                    f"decides for no module: {path!r}, which it matches, is taken by "
+                    f"{_describe(first, self.rules[first])} first. Put the narrower "
+                    "rule before the wider one."
+                )
+        near = [p for p in paths if rule.matches_path(p)]
+        if near and rule.module_type is not None:
+            types = sorted({seen[p].__name__ for p in near if p in seen})
+            return (
+                "matches no module: the types at the paths it matches are "
+                f"{', '.join(types[:8])}."
+            )
+        word = re.sub(r"[^\w/]+", "", re.sub(r"\\\w", "", rule.path))
+        near = difflib.get_close_matches(word, paths, n=5, cutoff=0.0)
+        return (
+            "matches no module. It must match the whole path; the nearest paths are "
+            f"{', '.join(map(repr, near))}."
+        )
+
+
+matcher = functools.lru_cache(maxsize=256)(Matcher)
+
+
+def _describe(index, rule) -> str:
+    text = f"Rule {index} (path={rule.path!r}"
+    if rule.module_type is not None:
+        text += f", module_type={rule.module_type!r}"
+    return text + ")"
+
+
+def _is_name(policy) -> bool:
+    return isinstance(policy, str) and "=" not in policy
+
+
+def _check_regex(field: str, pattern) -> None:
+    if not isinstance(pattern, str):
+        raise TypeError(
+            f"Rule.{field} must be a regular expression, got {pattern!r} of type "
+            f"{type(pattern).__name__}."
+        )
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"Rule.{field} must be a regular expression, got {pattern!r}: {error}."
+        ) from error
