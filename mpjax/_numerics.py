@@ -1,0 +1,383 @@
+"""One table of low-precision formats, and the casts that are safe to train with."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+from jax import lax
+
+from mpjax._typing import Array, DType
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """What a low-precision dtype can represent.
+
+    A float is ``± 2^e (1 + f / 2^m)`` with ``m`` mantissa bits; below
+    ``2^min_exponent`` the numbers are evenly spaced. A signed integer is the format
+    that is evenly spaced everywhere.
+
+    Attributes:
+      name: the dtype's name.
+      mantissa: stored bits of the significand, ``m``.
+      min_exponent: exponent of the smallest normal number.
+      max: the largest finite value.
+      min: the least finite value.
+      has_inf: whether there is a code for infinity.
+      has_nan: whether there is a code for NaN.
+    """
+
+    name: str
+    mantissa: int
+    min_exponent: int
+    max: float
+    min: float
+    has_inf: bool
+    has_nan: bool
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The dtype this is a description of."""
+        return jnp.dtype(getattr(ml_dtypes, self.name, self.name))
+
+    @property
+    def max_exponent(self) -> int:
+        """Exponent of ``max``; the ``emax`` of the OCP microscaling specification."""
+        return math.frexp(self.max)[1] - 1
+
+    @property
+    def smallest_normal(self) -> float:
+        """The smallest positive number with a full significand."""
+        return 2.0**self.min_exponent
+
+    @property
+    def smallest_subnormal(self) -> float:
+        """The smallest positive number."""
+        return 2.0 ** (self.min_exponent - self.mantissa)
+
+    @property
+    def is_float8(self) -> bool:
+        """Whether it is a signed float of eight bits, an operand of a matrix unit."""
+        return self.name.startswith(("float8_e5", "float8_e4", "float8_e3"))
+
+
+def _row(name, mantissa, min_exponent, maximum, specials, minimum=None):
+    minimum = -maximum if minimum is None else minimum
+    return Format(
+        name,
+        mantissa,
+        min_exponent,
+        float(maximum),
+        float(minimum),
+        has_inf="inf" in specials,
+        has_nan="nan" in specials,
+    )
+
+
+_FORMATS = {
+    row.name: row
+    for row in (
+        _row("float16", 10, -14, 65504, "inf nan"),
+        _row("bfloat16", 7, -126, 2.0**127 * (2 - 2.0**-7), "inf nan"),
+        _row("float8_e5m2", 2, -14, 57344, "inf nan"),
+        _row("float8_e5m2fnuz", 2, -15, 57344, "nan"),
+        _row("float8_e4m3", 3, -6, 240, "inf nan"),
+        _row("float8_e4m3fn", 3, -6, 448, "nan"),
+        _row("float8_e4m3fnuz", 3, -7, 240, "nan"),
+        _row("float8_e4m3b11fnuz", 3, -10, 30, "nan"),
+        _row("float8_e3m4", 4, -2, 15.5, "inf nan"),
+        _row("float8_e8m0fnu", 0, -127, 2.0**127, "nan", minimum=2.0**-127),
+        _row("float6_e2m3fn", 3, 0, 7.5, ""),
+        _row("float6_e3m2fn", 2, -2, 28, ""),
+        _row("float4_e2m1fn", 1, 0, 6, ""),
+        _row("int8", 6, 6, 127, "", minimum=-128),
+        _row("int4", 2, 2, 7, "", minimum=-8),
+    )
+}
+
+
+def format_info(dtype: DType) -> Format:
+    """Looks a low-precision dtype up in the table of formats.
+
+    Args:
+      dtype: float16, bfloat16, an fp8, fp6 or fp4 dtype, int8 or int4.
+
+    Returns:
+      The row of the table.
+
+    Raises:
+      TypeError: the dtype is not in the table.
+
+    Example:
+      >>> import jax.numpy as jnp, mpjax
+      >>> mpjax.format_info(jnp.float8_e4m3fn).max
+      448.0
+    """
+    name = jnp.dtype(dtype).name
+    if name not in _FORMATS:
+        raise TypeError(
+            f"{name} is no low-precision format; choose one of {', '.join(_FORMATS)}."
+        )
+    return _FORMATS[name]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def saturating_cast(x: Array, dtype: DType) -> Array:
+    """Casts to the nearest representable value, and never past the largest one.
+
+    Rounds to nearest, ties to even. What happens outside the range::
+
+        finite |x| > max    ± max (int8 and int4: their own least value)
+        inf                 inf where the format has it, else NaN,
+                            else (fp6, fp4, integers) ± max
+        NaN                 NaN where the format has it, else 0
+
+    so that an overflow that happened before the cast stays visible after it. To
+    ``float8_e8m0fnu``, which has no zero and no sign, everything in ``[0, 2^-126)``
+    becomes ``2^-127`` and a negative number NaN. A cast to a dtype that is not in the
+    table of formats (float32, float64) is an ordinary one.
+
+    The gradient is straight through inside ``[min, max]`` and 0 outside. It has the
+    dtype of the result: where an 8-bit cotangent is too coarse, use ``round_to_grid``.
+
+    Args:
+      x: f[...], any floating dtype; float64 is rounded to float32 first.
+      dtype: the format to cast to; not fp6, of which XLA has no arrays.
+
+    Returns:
+      dtype[...].
+
+    Raises:
+      TypeError: ``x`` is not floating, or ``dtype`` is an fp6.
+
+    Example:
+      >>> import jax.numpy as jnp, mpjax
+      >>> mpjax.saturating_cast(jnp.array([0.3, 1e6]), jnp.float8_e4m3fn)
+      Array([0.3125, 448], dtype=float8_e4m3fn)
+    """
+    x, dtype = _floating("saturating_cast", x), jnp.dtype(dtype)
+    if x.dtype == dtype:
+        return x
+    if dtype.name not in _FORMATS:
+        return x.astype(dtype)
+    fmt = _with_arrays(dtype)
+    return _to_format(_widen(x), fmt)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def round_to_grid(x: Array, dtype: DType) -> Array:
+    """Rounds to the values of a format without leaving the dtype of ``x``.
+
+    The values are those of ``saturating_cast``, found by float arithmetic: adding and
+    subtracting ``1.5 * 2^(23 - m)`` times the power of two below ``|x|`` leaves ``m``
+    mantissa bits, rounded to nearest even. So it serves fp6 too, it is several times
+    faster than an fp8 cast on a CPU, and its gradient (straight through inside
+    ``[min, max]``, 0 outside) keeps the precision of ``x``.
+
+    Args:
+      x: f[...], a dtype that holds every value of the format.
+      dtype: a format.
+
+    Returns:
+      An array like ``x``. inf and NaN become what the format makes of them.
+
+    Raises:
+      TypeError: ``x`` is not floating or too narrow for the format.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, mpjax
+      >>> x = jnp.array([0.3, 1e6])
+      >>> mpjax.round_to_grid(x, jnp.float8_e4m3fn)
+      Array([  0.3125, 448.    ], dtype=float32)
+      >>> jax.grad(lambda x: mpjax.round_to_grid(x, jnp.float8_e4m3fn).sum())(x)
+      Array([1., 0.], dtype=float32)
+    """
+    x, fmt = _floating("round_to_grid", x), format_info(dtype)
+    own = _FORMATS.get(x.dtype.name)
+    if own and (
+        own.mantissa < fmt.mantissa
+        or own.max < fmt.max
+        or own.smallest_subnormal > fmt.smallest_subnormal
+    ):
+        raise TypeError(
+            f"round_to_grid needs an x that holds every value of {fmt.name}, got "
+            f"{x.dtype.name}; cast x to float32 first."
+        )
+    if x.dtype == fmt.dtype:
+        return x
+    y = _saturate(_widen(x), fmt)
+    if not fmt.has_inf:
+        y = jnp.where(jnp.isinf(y), jnp.nan, y)
+    return _nearest(y, fmt).astype(x.dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def stochastic_round(x: Array, dtype: DType, key: Array) -> Array:
+    """Rounds up or down at random, so that the expected result is ``x``.
+
+    With ``a <= x <= b`` the two neighbours in the format, the result is ``b`` with
+    probability ``(x - a) / (b - a)``, kept to 2^-13 or finer, and ``a`` otherwise.
+    Representable values come back unchanged; overflow, inf, NaN and the gradient follow
+    ``saturating_cast``.
+
+    Args:
+      x: f[...], any floating dtype; float64 is rounded to float32 first.
+      dtype: the format to round to; not fp6.
+      key: a PRNG key; use a new one for every array.
+
+    Returns:
+      dtype[...].
+
+    Raises:
+      TypeError: ``x`` is not floating, or ``dtype`` is no format or an fp6.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, mpjax
+      >>> x = jnp.full(10_000, 1.001)
+      >>> y = mpjax.stochastic_round(x, jnp.bfloat16, jax.random.key(0))
+      >>> bool(abs(y.astype(jnp.float32).mean() - 1.001) < 1e-4)  # nearest gives 1.0
+      True
+
+    References:
+      Gupta et al., Deep Learning with Limited Numerical Precision, arXiv 1502.02551.
+    """
+    x, fmt = _floating("stochastic_round", x), _with_arrays(dtype)
+    y = _saturate(_widen(x), fmt)
+    dropped = 23 - fmt.mantissa
+    noise = jax.random.bits(key, y.shape, jnp.uint32) >> jnp.uint32(32 - dropped)
+    # The evenly spaced numbers next to zero are moved up into the first binade of full
+    # precision; random bits then carry into the ones that are kept, or do not.
+    magnitude = jnp.abs(y)
+    offset = jnp.where(magnitude < fmt.smallest_normal, fmt.smallest_normal, 0.0)
+    bits = lax.bitcast_convert_type(magnitude + offset, jnp.uint32) + noise
+    bits = bits & jnp.uint32(2**32 - 2**dropped)
+    rounded = lax.bitcast_convert_type(bits, jnp.float32) - offset
+    rounded = jnp.where(jnp.isfinite(y), jnp.copysign(rounded, y), y)
+    return _to_format(rounded, fmt)
+
+
+@saturating_cast.defjvp
+def _(dtype, primals, tangents):
+    out = saturating_cast(primals[0], dtype)
+    return out, _straight_through(primals[0], tangents[0], dtype, out.dtype)
+
+
+@round_to_grid.defjvp
+def _(dtype, primals, tangents):
+    out = round_to_grid(primals[0], dtype)
+    return out, _straight_through(primals[0], tangents[0], dtype, out.dtype)
+
+
+@stochastic_round.defjvp
+def _(dtype, primals, tangents):
+    out = stochastic_round(primals[0], dtype, primals[1])
+    return out, _straight_through(primals[0], tangents[0], dtype, out.dtype)
+
+
+def _straight_through(x, tangent, dtype, out_dtype):
+    tangent = tangent.astype(out_dtype)
+    fmt = _FORMATS.get(jnp.dtype(dtype).name)
+    if fmt is None:
+        return tangent
+    wide = _widen(x)
+    inside = (wide >= fmt.min) & (wide <= fmt.max)
+    return tangent * inside.astype(out_dtype)
+
+
+def _floating(name: str, x) -> Array:
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(
+            f"{name} needs a floating array, got {x.dtype.name}; cast it to float32 "
+            "first."
+        )
+    return x
+
+
+def _with_arrays(dtype: DType) -> Format:
+    fmt = format_info(dtype)
+    if fmt.name.startswith("float6"):
+        raise TypeError(
+            f"XLA has no arrays of {fmt.name}; round_to_grid gives its values in the "
+            "dtype of x."
+        )
+    return fmt
+
+
+def _widen(x: Array) -> Array:
+    """To f32: exact from 16 bits and less; what float64 has beyond f32 saturates."""
+    if x.dtype == jnp.float64:
+        limit = float(jnp.finfo(jnp.float32).max)
+        x = jnp.where(jnp.isinf(x), x, jnp.clip(x, -limit, limit))
+    return x.astype(jnp.float32)
+
+
+def _saturate(x: Array, fmt: Format) -> Array:
+    """Clips what is finite; replaces inf and NaN where the format has no such code."""
+    clipped = jnp.clip(x, None if fmt.name == "float8_e8m0fnu" else fmt.min, fmt.max)
+    if fmt.has_nan:
+        return jnp.where(jnp.isfinite(x), clipped, x)
+    return jnp.where(jnp.isnan(x), 0.0, clipped)
+
+
+def _nearest(x: Array, fmt: Format) -> Array:
+    """Rounds f32, saturated, to the values of a format; inf and NaN pass."""
+    if fmt.name == "float8_e8m0fnu":
+        return _to_e8m0(x).astype(jnp.float32)
+    if fmt.name == "bfloat16":
+        return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    magic = _magic(x, fmt)
+    return jnp.where(jnp.isinf(x), x, jnp.copysign((x + magic) - magic, x))
+
+
+def _magic(x: Array, fmt: Format) -> Array:
+    """f32 so large beside x that their sum keeps only the bits the format has."""
+    bits = lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0x7F800000)
+    power = lax.bitcast_convert_type(bits, jnp.float32)
+    return jnp.maximum(power, fmt.smallest_normal) * (1.5 * 2.0 ** (23 - fmt.mantissa))
+
+
+def _to_format(x: Array, fmt: Format) -> Array:
+    """Saturates and casts; on a CPU by arithmetic, XLA's fp8 casts being slow there."""
+
+    def cast(x):
+        x = _saturate(x, fmt)
+        if fmt.name == "float8_e8m0fnu":
+            return _to_e8m0(x)
+        is_float = jnp.issubdtype(fmt.dtype, jnp.floating)
+        return (x if is_float else jnp.round(x)).astype(fmt.dtype)
+
+    if not fmt.is_float8:
+        return cast(x)
+    encode = functools.partial(_encode, fmt=fmt)
+    return lax.platform_dependent(x, cpu=encode, default=cast)
+
+
+def _to_e8m0(x: Array) -> Array:
+    """Casts f32; on its codes, since XLA takes 2^-127, an f32 subnormal, for 0."""
+    code = lax.bitcast_convert_type(x.astype(jnp.float8_e8m0fnu), jnp.uint8)
+    smallest = (x >= 0) & (x < 2.0**-126)
+    return lax.bitcast_convert_type(
+        jnp.where(smallest, jnp.uint8(0), code), jnp.float8_e8m0fnu
+    )
+
+
+def _encode(x: Array, fmt: Format) -> Array:
+    """The cast to an fp8 that vectorizes: rounds by arithmetic, then moves the bits."""
+    magnitude = jnp.minimum(jnp.abs(x), fmt.max)
+    magic = _magic(magnitude, fmt)
+    magnitude = (magnitude + magic) - magic
+    subnormal = magnitude < fmt.smallest_normal
+    shifted = jnp.where(subnormal, magnitude + fmt.smallest_normal, magnitude)
+    code = lax.bitcast_convert_type(shifted, jnp.int32) >> (23 - fmt.mantissa)
+    bias = (126 + fmt.min_exponent) << fmt.mantissa
+    code = code - jnp.where(subnormal, bias + (1 << fmt.mantissa), bias)
+    sign = (lax.bitcast_convert_type(x, jnp.int32) >> 24) & 0x80
+    if fmt.name.endswith("fnuz"):  # its code for -0 is NaN
+        sign = jnp.where(code == 0, 0, sign)
+    nan, inf = (fmt.dtype.type(v).view("int8").item() for v in (math.nan, math.inf))
+    code = jnp.where(jnp.isfinite(x), code, jnp.where(jnp.isnan(x), nan, inf))
+    return lax.bitcast_convert_type((code | sign).astype(jnp.uint8), fmt.dtype)
