@@ -191,7 +191,7 @@ def round_to_grid(x: Array, dtype: DType) -> Array:
       >>> import jax, jax.numpy as jnp, mpjax
       >>> x = jnp.array([0.3, 1e6])
       >>> mpjax.round_to_grid(x, jnp.float8_e4m3fn)
-      Array([  0.3125, 448.    ], dtype=float32)
+      Array([3.125e-01, 4.480e+02], dtype=float32)
       >>> jax.grad(lambda x: mpjax.round_to_grid(x, jnp.float8_e4m3fn).sum())(x)
       Array([1., 0.], dtype=float32)
     """
