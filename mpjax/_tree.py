@@ -44,6 +44,16 @@ def cast_floating(tree: ArrayTree, dtype: DType) -> ArrayTree:
     return jax.tree.map(cast, tree)
 
 
+def widen(tree: ArrayTree) -> ArrayTree:
+    """The tree with its floating-point arrays of fewer than 32 bits in float32."""
+
+    def cast(leaf):
+        narrow = _is_floating(leaf) and jnp.finfo(leaf.dtype).bits < 32
+        return cast_floating(leaf, jnp.float32) if narrow else leaf
+
+    return jax.tree.map(cast, tree)
+
+
 def _is_floating(leaf) -> bool:
     return isinstance(
         leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct
