@@ -49,3 +49,65 @@ def round_nearest(x, name):
     spacing = np.where(above > below, above - below, 1)
     tie = np.where(np.fmod(below, 2 * spacing) == 0, below, above)
     return np.where(down < up, below, np.where(up < down, above, tie))
+
+
+def block_amax(x, block):
+    """One loop over blocks, one slice each."""
+    x = np.abs(np.asarray(x, np.float32))
+    sizes = [d if b == -1 else b for b, d in zip(block, x.shape, strict=True)]
+    counts = [-(-d // b) for b, d in zip(sizes, x.shape, strict=True)]
+    out = np.zeros(counts, np.float32)
+    for index in np.ndindex(*counts):
+        part = tuple(
+            slice(i * b, (i + 1) * b) for i, b in zip(index, sizes, strict=True)
+        )
+        out[index] = x[part].max()
+    return out
+
+
+def spread(scale, shape, block):
+    """The scale of every element."""
+    out = np.zeros(shape, np.float32)
+    sizes = [d if b == -1 else b for b, d in zip(block, shape, strict=True)]
+    for index in np.ndindex(*shape):
+        at = tuple(i // b for i, b in zip(index, sizes, strict=True))
+        out[index] = scale[at]
+    return out
+
+
+def amax_to_scale(amax, name, rounding):
+    """By logarithms in float64; amax finite."""
+    largest = grid(name)[-1]
+    out = np.ones_like(amax, np.float32)
+    for index, value in np.ndenumerate(np.asarray(amax, np.float64)):
+        if value == 0:
+            continue
+        if rounding == "exact":
+            out[index] = np.float32(value) * np.float32(1 / largest)
+        elif rounding == "up":
+            out[index] = 2.0 ** np.ceil(np.log2(value / largest))
+        else:
+            out[index] = 2.0 ** (np.floor(np.log2(value)) - np.floor(np.log2(largest)))
+    return out
+
+
+def quantize(x, name, block, rounding="exact", scale=None):
+    """The values in the format (as float64) and the scale of every element."""
+    x = np.asarray(x).astype(np.float32)
+    if scale is None:
+        scale = amax_to_scale(block_amax(x, block), name, rounding)
+    scale = spread(scale, x.shape, block)
+    return round_nearest(x * (np.float32(1) / scale), name), scale
+
+
+def fake_quantize(x, name, block, rounding="exact", scale=None):
+    """What a quantized x stands for, in float64."""
+    values, scale = quantize(x, name, block, rounding, scale)
+    return values * scale.astype(np.float64)
+
+
+def sqnr(exact, approximate):
+    """Signal to quantization noise in decibels."""
+    exact = as_float64(exact)
+    noise = np.linalg.norm(exact - as_float64(approximate))
+    return 20 * np.log10(np.linalg.norm(exact) / noise)

@@ -1,0 +1,119 @@
+"""An array in a low-precision format together with its scales."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from mpjax._scaling import (
+    Block,
+    Rounding,
+    amax_to_scale,
+    block_amax,
+    check_block,
+    expand_scale,
+    quantize_with_scale,
+)
+from mpjax._typing import Array, DType
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QArray:
+    """Stands for ``qvalue * scale``; a pytree.
+
+    Attributes:
+      qvalue: an 8-bit or narrower dtype[d0, d1, ...].
+      scale: f32 or e8m0, one number for each block: [ceil(d0 / b0), ...].
+      block: how many elements along each axis share a scale, -1 for a whole axis.
+        Axes that ``vmap`` or ``scan`` put in front have scales of their own.
+    """
+
+    qvalue: Array
+    scale: Array
+    block: Block = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array that is stood for."""
+        return self.qvalue.shape
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Dtype of the values that are stored."""
+        return self.qvalue.dtype
+
+
+def quantize(
+    x: Array,
+    dtype: DType,
+    *,
+    block: Block | None = None,
+    rounding: Rounding = "exact",
+    scale_dtype: DType = jnp.float32,
+) -> QArray:
+    """Scales every block to the range of a format and rounds to nearest.
+
+    With ``s = amax_to_scale(block_amax(x, block), dtype, rounding)`` the result holds
+    ``quantize_with_scale(x, s, dtype, block)`` and ``s``.
+
+    Args:
+      x: f[d0, d1, ...].
+      dtype: the format.
+      block: how many elements along each axis share a scale. ``None``: one scale for
+        all; ``(1, -1)``: one for each row; ``(1, 32)``: one for 32 neighbours in a row.
+        A size need not divide its axis.
+      rounding: of the scale, see ``amax_to_scale``.
+      scale_dtype: float32, or float8_e8m0fnu where ``rounding`` gives powers of two.
+
+    Returns:
+      A ``QArray`` of the shape of ``x``.
+
+    Raises:
+      TypeError: ``x`` is not floating or ``dtype`` is no low-precision format.
+      ValueError: ``block`` does not fit, or the scales would not fit ``scale_dtype``.
+
+    Example:
+      >>> import jax.numpy as jnp, mpjax
+      >>> x = jnp.array([[1.0, 3.0], [100.0, 300.0]])
+      >>> q = mpjax.quantize(x, jnp.int8, block=(1, -1), rounding="up")
+      >>> q.scale.ravel()
+      Array([0.03125, 4.     ], dtype=float32)
+      >>> mpjax.dequantize(q)
+      Array([[  1.,   3.],
+             [100., 300.]], dtype=float32)
+    """
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"quantize needs a floating array, got {x.dtype.name}.")
+    scale_dtype = jnp.dtype(scale_dtype)
+    if scale_dtype == jnp.float8_e8m0fnu and rounding == "exact":
+        raise ValueError(
+            "float8_e8m0fnu holds powers of two only; with it, set rounding to 'up' or "
+            "'floor'."
+        )
+    block = check_block(block, x.shape)
+    scale = amax_to_scale(block_amax(x, block), dtype, rounding)
+    qvalue = quantize_with_scale(x, scale, dtype, block)
+    return QArray(qvalue, scale.astype(scale_dtype), block)
+
+
+def dequantize(q: QArray, dtype: DType = jnp.float32) -> Array:
+    """Multiplies the values by their scales, in float32.
+
+    Args:
+      q: the quantized array.
+      dtype: of the result. The product is rounded to it once; where the scales are
+        powers of two, bfloat16 holds the products of every 8-bit format exactly.
+
+    Returns:
+      dtype[d0, d1, ...].
+
+    Example:
+      >>> import jax.numpy as jnp, mpjax
+      >>> q = mpjax.quantize(jnp.array([0.51, 7.0]), jnp.float8_e4m3fn)
+      >>> mpjax.dequantize(q, jnp.bfloat16)
+      Array([0.5, 7], dtype=bfloat16)
+    """
+    scale = expand_scale(q.scale, q.qvalue.shape, q.block)
+    return (q.qvalue.astype(jnp.float32) * scale).astype(dtype)

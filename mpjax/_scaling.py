@@ -1,0 +1,332 @@
+"""From the largest magnitude of a tensor, a channel or a block to its scale."""
+
+import abc
+import dataclasses
+import math
+from typing import Literal, TypeAlias
+
+import jax.numpy as jnp
+from jax import lax
+
+from mpjax._numerics import Format, format_info, round_to_grid, saturating_cast
+from mpjax._typing import Array, DType
+
+Block: TypeAlias = tuple[int, ...]
+Rounding: TypeAlias = Literal["exact", "up", "floor"]
+
+
+def block_amax(x: Array, block: Block | None = None) -> Array:
+    """Largest magnitude of every block.
+
+    It is taken in float32, the dtype that ``quantize_with_scale`` reads ``x`` in, so
+    that a compiler fuses both into one pass over ``x``.
+
+    Args:
+      x: f[d0, d1, ...].
+      block: how many elements along each axis share a scale; -1 stands for the whole
+        axis. ``None`` is one block for the whole array. The last block of an axis may
+        be short.
+
+    Returns:
+      f32[ceil(d0 / b0), ceil(d1 / b1), ...]; NaN where a block holds one.
+
+    Raises:
+      ValueError: ``block`` does not fit the shape.
+
+    Example:
+      >>> import jax.numpy as jnp, mpjax
+      >>> x = jnp.array([[1.0, -2.0, 3.0], [4.0, 5.0, -6.0]])
+      >>> mpjax.block_amax(x, (1, 2))
+      Array([[2., 3.],
+             [5., 6.]], dtype=float32)
+    """
+    block = check_block(block, x.shape)
+    x = jnp.abs(x.astype(jnp.float32))
+    whole = tuple(i for i, b in enumerate(block) if b == -1)
+    x = jnp.max(x, axis=whole, keepdims=True, initial=0.0)
+    for axis, size in enumerate(block):
+        if size > 1:
+            count = -(-x.shape[axis] // size)
+            pad = [(0, 0)] * x.ndim
+            pad[axis] = (0, count * size - x.shape[axis])
+            split = (*x.shape[:axis], count, size, *x.shape[axis + 1 :])
+            x = jnp.max(jnp.pad(x, pad).reshape(split), axis=axis + 1)
+    return x
+
+
+def amax_to_scale(amax: Array, dtype: DType, rounding: Rounding = "exact") -> Array:
+    """The scale that takes ``amax`` to the top of a format: ``x`` is ``q * scale``.
+
+    ::
+
+        exact   amax * (1 / max), in float32
+        up      the least power of two that is no smaller than amax / max
+        floor   2^(floor(log2 amax) - emax), the rule of OCP MX; up to half of the
+                binade of amax then saturates
+
+    Multiplying by a power of two is exact. An ``amax`` of 0 gives the scale 1, and one
+    that is not finite gives NaN: what is computed from an overflow is not to be taken
+    for a number. Scales stay in ``[2^-126, 2^126]``, where both they and their
+    reciprocals are normal.
+
+    Args:
+      amax: f32[...], not negative.
+      dtype: the format to scale to.
+      rounding: ``"exact"``, ``"up"`` or ``"floor"``.
+
+    Returns:
+      f32[...].
+
+    Example:
+      >>> import jax.numpy as jnp, mpjax
+      >>> amax = jnp.array([896.0, 900.0, 0.0])
+      >>> mpjax.amax_to_scale(amax, jnp.float8_e4m3fn, "up")
+      Array([2., 4., 1.], dtype=float32)
+
+    References:
+      OCP Microscaling Formats (MX) Specification v1.0, section 6.3.
+      Mishra et al., Recipes for Pre-training LLMs with MXFP8, arXiv 2506.08027 (up).
+    """
+    amax, fmt = jnp.asarray(amax, jnp.float32), format_info(dtype)
+    if rounding == "exact":
+        # Compilers divide by a constant in this way, but not all of them.
+        scale = jnp.clip(amax * (1 / fmt.max), 2.0**-126, 2.0**126)
+    else:
+        scale = _power_of_two(amax, fmt, round_up=rounding == "up")
+    scale = jnp.where(amax == 0, 1.0, scale)
+    return jnp.where(jnp.isfinite(amax), scale, jnp.nan)
+
+
+def quantize_with_scale(
+    x: Array, scale: Array, dtype: DType, block: Block | None = None
+) -> Array:
+    """Divides by the scale and casts, saturating: ``cast(x * (1 / scale))``.
+
+    The product with the reciprocal is one multiplication per element. It equals the
+    quotient wherever the scale is a power of two; for other scales it may differ in the
+    last bit of float32, and the result only where the quotient is a tie. Finite values
+    beyond the range saturate; inf and NaN follow ``saturating_cast``. The values of the
+    fp6 formats, of which XLA has no arrays, come as ``float8_e4m3fn``.
+
+    Args:
+      x: f[d0, d1, ...].
+      scale: f32 or e8m0, a scalar, or one number a block.
+      dtype: the format.
+      block: as in ``block_amax``.
+
+    Returns:
+      dtype[d0, d1, ...].
+
+    Example:
+      >>> import jax.numpy as jnp, mpjax
+      >>> mpjax.quantize_with_scale(jnp.array([1.0, 5.0]), jnp.array(0.01), jnp.int8)
+      Array([100, 127], dtype=int8)
+    """
+    block = check_block(block, x.shape)
+    reciprocal = 1.0 / expand_scale(scale, x.shape, block)
+    x = x.astype(jnp.float32) * reciprocal
+    if format_info(dtype).name.startswith("float6"):
+        x, dtype = round_to_grid(x, dtype), jnp.float8_e4m3fn
+    return saturating_cast(x, dtype)
+
+
+def expand_scale(scale: Array, shape: tuple[int, ...], block: Block) -> Array:
+    """f32 scales in a shape that broadcasts against the array they belong to."""
+    scale = scale.astype(jnp.float32)
+    if scale.ndim == 0:
+        return scale.reshape((1,) * len(shape))
+    lead = scale.ndim - len(block)  # axes that vmap or scan has stacked
+    for axis, size in enumerate(block, lead):
+        if size > 1 and scale.shape[axis] > 1:
+            scale = jnp.repeat(scale, size, axis)
+            scale = lax.slice_in_dim(scale, 0, shape[axis], axis=axis)
+    return scale
+
+
+def check_block(block: Block | None, shape: tuple[int, ...]) -> Block:
+    """The block with ``None`` made explicit and whole axes as -1."""
+    if block is None:
+        return (-1,) * len(shape)
+    if len(block) != len(shape) or any(b == 0 or b < -1 for b in block):
+        raise ValueError(
+            "block takes one size for each axis, positive or -1 for the whole axis, "
+            f"got {block} for an array of shape {shape}."
+        )
+    return tuple(-1 if b >= d > 0 else b for b, d in zip(block, shape, strict=True))
+
+
+def _power_of_two(amax: Array, fmt: Format, round_up: bool) -> Array:
+    """On the bits of f32: exact on every device, which log2 and exp2 are not."""
+    bits = lax.bitcast_convert_type(amax, jnp.int32)
+    exponent = (bits >> 23) - fmt.max_exponent
+    if round_up:
+        significand = round((fmt.max / 2.0**fmt.max_exponent - 1) * 2**23)
+        exponent += ((bits & 0x7FFFFF) > significand).astype(jnp.int32)
+    return lax.bitcast_convert_type(jnp.clip(exponent, 1, 253) << 23, jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaling(abc.ABC):
+    """A format and the rule by which tensors are scaled to it.
+
+    Attributes:
+      dtype: the format.
+      rounding: of the scale: ``"exact"``, ``"up"`` or ``"floor"`` (``amax_to_scale``).
+    """
+
+    dtype: DType
+    rounding: Rounding = "exact"
+
+    def __post_init__(self):
+        fmt = format_info(self.dtype)
+        object.__setattr__(self, "dtype", fmt.dtype)
+        if fmt.name in ("float8_e8m0fnu", "float16", "bfloat16"):
+            raise ValueError(
+                "Tensors are scaled to signed formats of at most 8 bits, got "
+                f"{fmt.name}; choose float8_e4m3fn or float8_e5m2."
+            )
+        if self.rounding not in ("exact", "up", "floor"):
+            raise ValueError(
+                "rounding of a scale is 'exact', 'up' or 'floor', got "
+                f"{self.rounding!r}."
+            )
+
+    @abc.abstractmethod
+    def block(self, shape: tuple[int, ...], contracting: tuple[int, ...]) -> Block:
+        """Which elements share a scale in a product over ``contracting`` axes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CurrentScaling(Scaling):
+    """One scale a tensor, from the tensor's own amax.
+
+    Example:
+      >>> import jax.numpy as jnp, mpjax
+      >>> mpjax.CurrentScaling(jnp.float8_e4m3fn).block((8, 4), contracting=(1,))
+      (-1, -1)
+    """
+
+    def block(self, shape: tuple[int, ...], contracting: tuple[int, ...]) -> Block:
+        """Everything shares one scale."""
+        del contracting
+        return (-1,) * len(shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class ChannelScaling(Scaling):
+    """One scale for each index of the axes that are not contracted ("row-wise").
+
+    Example:
+      >>> import jax.numpy as jnp, mpjax
+      >>> mpjax.ChannelScaling(jnp.float8_e4m3fn).block((8, 4), contracting=(1,))
+      (1, -1)
+    """
+
+    def block(self, shape: tuple[int, ...], contracting: tuple[int, ...]) -> Block:
+        """The contracted axes share a scale."""
+        return tuple(-1 if i in contracting else 1 for i in range(len(shape)))
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockScaling(Scaling):
+    """One scale for every ``size`` elements along the last contracted axis.
+
+    Attributes:
+      size: length of a block.
+      square: blocks of ``size x size``, which also span the last axis that is not
+        contracted. They are the same for a matrix and its transpose, so that one
+        quantization serves forward and backward.
+      scale_dtype: float32, or float8_e8m0fnu for scales that are powers of two.
+
+    Example:
+      >>> import jax.numpy as jnp, mpjax
+      >>> scaling = mpjax.BlockScaling(jnp.float8_e4m3fn, size=128)
+      >>> scaling.block((8, 512), contracting=(1,))
+      (1, 128)
+
+    References:
+      DeepSeek-AI, DeepSeek-V3 Technical Report, arXiv 2412.19437, section 3.3.2.
+    """
+
+    rounding: Rounding = "up"
+    size: int = 128
+    square: bool = False
+    scale_dtype: DType = "float32"
+
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "scale_dtype", jnp.dtype(self.scale_dtype))
+        if self.size < 2:
+            raise ValueError(
+                f"A block has at least two elements, got size={self.size}; "
+                "CurrentScaling and ChannelScaling need no size."
+            )
+        if self.scale_dtype not in (jnp.float32, jnp.float8_e8m0fnu):
+            raise ValueError(
+                "scale_dtype is float32 or float8_e8m0fnu, got "
+                f"{self.scale_dtype.name}."
+            )
+        if self.scale_dtype != jnp.float32 and self.rounding == "exact":
+            raise ValueError(
+                "float8_e8m0fnu holds powers of two only; with it, set rounding to "
+                "'up' or 'floor'."
+            )
+
+    def block(self, shape: tuple[int, ...], contracting: tuple[int, ...]) -> Block:
+        """Blocks along the last contracted axis; the rest has scales of its own."""
+        free = [i for i in range(len(shape)) if i not in contracting]
+        blocked = {max(contracting)} if contracting else set()
+        if self.square and free:
+            blocked.add(max(free))
+        return tuple(self.size if i in blocked else 1 for i in range(len(shape)))
+
+
+@dataclasses.dataclass(frozen=True)
+class DelayedScaling(Scaling):
+    """One scale a tensor, from the amaxes of earlier steps.
+
+    No reduction then stands before the quantization. The numbers live in a
+    ``ScalingState``; ``Recipe`` has the functions that make, read and update it.
+
+    Attributes:
+      history_length: how many steps are remembered.
+      algorithm: ``"max"`` of the history, or its ``"most_recent"`` entry.
+      margin: the scale is made ``2^margin`` times larger, to leave headroom.
+
+    Example:
+      >>> import jax.numpy as jnp, mpjax
+      >>> mpjax.DelayedScaling(jnp.float8_e5m2, history_length=16).margin
+      0.0
+
+    References:
+      Micikevicius et al., FP8 Formats for Deep Learning, arXiv 2209.05433.
+    """
+
+    history_length: int = 1024
+    algorithm: Literal["max", "most_recent"] = "max"
+    margin: float = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "margin", float(self.margin))
+        if self.history_length < 1:
+            raise ValueError(
+                "history_length counts the steps that are remembered and is at least "
+                f"1, got {self.history_length}; without a history, use CurrentScaling."
+            )
+        if self.algorithm not in ("max", "most_recent"):
+            raise ValueError(
+                f"algorithm is 'max' or 'most_recent', got {self.algorithm!r}."
+            )
+        if not math.isfinite(self.margin):
+            raise ValueError(f"margin is a finite number, got {self.margin}.")
+
+    def block(self, shape: tuple[int, ...], contracting: tuple[int, ...]) -> Block:
+        """Everything shares one scale."""
+        del contracting
+        return (-1,) * len(shape)
+
+    def scale(self, amax: Array) -> Array:
+        """f32[...], the scale for an amax, margin included."""
+        scale = amax_to_scale(amax, self.dtype, self.rounding)
+        return jnp.clip(scale * 2.0**self.margin, 2.0**-126, 2.0**126)

@@ -1,0 +1,139 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import mpjax._qarray as qarray
+
+E4M3, E8M0 = jnp.float8_e4m3fn, jnp.float8_e8m0fnu
+
+
+def normal(*shape, dtype=np.float32):
+    return jnp.asarray(np.random.default_rng(7).normal(size=shape), dtype)
+
+
+@pytest.mark.parametrize(
+    ("shape", "block"),
+    [
+        ((7,), (-1,)),
+        ((7,), (3,)),
+        ((5, 9), (1, 4)),
+        ((5, 9), (-1, 1)),
+        ((4, 6, 8), (2, -1, 4)),
+        ((2, 9, 5), (1, 4, 4)),
+    ],
+)
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2fnuz", "int8"])
+@pytest.mark.parametrize("rounding", ["exact", "up", "floor"])
+def test_quantize_equals_the_oracle_bit_for_bit(shape, block, name, rounding):
+    x = normal(*shape)
+    q = jax.jit(
+        lambda x: qarray.quantize(
+            x, reference.dtype(name), block=block, rounding=rounding
+        )
+    )(x)
+    values, _ = reference.quantize(x, name, block, rounding)
+    np.testing.assert_array_equal(reference.as_float64(q.qvalue), values)
+    np.testing.assert_array_equal(
+        qarray.dequantize(q),
+        reference.fake_quantize(x, name, block, rounding).astype(np.float32),
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "block", "decibels"),
+    [
+        ("float8_e4m3fn", (1, 32), 25),
+        ("float8_e4m3fn", (-1, -1), 25),
+        ("float8_e5m2", (-1, -1), 18),
+        ("float6_e2m3fn", (1, 32), 25),
+        ("float6_e3m2fn", (1, 32), 18),
+        ("float4_e2m1fn", (1, 32), 12),
+        ("int8", (1, -1), 35),
+    ],
+)
+@pytest.mark.parametrize("rounding", ["exact", "up"])
+def test_signal_to_noise(name, block, decibels, rounding):
+    x = normal(64, 256)
+    q = qarray.quantize(x, reference.dtype(name), block=block, rounding=rounding)
+    assert reference.sqnr(x, qarray.dequantize(q)) > decibels
+
+
+def test_fp6_values_are_kept_in_an_8_bit_float():
+    x = normal(4, 64)
+    q = qarray.quantize(x, reference.dtype("float6_e2m3fn"), block=(1, 32))
+    assert q.dtype == E4M3
+    values, _ = reference.quantize(x, "float6_e2m3fn", (1, 32))
+    np.testing.assert_array_equal(reference.as_float64(q.qvalue), values)
+
+
+def test_mx_scales_are_bytes():
+    x = normal(4, 70)
+    q = qarray.quantize(x, E4M3, block=(1, 32), rounding="up", scale_dtype=E8M0)
+    assert q.scale.dtype == E8M0 and q.scale.shape == (4, 3)
+    plain = qarray.quantize(x, E4M3, block=(1, 32), rounding="up")
+    np.testing.assert_array_equal(qarray.dequantize(q), qarray.dequantize(plain))
+
+
+def test_powers_of_two_dequantize_exactly_to_bfloat16():
+    q = qarray.quantize(normal(8, 64), E4M3, block=(1, 32), rounding="up")
+    exact = qarray.dequantize(q)
+    np.testing.assert_array_equal(
+        qarray.dequantize(q, jnp.bfloat16).astype(jnp.float32), exact
+    )
+
+
+def test_zeros_stay_zeros():
+    q = qarray.quantize(jnp.zeros((2, 3)), E4M3, block=(1, -1))
+    np.testing.assert_array_equal(q.scale, np.ones((2, 1)))
+    np.testing.assert_array_equal(qarray.dequantize(q), np.zeros((2, 3)))
+
+
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2", "int8"])
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+def test_what_is_not_finite_spoils_its_own_block_visibly(name, bad):
+    x = normal(2, 4).at[0, 1].set(bad)
+    x = qarray.dequantize(qarray.quantize(x, reference.dtype(name), block=(1, -1)))
+    assert not np.isfinite(x[0, 1])
+    assert np.all(np.isfinite(x[1]))
+
+
+def test_it_passes_through_jit_vmap_and_scan():
+    x = normal(3, 5, 8)
+
+    def round_trip(x):
+        return qarray.dequantize(qarray.quantize(x, E4M3, block=(2, 4)))
+
+    expected = np.stack([round_trip(part) for part in x])
+    stacked = jax.jit(jax.vmap(lambda x: qarray.quantize(x, E4M3, block=(2, 4))))(x)
+    assert isinstance(stacked, qarray.QArray) and stacked.shape == (3, 5, 8)
+    np.testing.assert_array_equal(qarray.dequantize(stacked), expected)
+    _, scanned = jax.lax.scan(lambda _, q: (None, qarray.dequantize(q)), None, stacked)
+    np.testing.assert_array_equal(scanned, expected)
+
+
+def test_it_is_sharded_like_its_array():
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+    x = jax.device_put(normal(16, 32), NamedSharding(mesh, PartitionSpec("d", None)))
+    q = jax.jit(lambda x: qarray.quantize(x, E4M3, block=(1, 16)))(x)
+    assert q.qvalue.sharding.spec[0] == "d"
+    reference_q = qarray.quantize(normal(16, 32), E4M3, block=(1, 16))
+    np.testing.assert_array_equal(qarray.dequantize(q), qarray.dequantize(reference_q))
+
+
+def test_a_tree_map_sees_two_leaves_with_names():
+    leaves, _ = jax.tree_util.tree_flatten_with_path(qarray.quantize(normal(2), E4M3))
+    assert [jax.tree_util.keystr(path) for path, _ in leaves] == [".qvalue", ".scale"]
+
+
+def test_bad_input_is_refused():
+    with pytest.raises(TypeError, match="floating array, got int32"):
+        qarray.quantize(jnp.arange(3), E4M3)
+    with pytest.raises(TypeError, match="no low-precision format"):
+        qarray.quantize(normal(3), jnp.float32)
+    with pytest.raises(ValueError, match="powers of two only"):
+        qarray.quantize(normal(3), E4M3, scale_dtype=E8M0)
+    with pytest.raises(ValueError, match="one size for each axis"):
+        qarray.quantize(normal(3), E4M3, block=(1, 1))

@@ -1,0 +1,157 @@
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mpjax import _scaling as scaling
+
+FORMATS = ["float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float4_e2m1fn", "int8"]
+E4M3 = jnp.float8_e4m3fn
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    shape=st.lists(st.integers(1, 7), min_size=0, max_size=3).map(tuple),
+    data=st.data(),
+)
+def test_block_amax_is_the_largest_of_each_block(shape, data):
+    block = tuple(data.draw(st.sampled_from([-1, 1, 2, 3, 9])) for _ in shape)
+    x = np.random.default_rng(len(shape)).normal(size=shape).astype(np.float32)
+    x = jnp.asarray(x)
+    amax = scaling.block_amax(x, block)
+    np.testing.assert_array_equal(amax, reference.block_amax(x, block))
+
+
+def test_block_amax_reads_narrow_floats_in_float32():
+    x = jnp.array([1.0, -300.0], jnp.bfloat16)
+    assert scaling.block_amax(x).dtype == jnp.float32
+    jaxpr = jax.make_jaxpr(scaling.block_amax)(x)
+    (reduce,) = [e for e in jaxpr.eqns if e.primitive.name == "reduce_max"]
+    assert reduce.invars[0].aval.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("bad", [(1,), (0, 1), (-2, 1), (1, 1, 1)])
+def test_a_block_that_does_not_fit_is_refused(bad):
+    with pytest.raises(ValueError, match="one size for each axis"):
+        scaling.block_amax(jnp.ones((2, 3)), bad)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("rounding", ["exact", "up", "floor"])
+def test_scale_follows_its_definition(name, rounding):
+    largest = reference.grid(name)[-1]
+    edges = np.float32([largest * 2.0**k for k in (-20, -1, 0, 1, 9)] + [1.0, 2.0**-9])
+    amax = np.concatenate([edges, np.nextafter(edges, np.inf), np.nextafter(edges, 0)])
+    amax = np.concatenate([amax, np.random.default_rng(0).exponential(size=50), [0.0]])
+    amax = amax.astype(np.float32)
+    scale = scaling.amax_to_scale(amax, reference.dtype(name), rounding)
+    np.testing.assert_array_equal(scale, reference.amax_to_scale(amax, name, rounding))
+    if rounding == "up":
+        assert np.all(amax / np.asarray(scale, np.float64) <= largest)
+
+
+@pytest.mark.parametrize("rounding", ["exact", "up", "floor"])
+def test_scales_and_reciprocals_of_extreme_amaxes_are_normal(rounding):
+    amax = jnp.array([1e-45, 1.2e-38, 1e-37, 3.4e38])
+    for name in FORMATS:
+        scale = scaling.amax_to_scale(amax, reference.dtype(name), rounding)
+        assert np.all((scale >= 2.0**-126) & (1 / scale >= 2.0**-126))
+    tiny = scaling.quantize_with_scale(
+        amax[:3], scaling.amax_to_scale(amax[:3], E4M3, rounding)[0], E4M3
+    )
+    assert np.all(np.isfinite(tiny.astype(jnp.float32)))
+
+
+def test_an_amax_that_is_not_finite_gives_nan():
+    scale = scaling.amax_to_scale(jnp.array([jnp.inf, jnp.nan, 0.0]), E4M3)
+    np.testing.assert_array_equal(scale, [np.nan, np.nan, 1.0])
+    scale = scaling.amax_to_scale(jnp.array([jnp.inf, jnp.nan, 0.0]), E4M3, "up")
+    np.testing.assert_array_equal(scale, [np.nan, np.nan, 1.0])
+
+
+def test_the_largest_element_does_not_overflow():
+    """1 / (amax / 448) may round up; then the product passes 448 and saturates."""
+    x = np.random.default_rng(0).exponential(size=2000).astype(np.float32)
+    q = jax.vmap(
+        lambda x: scaling.quantize_with_scale(x, scaling.amax_to_scale(x, E4M3), E4M3)
+    )(x)
+    assert np.all(q == 448)
+
+
+def test_beyond_the_scale_finite_saturates_and_infinite_stays_visible():
+    x = jnp.array([1e9, -1e9, jnp.inf, jnp.nan])
+    q = scaling.quantize_with_scale(x, jnp.array(1.0), E4M3)
+    np.testing.assert_array_equal(q.astype(jnp.float32), [448, -448, np.nan, np.nan])
+    q = scaling.quantize_with_scale(x, jnp.array(1.0), jnp.float8_e5m2)
+    np.testing.assert_array_equal(
+        q.astype(jnp.float32), [57344, -57344, np.inf, np.nan]
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "contracting", "block"),
+    [
+        (scaling.CurrentScaling(E4M3), (1,), (-1, -1, -1)),
+        (scaling.DelayedScaling(E4M3), (1,), (-1, -1, -1)),
+        (scaling.ChannelScaling(E4M3), (1,), (1, -1, 1)),
+        (scaling.ChannelScaling(E4M3), (0, 2), (-1, 1, -1)),
+        (scaling.BlockScaling(E4M3), (1,), (1, 128, 1)),
+        (scaling.BlockScaling(E4M3, size=32), (0, 2), (1, 1, 32)),
+        (scaling.BlockScaling(E4M3, square=True), (1,), (1, 128, 128)),
+        (scaling.BlockScaling(E4M3, square=True), (0, 1, 2), (1, 1, 128)),
+    ],
+)
+def test_which_elements_share_a_scale(kind, contracting, block):
+    assert kind.block((4, 256, 256), contracting) == block
+
+
+def test_equal_scalings_hash_equal_however_the_dtype_is_named():
+    for one, two in itertools.combinations(
+        [
+            scaling.DelayedScaling(dtype, margin=margin)
+            for dtype in (jnp.float8_e5m2, "float8_e5m2", jnp.dtype("float8_e5m2"))
+            for margin in (1, 1.0)
+        ],
+        2,
+    ):
+        assert one == two and hash(one) == hash(two)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: scaling.CurrentScaling(jnp.float8_e8m0fnu), "at most 8 bits"),
+        (lambda: scaling.CurrentScaling(jnp.bfloat16), "got bfloat16"),
+        (lambda: scaling.ChannelScaling(E4M3, rounding="down"), "'up' or 'floor'"),
+        (lambda: scaling.BlockScaling(E4M3, size=1), "at least two elements"),
+        (lambda: scaling.BlockScaling(E4M3, scale_dtype="int8"), "float8_e8m0fnu"),
+        (
+            lambda: scaling.BlockScaling(
+                E4M3, rounding="exact", scale_dtype=jnp.float8_e8m0fnu
+            ),
+            "powers of two only",
+        ),
+        (lambda: scaling.DelayedScaling(E4M3, history_length=0), "at least 1, got 0"),
+        (lambda: scaling.DelayedScaling(E4M3, algorithm="mean"), "most_recent"),
+        (lambda: scaling.DelayedScaling(E4M3, margin=float("nan")), "finite number"),
+    ],
+)
+def test_bad_scalings_are_refused_at_construction(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_scaling_of_an_unknown_dtype_is_refused():
+    with pytest.raises(TypeError, match="float32 is no low-precision format"):
+        scaling.CurrentScaling(jnp.float32)
+
+
+def test_margin_leaves_headroom():
+    plain = scaling.DelayedScaling(E4M3).scale(jnp.array(3.0))
+    roomy = scaling.DelayedScaling(E4M3, margin=2).scale(jnp.array(3.0))
+    assert roomy == 4 * plain
