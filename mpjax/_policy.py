@@ -196,7 +196,7 @@ def _floating_dtype(dtype) -> np.dtype:
             f"A policy is made of real floating dtypes, got {dtype.name}. Use one of "
             f"{', '.join(names[-1] for names in dtype_to_names.values())}."
         )
-    if dtype == np.float64 and not jax.config.jax_enable_x64:
+    if dtype == np.float64 and not jax.config.read("jax_enable_x64"):
         raise ValueError(
             "A policy in float64 needs jax.config.update('jax_enable_x64', True); "
             "without it JAX would compute in float32."

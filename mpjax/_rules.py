@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import functools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeAlias
 
 import jax.numpy as jnp
@@ -12,8 +12,7 @@ import jax.numpy as jnp
 from mpjax._policy import Policy, get_policy
 
 # Class names of normalization layers, in Linen, NNX and in models of other authors.
-# Weight and spectral norms normalize parameters and hold a layer that multiplies.
-NORMS = r"(?!Weight|Spectral)\w*Norm(alization)?\w{0,2}"
+NORMS = r"\w*Norm(alization)?\w{0,2}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +109,7 @@ def expand_rules(rules: Rules) -> tuple[Rule, ...]:
       TypeError: an entry is none of the above.
 
     Example:
+      >>> import mpjax
       >>> for rule in mpjax.expand_rules([mpjax.Rule("head", "f32"), "mixed_bfloat16"]):
       ...     print(rule.path, rule.policy)
       head p=f32,c=f32,o=f32
@@ -164,6 +164,7 @@ class Matcher:
     def __init__(self, rules: tuple[Rule, ...]):
         self.rules = rules
         self._found: dict[tuple[str, type], int | None] = {}
+        self._path_matters = any(rule.path != ".*" for rule in rules)
 
     def find(self, path: str, module_type: type) -> int | None:
         """The index of the first rule that matches, or None."""
@@ -175,34 +176,44 @@ class Matcher:
             self._found[key] = next(matching, None)
         return self._found[key]
 
+    def policy(self, path: str, module_type: type) -> Policy | None:
+        """The policy of a module; None: it is left alone."""
+        index = self.find(path, module_type)
+        policy = None if index is None else self.rules[index].policy
+        return None if policy is None else get_policy(policy)
+
+    def key(self, path: str) -> str:
+        """A key that two paths share if all below them has the same policies."""
+        return path if self._path_matters else ""
+
     def check_all_used(
-        self, seen: Mapping[str, type], known: Iterable[str] = ()
+        self,
+        seen: Mapping[str, type],
+        known: Callable[[], Iterable[str]] = tuple,
     ) -> None:
         """Raises when a rule that is not optional decides for no module.
 
         Args:
           seen: the modules of the model, path to type.
-          known: further paths, of modules whose types are not known.
+          known: gives further paths, of modules whose types are not known.
 
         Raises:
           ValueError: names the rule and what it might have meant.
         """
         used = {self.find(path, t) for path, t in seen.items()}
-        unused = [
-            i for i, r in enumerate(self.rules) if i not in used and not r.optional
-        ]
-        for i in unused:
-            rule = self.rules[i]
-            if any(rule.matches_path(path) for path in known if path not in seen):
+        for index, rule in enumerate(self.rules):
+            if index in used or rule.optional:
                 continue
-            raise ValueError(f"{_describe(i, rule)} {self._why_unused(i, seen, known)}")
+            others = set(known()) - seen.keys()
+            if not any(map(rule.matches_path, others)):
+                why = self._why_unused(index, seen, sorted({*seen, *others}))
+                raise ValueError(f"{_describe(index, rule)} {why}")
 
-    def _why_unused(self, index, seen, known) -> str:
+    def _why_unused(self, index, seen, paths) -> str:
         rule = self.rules[index]
-        paths = sorted({*seen, *known})
         for path in paths:
-            if path in seen and rule.matches(path, seen[path]):
-                first = self.find(path, seen[path])
+            first = self.find(path, seen[path]) if path in seen else None
+            if first is not None and rule.matches(path, seen[path]):
                 return (
                     f"decides for no module: {path!r}, which it matches, is taken by "
                     f"{_describe(first, self.rules[first])} first. Put the narrower "

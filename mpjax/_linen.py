@@ -1,0 +1,329 @@
+"""Mixed precision for Flax Linen modules.
+
+A method interceptor, active only while the wrapped model runs, gives each layer its
+policy: it sets the ``dtype`` of the layer for the time of the call, and casts what
+crosses the border between two policies. Nothing of the model is copied or replaced, so
+that parameters, names and random keys stay those of the bare model.
+"""
+
+import functools
+import types
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
+
+from mpjax import _table
+from mpjax._attention import dot_product_attention
+from mpjax._policy import Policy
+from mpjax._rules import Matcher, Rules, expand_rules, matcher
+from mpjax._tree import cast_floating
+
+
+class MixedPrecision(nn.Module):
+    """Runs a Linen module under a policy, or under rules that give each layer one.
+
+    The wrapper adds nothing to the variables: they have the bare module's names, shapes
+    and, cast to ``param_dtype``, its initial values. It has the bare module's methods,
+    so that ``model.apply(variables, tokens, method="encode")`` works as before.
+
+    A layer with a ``dtype`` field computes in the ``compute_dtype`` of its policy;
+    parameters that a module reads itself are cast to it as they are read. Where the
+    policy of a module differs from that of the module around it, floating arguments are
+    cast to ``compute_dtype`` and results to ``output_dtype``; elsewhere nothing is
+    cast, so that under ``"mixed_bfloat16"`` everything between the inputs of the model
+    and its float32 outputs flows in bfloat16. Stock attention computes its softmax in
+    float32. Batch statistics and other collections than ``params`` are left alone.
+
+    Attributes:
+      module: the module to run; it is not changed.
+      rules: a policy, its name, or a list of ``mpjax.Rule``, the first match of which
+        decides. Paths are relative to ``module``. Modules without a match are left
+        alone.
+
+    Raises:
+      ValueError: a rule decides for no module, or a layer cannot follow its policy
+        (complex parameters); the message has the path.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, mpjax.linen
+      >>> model = mpjax.linen.MixedPrecision(nn.Dense(3), "mixed_bfloat16")
+      >>> variables = model.init(jax.random.key(0), jnp.ones((2, 4)))
+      >>> variables["params"]["kernel"].dtype.name
+      'float32'
+      >>> model.apply(variables, jnp.ones((2, 4))).dtype.name
+      'float32'
+    """
+
+    module: nn.Module
+    rules: Rules
+
+    def __post_init__(self):
+        if not isinstance(self.module, nn.Module):
+            raise TypeError(
+                "mpjax.linen.MixedPrecision wraps a flax.linen.Module instance, got "
+                f"{self.module!r}. For an nnx.Module use mpjax.nnx.mixed_precision."
+            )
+        rules, inner = expand_rules(self.rules), self.module
+        if isinstance(inner, MixedPrecision):  # its rules come first
+            first = expand_rules(inner.rules)
+            outer = (replace(r, optional=True) for r in rules if r not in first)
+            rules, self.module = (*first, *outer), inner.module
+        self.rules = rules
+        super().__post_init__()
+
+    def setup(self):
+        nn.share_scope(self, self.module)
+
+    def __call__(self, *args, **kwargs):
+        return self._run("__call__", args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        module = self.__dict__.get("module")
+        if name.startswith("__") or not callable(getattr(type(module), name, None)):
+            return super().__getattr__(name)
+
+        def method(self, *args, **kwargs):
+            return self._method(name, args, kwargs)
+
+        return types.MethodType(method, self)
+
+    def _method(self, name, args, kwargs):
+        return self._run(name, args, kwargs)
+
+    @nn.nowrap
+    def _run(self, name, args, kwargs):
+        record = _record.get()
+        # A fresh matcher is a fresh key for nn.jit: every module is seen.
+        rules = expand_rules(self.rules)
+        rules = matcher(rules) if record is None else Matcher(rules)
+        seen: dict[str, type] = {}
+        interceptor = functools.partial(_intercept, rules, self.path, seen)
+        with nn.intercept_methods(interceptor):
+            result = getattr(self.module, name)(*args, **kwargs)
+        rules.check_all_used(seen, lambda: _variable_paths(self.variables))
+        if record is not None:
+            record[self.path] = rules, seen
+        return result
+
+    @nn.nowrap
+    def apply(self, variables, *args, method=None, **kwargs):
+        """As ``nn.Module.apply``; ``method`` may be one of the wrapped module."""
+        return super().apply(variables, *args, method=self._named(method), **kwargs)
+
+    @nn.nowrap
+    def init_with_output(self, rngs, *args, method=None, **kwargs):
+        """As ``nn.Module.init_with_output``; ``method`` may be the module's."""
+        method = self._named(method)
+        return super().init_with_output(rngs, *args, method=method, **kwargs)
+
+    @nn.nowrap
+    def _named(self, method):
+        # A function of the bare class would run on the wrapper, past the policy.
+        function = getattr(method, "__func__", method)
+        name = getattr(function, "__name__", "")
+        own = getattr(type(self.module), name, None)
+        return name if own is not None and own is function else method
+
+
+# The policy of the module whose method runs. Traced calls nest, so it is put back on
+# the way out; each thread has its own.
+_enclosing: ContextVar[Policy | None] = ContextVar("mpjax_enclosing", default=None)
+
+# Where a wrapper leaves what it has seen, for ``tabulate``.
+_record: ContextVar[dict | None] = ContextVar("mpjax_record", default=None)
+
+
+def _intercept(rules: Matcher, root: tuple, seen: dict, method, args, kwargs, context):
+    """Runs one method of one module of the model under the module's policy."""
+    module, scope = context.module, context.module.scope
+    if isinstance(module, MixedPrecision) or scope is None:
+        return method(*args, **kwargs)
+    path = "/".join(module.path[len(root) :])
+    seen[path] = type(module)
+    policy = rules.policy(path, type(module))
+    border = policy if policy != _enclosing.get() else None
+    own = vars(module)
+    changes = (
+        {} if policy is None else _changes(module, path, policy, context.method_name)
+    )
+    before = {name: own.get(name, _ABSENT) for name in changes}
+    # nn.jit caches traces by class and fields; scope flags are part of its key.
+    flags, scope.flags = scope.flags, {**scope.flags, rules: rules.key(path)}
+    token = _enclosing.set(policy)
+    # A bound module is Flax's private clone of the user's: it may be lent attributes.
+    own.update(changes)
+    try:
+        if border is not None:
+            args, kwargs = border.cast_to_compute((args, kwargs))
+        result = method(*args, **kwargs)
+        return result if border is None else border.cast_to_output(result)
+    finally:
+        for name, value in before.items():
+            if value is _ABSENT:
+                del own[name]
+            else:
+                own[name] = value
+        _enclosing.reset(token)
+        scope.flags = flags
+
+
+_ABSENT = object()
+
+
+def _changes(
+    module: nn.Module, path: str, policy: Policy, method: str
+) -> dict[str, Any]:
+    """The attributes with which a bound module follows a policy."""
+    changes: dict[str, Any] = {}
+    fields = type(module).__dataclass_fields__
+    has_dtype = "dtype" in fields and _is_floating_or_none(vars(module).get("dtype"))
+    if has_dtype:
+        changes["dtype"] = policy.compute_dtype
+    if policy.compute_dtype.itemsize == 2:
+        if "force_fp32_for_softmax" in fields:
+            changes["force_fp32_for_softmax"] = True
+        if vars(module).get("attention_fn") is nn.dot_product_attention:
+            changes["attention_fn"] = _attention
+    # Flax's own layers cast what they read where that is cheapest, except in setup.
+    casts_itself = method != "setup" and type(module).__module__.startswith(
+        "flax.linen"
+    )
+    changes["param"] = _Param(module, path, policy, has_dtype, casts_itself)
+    return changes
+
+
+def _attention(
+    query,
+    key,
+    value,
+    mask=None,
+    broadcast_dropout=True,
+    dropout_rng: Any = None,
+    dropout_rate=0.0,
+    deterministic=False,
+    dtype=None,
+    precision=None,
+    module=None,
+):
+    """Stands in for ``nn.dot_product_attention``, which multiplies in float32."""
+
+    def edit(weights):  # as stock attention edits them, with the same random bits
+        if module is not None:
+            module.sow("intermediates", "attention_weights", weights)
+        if deterministic or dropout_rate == 0.0:
+            return weights
+        shape = weights.shape
+        if broadcast_dropout:
+            shape = (1,) * (weights.ndim - 2) + shape[-2:]
+        keep = jax.random.bernoulli(dropout_rng, 1.0 - dropout_rate, shape)
+        scale = jnp.asarray(1.0 - dropout_rate, weights.dtype)
+        return weights * (keep.astype(weights.dtype) / scale)
+
+    query, key, value = cast_floating((query, key, value), dtype)
+    return dot_product_attention(
+        query, key, value, mask=mask, edit_weights=edit, precision=precision
+    )
+
+
+@functools.cache
+def _is_floating_or_none(dtype) -> bool:
+    try:
+        return dtype is None or jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:  # a field that is called dtype and holds something else
+        return False
+
+
+@dataclass(frozen=True, eq=False)
+class _Param:
+    """``nn.Module.param`` of one bound module, under a policy."""
+
+    module: nn.Module
+    path: str
+    policy: Policy
+    has_dtype: bool
+    casts_itself: bool
+
+    def __call__(self, name, init_fn, *init_args, **kwargs):
+        def init(*args, **kwargs):
+            return self.policy.cast_to_param(init_fn(*args, **kwargs))
+
+        # Of the class: another wrapper may have lent the module a param of its own.
+        declare = type(self.module).param
+        value = declare(self.module, name, init, *init_args, **kwargs)
+        if self.has_dtype and any(map(jnp.iscomplexobj, jax.tree.leaves(value))):
+            raise ValueError(
+                f"Module {self.path!r} ({type(self.module).__name__}) has a complex "
+                f"parameter {name!r} and cannot compute in "
+                f"{self.policy.compute_dtype.name}. To leave it alone, put "
+                f"mpjax.Rule({self.path!r}, None) before the rule that matches it."
+            )
+        if self.casts_itself:  # but norms do not widen 16-bit parameters
+            return jax.tree.map(self._widen, value)
+        return self.policy.cast_to_compute(value)
+
+    def _widen(self, value):
+        narrow = value.dtype.itemsize < self.policy.compute_dtype.itemsize
+        return self.policy.cast_to_compute(value) if narrow else value
+
+
+def _variable_paths(variables: Mapping) -> Iterator[str]:
+    """Paths of the modules that hold variables."""
+    for collection in variables.values():
+        for names in flatten_dict(collection):
+            for end in range(len(names)):
+                yield "/".join(names[:end])
+
+
+def tabulate(model: nn.Module, rngs, *args, **kwargs) -> str:
+    """Shows what each layer of a wrapped model will do, before a step is run.
+
+    Nothing is computed: the model is traced with shapes only.
+
+    Args:
+      model: a ``MixedPrecision``, or a module with some inside.
+      rngs: as for ``model.init``.
+      *args: inputs, arrays or ``jax.ShapeDtypeStruct``, as for ``model.init``.
+      **kwargs: as for ``model.init``.
+
+    Returns:
+      A table with a row a module: path, type, policy and the number and dtypes of the
+      parameters of its own.
+
+    Raises:
+      ValueError: there is no ``MixedPrecision`` in the model.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, mpjax.linen
+      >>> model = mpjax.linen.MixedPrecision(nn.Dense(3), "mixed_bfloat16")
+      >>> table = mpjax.linen.tabulate(model, jax.random.key(0), jnp.ones((2, 4)))
+      >>> "p=f32,c=bf16,o=f32" in table
+      True
+    """
+    record: dict = {}
+    token = _record.set(record)
+    try:
+        variables = jax.eval_shape(
+            lambda rngs, *args: model.init(rngs, *args, **kwargs), rngs, *args
+        )
+    finally:
+        _record.reset(token)
+    if not record:
+        raise ValueError(
+            "tabulate shows what mpjax.linen.MixedPrecision does, and found none in "
+            f"{type(model).__name__}."
+        )
+    params = flatten_dict(variables.get("params", {}))
+    rows = []
+    for root, (rules, seen) in record.items():
+        for path, module_type in seen.items():
+            full = (*root, *filter(None, path.split("/")))
+            own = [leaf for names, leaf in params.items() if names[:-1] == full]
+            policy = rules.policy(path, module_type)
+            rows.append(("/".join(full), module_type, policy, jax.tree.leaves(own)))
+    return _table.layers(rows)

@@ -1,0 +1,72 @@
+"""Text tables, the same on every terminal."""
+
+import io
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mpjax._policy import Policy, dtype_to_names
+
+
+def render(rows: Iterable[Sequence[Any]], columns: Sequence[str], title: str) -> str:
+    """Lays rows out under a header. Columns of numbers are aligned to the right.
+
+    Args:
+      rows: one sequence of cells a row; ``str`` of a cell is shown, ``None`` as "-".
+      columns: the header.
+      title: the line above.
+
+    Returns:
+      Lines without colours or trailing spaces, as wide as their contents ask for.
+
+    Example:
+      >>> print(render([("dense", 12), ("head", None)], ["layer", "params"], "Model"))
+      Model
+        layer   params
+       ────────────────
+        dense       12
+        head         -
+    """
+    rows = [["-" if cell is None else cell for cell in row] for row in rows]
+    table = Table(box=SIMPLE_HEAD)
+    for index, column in enumerate(columns):
+        numbers = all(
+            isinstance(row[index], int | float) or row[index] == "-" for row in rows
+        )
+        table.add_column(column, justify="right" if numbers else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row))
+    file = io.StringIO()
+    Console(file=file, width=10_000, color_system=None).print(table)
+    lines = [title, *(line.rstrip() for line in file.getvalue().splitlines())]
+    return "\n".join(filter(None, lines))
+
+
+def layers(rows: Iterable[tuple[str, type, Policy | None, Sequence[Any]]]) -> str:
+    """The table of a model's layers that ``tabulate`` of a front end returns.
+
+    Args:
+      rows: path, class, policy, and the parameters (arrays or their shapes) that belong
+        to the layer itself.
+
+    Returns:
+      A table with a row a layer and the sum of all below.
+    """
+    cells, sizes, nbytes = [], 0, 0
+    for path, module_type, policy, params in rows:
+        size = sum(math.prod(p.shape) for p in params)
+        sizes += size
+        nbytes += sum(math.prod(p.shape) * p.dtype.itemsize for p in params)
+        names = sorted({_short(p.dtype) for p in params})
+        cells.append((path, module_type.__name__, policy, " ".join(names), size or ""))
+    title = f"{len(cells)} layers, {sizes:,} parameters in {nbytes:,} bytes"
+    return render(cells, ["path", "type", "policy", "dtypes", "params"], title)
+
+
+def _short(dtype) -> str:
+    return dtype_to_names.get(dtype.type, (dtype.name,))[0]

@@ -1,0 +1,47 @@
+"""What a jaxpr computes, looked for in all its inner jaxprs as well."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.extend import core
+
+
+class Dot(NamedTuple):
+    """A matrix product or convolution and the dtypes it has."""
+
+    name: str
+    lhs: np.dtype
+    rhs: np.dtype
+    out: np.dtype
+
+
+def equations(jaxpr) -> Iterator[core.JaxprEqn]:
+    """Every equation of a jaxpr: jit, scan, cond, while, remat, custom_vjp, ..."""
+    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        yield eqn
+        for param in jax.tree.leaves(
+            list(eqn.params.values()),
+            is_leaf=lambda x: isinstance(x, core.Jaxpr | core.ClosedJaxpr),
+        ):
+            if isinstance(param, core.Jaxpr | core.ClosedJaxpr):
+                yield from equations(param)
+
+
+def dots(jaxpr) -> list[Dot]:
+    """The matrix products and convolutions of a jaxpr, in order."""
+    return [
+        Dot(
+            eqn.primitive.name,
+            *(v.aval.dtype for v in eqn.invars[:2]),
+            eqn.outvars[0].aval.dtype,
+        )
+        for eqn in equations(jaxpr)
+        if eqn.primitive.name in ("dot_general", "conv_general_dilated")
+    ]
+
+
+def count_converts(jaxpr) -> int:
+    """The number of dtype conversions in a jaxpr."""
+    return sum(eqn.primitive.name == "convert_element_type" for eqn in equations(jaxpr))
