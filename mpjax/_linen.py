@@ -20,6 +20,7 @@ from flax.traverse_util import flatten_dict
 
 from mpjax import _table
 from mpjax._attention import dot_product_attention
+from mpjax._cpu_faults import conv_general_dilated
 from mpjax._policy import Policy
 from mpjax._rules import Matcher, Rules, expand_rules, matcher
 from mpjax._tree import cast_floating
@@ -185,6 +186,8 @@ def _changes(
     has_dtype = "dtype" in fields and _is_floating_or_none(vars(module).get("dtype"))
     if has_dtype:
         changes["dtype"] = policy.compute_dtype
+    if "conv_general_dilated" in fields and _uses_stock_conv(module):
+        changes["conv_general_dilated"] = conv_general_dilated
     if policy.compute_dtype.itemsize == 2:
         if "force_fp32_for_softmax" in fields:
             changes["force_fp32_for_softmax"] = True
@@ -196,6 +199,13 @@ def _changes(
     )
     changes["param"] = _Param(module, path, policy, has_dtype, casts_itself)
     return changes
+
+
+def _uses_stock_conv(conv: nn.Module) -> bool:
+    own = vars(conv)
+    return own["conv_general_dilated"] is None and (
+        own.get("conv_general_dilated_cls") is None
+    )
 
 
 def _attention(

@@ -126,6 +126,8 @@ def get_policy(policy: str | Policy | DType) -> Policy:
     """
     if isinstance(policy, Policy):
         return policy
+    if policy is None:
+        raise ValueError("A policy is made of dtypes, got None.")
     if not isinstance(policy, str):
         return Policy(policy)
     if "=" not in policy:

@@ -1,0 +1,61 @@
+"""The ladder of imports, and the public ways that everything keeps to."""
+
+import ast
+import pathlib
+
+import mpjax
+
+ROOT = pathlib.Path(mpjax.__file__).parent
+LADDER = [
+    ["_typing", "_numerics", "_tree"],
+    ["_qarray", "_scaling", "_policy", "_loss_scaling", "_attention", "_cpu_faults"],
+    ["_recipe", "_table", "_scaled_loss"],
+    ["_operand", "_product", "_dot_general", "_conv"],
+    ["_rules"],
+    ["_nnx_params"],
+    ["_linen", "_nnx"],
+    ["linen", "nnx", "__init__"],
+]
+LEVEL = {name: level for level, names in enumerate(LADDER) for name in names}
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+            if node.module == "mpjax":
+                yield from (f"mpjax.{alias.name}" for alias in node.names)
+
+
+def test_every_file_has_a_place_on_the_ladder():
+    assert {path.stem for path in ROOT.glob("*.py")} <= LEVEL.keys()
+
+
+def test_imports_go_up_the_ladder():
+    for path in ROOT.glob("*.py"):
+        for name in imports(path):
+            if name.startswith("mpjax."):
+                below = name.removeprefix("mpjax.").split(".")[0]
+                assert LEVEL[below] <= LEVEL[path.stem], (path.name, name)
+            if name.split(".")[0] == "flax":
+                assert LEVEL[path.stem] >= LEVEL["_nnx_params"], (path.name, name)
+    # The front ends do not know each other.
+    assert not any("nnx" in name for name in imports(ROOT / "_linen.py"))
+    assert not any("linen" in name for name in imports(ROOT / "_nnx.py"))
+
+
+def test_only_public_ways():
+    private = ("jax._src", "flax.core", "jax.interpreters", "optax._src")
+    for path in ROOT.glob("*.py"):
+        found = [name for name in imports(path) if name.startswith(private)]
+        assert not found, path.name
+
+
+def test_every_public_name_is_documented():
+    for name, value in vars(mpjax).items():
+        if not name.startswith("_") and callable(value):
+            kind = "Attributes:" if isinstance(value, type) else "Example:"
+            one_line = (value.__doc__ or "\n\n").count("\n") == 0
+            assert one_line or kind in value.__doc__, name
