@@ -5,8 +5,10 @@ import dataclasses
 import math
 from typing import Literal, TypeAlias
 
+import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from mpjax._numerics import Format, format_info, round_to_grid, saturating_cast
 from mpjax._typing import Array, DType
@@ -46,12 +48,37 @@ def block_amax(x: Array, block: Block | None = None) -> Array:
     x = jnp.max(x, axis=whole, keepdims=True, initial=0.0)
     for axis, size in enumerate(block):
         if size > 1:
-            count = -(-x.shape[axis] // size)
-            pad = [(0, 0)] * x.ndim
-            pad[axis] = (0, count * size - x.shape[axis])
-            split = (*x.shape[:axis], count, size, *x.shape[axis + 1 :])
-            x = jnp.max(jnp.pad(x, pad).reshape(split), axis=axis + 1)
+            x = jnp.max(_split(x, axis, size), axis=axis + 1)
     return x
+
+
+def _split(x: Array, axis: int, size: int) -> Array:
+    """An axis as two, blocks and what is in them; zeros fill the last block."""
+    dim = x.shape[axis]
+    shards = _explicit_shards(x, axis)
+    if dim % (size * shards) and shards > 1:
+        raise ValueError(
+            f"Blocks of {size} lie within the shards of an axis, got an axis of {dim} "
+            f"elements in {shards} shards. Take a smaller block, or another sharding."
+        )
+    count = -(-dim // size)
+    pad = [(0, 0)] * x.ndim
+    pad[axis] = (0, count * size - dim)
+    shape = (*x.shape[:axis], count, size, *x.shape[axis + 1 :])
+    sharding = None
+    if shards > 1:
+        spec = list(jax.typeof(x).sharding.spec)
+        spec.insert(axis + 1, None)
+        sharding = jax.typeof(x).sharding.update(spec=PartitionSpec(*spec))
+    return jnp.reshape(jnp.pad(x, pad), shape, out_sharding=sharding)
+
+
+def _explicit_shards(x: Array, axis: int) -> int:
+    """Over how many devices an axis of a mesh of explicit axes is spread."""
+    sharding = jax.typeof(x).sharding
+    names = sharding.spec[axis] if axis < len(sharding.spec) else None
+    names = names if isinstance(names, tuple) else () if names is None else (names,)
+    return math.prod(sharding.mesh.shape[name] for name in names)
 
 
 def amax_to_scale(amax: Array, dtype: DType, rounding: Rounding = "exact") -> Array:
@@ -138,7 +165,9 @@ def expand_scale(scale: Array, shape: tuple[int, ...], block: Block) -> Array:
     lead = scale.ndim - len(block)  # axes that vmap or scan has stacked
     for axis, size in enumerate(block, lead):
         if size > 1 and scale.shape[axis] > 1:
-            scale = jnp.repeat(scale, size, axis)
+            explicit = _explicit_shards(scale, axis) > 1
+            sharding = jax.typeof(scale).sharding if explicit else None
+            scale = jnp.repeat(scale, size, axis, out_sharding=sharding)
             scale = lax.slice_in_dim(scale, 0, shape[axis], axis=axis)
     return scale
 
@@ -320,6 +349,11 @@ class DelayedScaling(Scaling):
             )
         if not math.isfinite(self.margin):
             raise ValueError(f"margin is a finite number, got {self.margin}.")
+        if self.rounding != "exact" and not self.margin.is_integer():
+            raise ValueError(
+                "With scales that are powers of two, margin is a whole number, got "
+                f"{self.margin}."
+            )
 
     def block(self, shape: tuple[int, ...], contracting: tuple[int, ...]) -> Block:
         """Everything shares one scale."""

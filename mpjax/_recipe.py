@@ -1,0 +1,489 @@
+"""Which format and which scaling for the three tensors of a product."""
+
+import dataclasses
+from typing import Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mpjax._numerics import format_info
+from mpjax._scaling import (
+    BlockScaling,
+    ChannelScaling,
+    CurrentScaling,
+    DelayedScaling,
+    Rounding,
+    Scaling,
+)
+from mpjax._typing import Array, DType
+
+Product: TypeAlias = Literal["out", "lhs_grad", "rhs_grad"]
+PRODUCTS: tuple[Product, ...] = ("out", "lhs_grad", "rhs_grad")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ScalingState:
+    """What delayed scaling remembers of one layer; a pytree of arrays.
+
+    The last axis but one runs over lhs, rhs and output gradient; axes before it are
+    those of stacked layers.
+
+    Attributes:
+      scale: f32[..., 3], in units of the gradient of the unscaled loss; 0 where nothing
+        finite has been seen yet.
+      history: f32[..., 3, history_length], amaxes, oldest overwritten first.
+      position: i32[...], the entry of the history to write next.
+    """
+
+    scale: Array
+    history: Array
+    position: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Formats and scalings of a product ``out = lhs @ rhs`` and of its two gradients.
+
+    ::
+
+        out       lhs   with rhs
+        lhs_grad  grad  with rhs
+        rhs_grad  lhs   with grad
+
+    Equal recipes hash equal, so a recipe is a static argument that never retraces.
+
+    Attributes:
+      lhs: the scaling of the first operand, usually activations.
+      rhs: the scaling of the second operand, usually weights.
+      grad: the scaling of the gradient of the output.
+      quantized: the products that use low precision; the others run in the operands'
+        own dtype. ``dataclasses.replace(recipe, quantized=("out", "lhs_grad"))`` keeps
+        the weight gradient in high precision.
+      calibrated: of delayed scaling: a promise that ``update`` has been called, so that
+        no product has to wait for the current amax. A scale that is still unknown, of
+        a tensor that was all zeros, is then 1 for a step. A program that branches once,
+        around the whole step, on ``jnp.all(scales > 0)`` makes it good.
+
+    Raises:
+      TypeError: one of the three is no ``Scaling``.
+      ValueError: the scalings cannot go together.
+
+    Example:
+      >>> import jax.numpy as jnp, mpjax
+      >>> e4m3, e5m2 = jnp.float8_e4m3fn, jnp.float8_e5m2
+      >>> recipe = mpjax.Recipe(
+      ...     mpjax.CurrentScaling(e4m3),
+      ...     mpjax.CurrentScaling(e4m3),
+      ...     mpjax.CurrentScaling(e5m2),
+      ... )
+      >>> recipe == mpjax.current_scaling()
+      True
+    """
+
+    lhs: Scaling
+    rhs: Scaling
+    grad: Scaling
+    quantized: tuple[Product, ...] = PRODUCTS
+    calibrated: bool = False
+
+    def __post_init__(self):
+        for name, scaling in self._scalings():
+            if not isinstance(scaling, Scaling):
+                raise TypeError(
+                    f"{name} of a recipe is a Scaling such as CurrentScaling(dtype), "
+                    f"got {scaling!r}."
+                )
+        unknown = set(self.quantized) - set(PRODUCTS)
+        if isinstance(self.quantized, str) or unknown:
+            raise ValueError(
+                f"quantized is a tuple of names out of {PRODUCTS}, got "
+                f"{self.quantized!r}."
+            )
+        ordered = tuple(name for name in PRODUCTS if name in self.quantized)
+        object.__setattr__(self, "quantized", ordered)
+        lengths = {s.history_length for _, s in self._delayed()}
+        if len(lengths) > 1:
+            raise ValueError(
+                "The delayed scalings of a recipe share one history_length, got "
+                f"{sorted(lengths)}."
+            )
+        sizes = {s.size for _, s in self._scalings() if isinstance(s, BlockScaling)}
+        if len(sizes) > 1:
+            raise ValueError(
+                "Blocks of both operands of a product cover the same elements: all "
+                f"block scalings of a recipe have one size, got {sorted(sizes)}."
+            )
+
+    def _scalings(self):
+        return [("lhs", self.lhs), ("rhs", self.rhs), ("grad", self.grad)]
+
+    def _delayed(self):
+        return [
+            (i, s)
+            for i, (_, s) in enumerate(self._scalings())
+            if isinstance(s, DelayedScaling)
+        ]
+
+    @property
+    def stateful(self) -> bool:
+        """Whether a product under this recipe reads scales from a ``ScalingState``."""
+        return bool(self._delayed())
+
+    def init(self) -> ScalingState:
+        """The state of a layer that has seen nothing.
+
+        Its first step, and every step until the first ``update``, scales by the current
+        amax.
+
+        Raises:
+          ValueError: no scaling of this recipe is delayed, so there is no state.
+
+        Example:
+          >>> import mpjax
+          >>> mpjax.delayed_scaling(history_length=16).init().history.shape
+          (3, 16)
+        """
+        if not self.stateful:
+            raise ValueError("Only a recipe with a DelayedScaling has a state.")
+        length = self._delayed()[0][1].history_length
+        return ScalingState(
+            scale=jnp.zeros(3), history=jnp.zeros((3, length)), position=jnp.array(0)
+        )
+
+    def scales(self, state: ScalingState, loss_scale: Array | float = 1.0) -> Array:
+        """What a product takes as ``scales``; its gradient holds the amaxes it saw.
+
+        Args:
+          state: of the layer.
+          loss_scale: f32[], what the loss is multiplied with in this step: gradients
+            and the scale of the gradient grow alike, so that a change of the loss scale
+            saturates nothing.
+
+        Returns:
+          f32[..., 3].
+        """
+        return state.scale * _on_grad(loss_scale, state.scale.shape)
+
+    def update(
+        self, state: ScalingState, observed: Array, loss_scale: Array | float = 1.0
+    ) -> ScalingState:
+        """Enters the amaxes of one optimizer step; to be called once a step.
+
+        The scale of the next step comes from the maximum of the history, or its last
+        entry. An amax that is 0 or not finite tells nothing: it never enters the
+        history, and when no other is left the scale stays what it was.
+
+        Args:
+          state: of the layer.
+          observed: f32[..., 3], the gradient with respect to ``scales``: the amaxes of
+            lhs, rhs and output gradient. Those of microbatches, or of several uses of a
+            layer, are to be merged by ``jnp.maximum``.
+          loss_scale: f32[], the one the step was made with.
+
+        Returns:
+          The state for the next step. Of a step that was skipped, keep the old one
+          (``select_tree``).
+
+        Example:
+          >>> import jax.numpy as jnp, mpjax
+          >>> recipe = mpjax.delayed_scaling()
+          >>> state = recipe.update(recipe.init(), jnp.array([448.0, 44.8, jnp.inf]))
+          >>> recipe.scales(state)
+          Array([1. , 0.1, 0. ], dtype=float32)
+        """
+        observed = observed / _on_grad(loss_scale, observed.shape)
+        known = jnp.isfinite(observed) & (observed > 0)
+        observed = jnp.where(known, observed, 0.0)
+        length = state.history.shape[-1]
+        entry = lax.broadcasted_iota(jnp.int32, state.history.shape, observed.ndim)
+        here = entry == state.position[..., None, None]
+        history = jnp.where(here, observed[..., None], state.history)
+        scales = []
+        for i, (_, scaling) in enumerate(self._scalings()):
+            old = state.scale[..., i]
+            if not isinstance(scaling, DelayedScaling):
+                scales.append(old)
+                continue
+            recent = scaling.algorithm == "most_recent"
+            amax = observed[..., i] if recent else jnp.max(history[..., i, :], axis=-1)
+            scales.append(jnp.where(amax > 0, scaling.scale(amax), old))
+        return ScalingState(
+            scale=jnp.stack(scales, axis=-1),
+            history=history,
+            position=(state.position + 1) % length,
+        )
+
+    def fnuz(self) -> "Recipe":
+        """The same recipe in the fnuz formats of AMD's MI300.
+
+        Example:
+          >>> import mpjax
+          >>> mpjax.current_scaling().fnuz().grad.dtype.name
+          'float8_e5m2fnuz'
+        """
+        names = {
+            "float8_e4m3fn": "float8_e4m3fnuz",
+            "float8_e5m2": "float8_e5m2fnuz",
+        }
+        scalings = {
+            field: dataclasses.replace(s, dtype=names.get(s.dtype.name, s.dtype.name))
+            for field, s in self._scalings()
+        }
+        return dataclasses.replace(self, **scalings)
+
+    def is_supported(self, target: str) -> tuple[bool, str]:
+        """Whether a device multiplies the formats of every quantized product natively.
+
+        Where it does not, the product is emulated: the same numbers, no speed-up.
+
+        Args:
+          target: one of ``"cpu"``, ``"a100"``, ``"h100"``, ``"b200"``, ``"mi300"``,
+            ``"v4"``, ``"v5e"``, ``"v5p"``, ``"v6e"``, ``"v7x"``.
+
+        Returns:
+          The answer and the reason.
+
+        Raises:
+          ValueError: the target is unknown.
+
+        Example:
+          >>> import mpjax
+          >>> mpjax.current_scaling().is_supported("v6e")
+          (False, 'v6e multiplies no float8_e4m3fn with float8_e4m3fn (product out)')
+        """
+        if target not in _NATIVE:
+            raise ValueError(f"Known targets are {', '.join(_NATIVE)}; got {target!r}.")
+        pairs = {
+            "out": (self.lhs, self.rhs),
+            "lhs_grad": (self.grad, self.rhs),
+            "rhs_grad": (self.lhs, self.grad),
+        }
+        for product in self.quantized:
+            one, two = pairs[product]
+            names = f"{one.dtype.name} with {two.dtype.name} (product {product})"
+            blocked = isinstance(one, BlockScaling) or isinstance(two, BlockScaling)
+            if blocked and not (target == "b200" and _is_mx(one) and _is_mx(two)):
+                return False, f"{target} has no scales within a product of {names}"
+            if not _NATIVE[target](one.dtype.name, two.dtype.name):
+                return False, f"{target} multiplies no {names}"
+        return True, f"{target} has units for every quantized product"
+
+
+def _on_grad(factor: Array | float, shape: tuple[int, ...]) -> Array:
+    """f32[..., 3], 1 for the operands."""
+    one = jnp.ones(())
+    factors = jnp.stack([one, one, jnp.asarray(factor, jnp.float32)])
+    return jnp.broadcast_to(factors, shape)
+
+
+def _ocp_float8(*names: str) -> bool:
+    """Any mixture of e4m3fn and e5m2 but e5m2 with itself, which cuBLASLt lacks."""
+    mixture = set(names) <= {"float8_e4m3fn", "float8_e5m2"}
+    return mixture and "float8_e4m3fn" in names
+
+
+# What compilers made of single products, ahead of time; mi300 after AMD's manual.
+_NATIVE = {
+    "cpu": lambda *names: False,
+    "a100": lambda *names: False,
+    "h100": _ocp_float8,
+    "b200": _ocp_float8,
+    "mi300": lambda *names: set(names) <= {"float8_e4m3fnuz", "float8_e5m2fnuz"},
+    "v4": lambda *names: False,
+    "v5e": lambda *names: set(names) == {"float8_e5m2"} or set(names) == {"int8"},
+    "v5p": lambda *names: set(names) == {"float8_e5m2"} or set(names) == {"int8"},
+    "v6e": lambda *names: set(names) == {"float8_e5m2"} or set(names) == {"int8"},
+    "v7x": lambda *names: set(names) <= {"float8_e4m3fn", "float8_e5m2"},
+}
+
+
+def _is_mx(scaling: Scaling) -> bool:
+    return (
+        isinstance(scaling, BlockScaling)
+        and scaling.size == 32
+        and not scaling.square
+        and scaling.scale_dtype == jnp.float8_e8m0fnu
+        and format_info(scaling.dtype).is_float8
+    )
+
+
+def current_scaling(
+    dtype: DType = jnp.float8_e4m3fn,
+    grad_dtype: DType = jnp.float8_e5m2,
+    *,
+    power_of_two: bool = False,
+) -> Recipe:
+    """One scale a tensor, from its own amax. Stateless: the recipe to begin with.
+
+    Args:
+      dtype: the format of both operands.
+      grad_dtype: the format of the output gradient.
+      power_of_two: round scales up to powers of two, which makes scaling exact.
+
+    Returns:
+      A recipe.
+
+    Example:
+      >>> import mpjax
+      >>> mpjax.current_scaling().lhs.dtype.name
+      'float8_e4m3fn'
+
+    References:
+      Micikevicius et al., FP8 Formats for Deep Learning, arXiv 2209.05433.
+    """
+    rounding = _rounding(power_of_two)
+    operand = CurrentScaling(dtype, rounding)
+    return Recipe(operand, operand, CurrentScaling(grad_dtype, rounding))
+
+
+def delayed_scaling(
+    history_length: int = 1024,
+    algorithm: Literal["max", "most_recent"] = "max",
+    margin: float = 0.0,
+    *,
+    dtype: DType = jnp.float8_e4m3fn,
+    grad_dtype: DType = jnp.float8_e5m2,
+    power_of_two: bool = False,
+) -> Recipe:
+    """One scale a tensor, from the amaxes of earlier steps.
+
+    The fastest recipe, since no reduction has to end before a quantization begins, and
+    the only one with a state::
+
+        state = recipe.init()                                    # one a layer
+        def loss_fn(params, scales):
+            y = mpjax.scaled_dot_general(..., recipe=recipe, scales=scales)
+            ...
+        scales = recipe.scales(state)
+        grads, observed = jax.grad(loss_fn, argnums=(0, 1))(params, scales)
+        state = recipe.update(state, observed)                   # once a step
+
+    Args:
+      history_length: how many steps are remembered.
+      algorithm: ``"max"`` of the history, or its ``"most_recent"`` entry.
+      margin: scales are made ``2^margin`` times larger, to leave headroom.
+      dtype: the format of both operands.
+      grad_dtype: the format of the output gradient.
+      power_of_two: round scales up to powers of two, which makes scaling exact.
+
+    Returns:
+      A recipe.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, mpjax
+      >>> recipe, x, w = mpjax.delayed_scaling(), jnp.ones((2, 4)), 3 * jnp.ones((4, 5))
+      >>> def loss_fn(w, scales):
+      ...     return mpjax.einsum("ik,kj->ij", x, w, recipe=recipe, scales=scales).sum()
+      >>> state = recipe.init()
+      >>> _, observed = jax.grad(loss_fn, argnums=(0, 1))(w, recipe.scales(state))
+      >>> observed
+      Array([1., 3., 1.], dtype=float32)
+      >>> state = recipe.update(state, observed)
+
+    References:
+      Micikevicius et al., FP8 Formats for Deep Learning, arXiv 2209.05433.
+    """
+    rounding = _rounding(power_of_two)
+    options = (history_length, algorithm, margin)
+    operand = DelayedScaling(dtype, rounding, *options)
+    return Recipe(operand, operand, DelayedScaling(grad_dtype, rounding, *options))
+
+
+def per_channel_scaling(
+    dtype: DType = jnp.float8_e4m3fn,
+    grad_dtype: DType = jnp.float8_e4m3fn,
+    *,
+    power_of_two: bool = False,
+) -> Recipe:
+    """One scale for each row of lhs and each column of rhs ("row-wise").
+
+    Each of the three products contracts other axes, so every tensor is quantized once
+    for each of the two products it is in.
+
+    Args:
+      dtype: the format of both operands.
+      grad_dtype: the format of the output gradient.
+      power_of_two: round scales up to powers of two, which makes scaling exact.
+
+    Returns:
+      A recipe.
+
+    Example:
+      >>> import mpjax
+      >>> mpjax.per_channel_scaling().grad.dtype.name
+      'float8_e4m3fn'
+    """
+    rounding = _rounding(power_of_two)
+    operand = ChannelScaling(dtype, rounding)
+    return Recipe(operand, operand, ChannelScaling(grad_dtype, rounding))
+
+
+def block_scaling(
+    dtype: DType = jnp.float8_e4m3fn,
+    grad_dtype: DType = jnp.float8_e4m3fn,
+    *,
+    size: int = 128,
+    power_of_two: bool = True,
+) -> Recipe:
+    """Blocks of 1 x 128 for activations and gradients and 128 x 128 for weights.
+
+    Args:
+      dtype: the format of both operands.
+      grad_dtype: the format of the output gradient.
+      size: of a block.
+      power_of_two: round scales up to powers of two.
+
+    Returns:
+      A recipe.
+
+    Example:
+      >>> import mpjax
+      >>> mpjax.block_scaling().rhs.block((256, 512), contracting=(0,))
+      (128, 128)
+
+    References:
+      DeepSeek-AI, DeepSeek-V3 Technical Report, arXiv 2412.19437, section 3.3.2.
+    """
+    rounding = _rounding(power_of_two)
+    return Recipe(
+        BlockScaling(dtype, rounding, size),
+        BlockScaling(dtype, rounding, size, square=True),
+        BlockScaling(grad_dtype, rounding, size),
+    )
+
+
+def mx_scaling(
+    dtype: DType = jnp.float8_e4m3fn,
+    grad_dtype: DType = jnp.float8_e4m3fn,
+    *,
+    rounding: Literal["up", "floor"] = "up",
+) -> Recipe:
+    """Microscaling: blocks of 32 along the contraction, with scales of one byte.
+
+    Args:
+      dtype: the format of both operands: an fp8 (MXFP8), fp6, fp4 or int8.
+      grad_dtype: the format of the output gradient.
+      rounding: ``"up"`` keeps every element in range; ``"floor"`` is the rule of the
+        specification, under which training can diverge.
+
+    Returns:
+      A recipe.
+
+    Example:
+      >>> import mpjax
+      >>> mpjax.mx_scaling().is_supported("b200")
+      (True, 'b200 has units for every quantized product')
+
+    References:
+      OCP Microscaling Formats (MX) Specification v1.0.
+      Mishra et al., Recipes for Pre-training LLMs with MXFP8, arXiv 2506.08027.
+    """
+    options = (rounding, 32, False, jnp.float8_e8m0fnu)
+    operand = BlockScaling(dtype, *options)
+    return Recipe(operand, operand, BlockScaling(grad_dtype, *options))
+
+
+def _rounding(power_of_two: bool) -> Rounding:
+    return "up" if power_of_two else "exact"

@@ -1,0 +1,228 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mpjax import _recipe as recipes
+from mpjax import _scaling as scaling
+
+E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
+ALL = [
+    recipes.current_scaling,
+    recipes.delayed_scaling,
+    recipes.per_channel_scaling,
+    recipes.block_scaling,
+    recipes.mx_scaling,
+]
+
+
+@pytest.mark.parametrize("make", ALL)
+def test_recipes_are_values(make):
+    assert make() == make() and hash(make()) == hash(make())
+    assert make(dtype="float8_e5m2") == make(dtype=jnp.float8_e5m2) != make()
+    assert make().lhs.dtype == E4M3
+
+
+def test_an_equal_recipe_does_not_retrace():
+    traces = []
+
+    static = jax.jit(lambda x, recipe: traces.append(1) or x, static_argnums=1)
+    for _ in range(3):
+        static(jnp.ones(2), recipes.current_scaling(E4M3))
+        static(jnp.ones(2), recipes.current_scaling("float8_e4m3fn"))
+    assert len(traces) == 1
+
+
+def test_formats_of_the_named_recipes():
+    assert recipes.current_scaling().grad.dtype == E5M2
+    assert recipes.delayed_scaling().grad.dtype == E5M2
+    assert recipes.delayed_scaling() == recipes.delayed_scaling(
+        history_length=1024, algorithm="max", margin=0
+    )
+    for make in (recipes.per_channel_scaling, recipes.block_scaling):
+        assert make().grad.dtype == E4M3
+    block = recipes.block_scaling()
+    assert block.lhs.block((256, 512), (1,)) == (1, 128)
+    assert block.grad.block((256, 512), (0,)) == (128, 1)
+    assert block.rhs.block((512, 256), (0,)) == block.rhs.block((512, 256), (1,))
+    assert recipes.mx_scaling().lhs.rounding == "up"
+    assert recipes.mx_scaling(rounding="floor").lhs.rounding == "floor"
+
+
+@pytest.mark.parametrize("make", ALL[:4])
+def test_powers_of_two_are_an_option(make):
+    assert make(power_of_two=True).grad.rounding == "up"
+    assert make(power_of_two=False).grad.rounding == "exact"
+
+
+@pytest.mark.parametrize("make", ALL)
+def test_every_recipe_has_a_variant_for_amd(make):
+    variant = make(dtype=E4M3, grad_dtype=E5M2).fnuz()
+    assert variant.rhs.dtype == jnp.float8_e4m3fnuz
+    assert variant.grad.dtype == jnp.float8_e5m2fnuz
+    assert variant.fnuz() == variant
+    assert dataclasses.replace(variant.lhs, dtype=E4M3) == make().lhs
+
+
+@pytest.mark.parametrize(
+    ("recipe", "native"),
+    [
+        (recipes.current_scaling(), {"h100", "b200", "v7x"}),
+        (recipes.delayed_scaling(), {"h100", "b200", "v7x"}),
+        (recipes.per_channel_scaling(), {"h100", "b200", "v7x"}),
+        (recipes.block_scaling(), set()),
+        (recipes.mx_scaling(), {"b200"}),
+        (recipes.current_scaling().fnuz(), {"mi300"}),
+        (recipes.current_scaling(E5M2), {"v5e", "v5p", "v6e", "v7x"}),
+        (recipes.current_scaling("int8", "int8"), {"v5e", "v5p", "v6e"}),
+    ],
+)
+def test_what_runs_natively_where(recipe, native):
+    targets = ["cpu", "a100", "h100", "b200", "mi300", "v4", "v5e", "v5p", "v6e", "v7x"]
+    answers = {target: recipe.is_supported(target) for target in targets}
+    assert {target for target, (yes, _) in answers.items() if yes} == native
+    assert all(isinstance(reason, str) and reason for _, reason in answers.values())
+
+
+def test_a_reason_names_the_product_and_the_formats():
+    yes, reason = recipes.current_scaling(E5M2, E4M3).is_supported("h100")
+    assert not yes and "float8_e5m2 with float8_e5m2 (product out)" in reason
+    forward = dataclasses.replace(recipes.current_scaling(E5M2), quantized=())
+    assert forward.is_supported("h100")[0]
+    with pytest.raises(ValueError, match="Known targets are cpu, a100"):
+        recipes.current_scaling().is_supported("tpu")
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda c: recipes.Recipe(c, c, E4M3), TypeError, "grad of a recipe"),
+        (lambda c: recipes.Recipe(c, None, c), TypeError, "rhs of a recipe"),
+        (lambda c: recipes.Recipe(c, c, c, ("output",)), ValueError, "names out of"),
+        (lambda c: recipes.Recipe(c, c, c, "out"), ValueError, "names out of"),
+        (
+            lambda c: recipes.Recipe(
+                scaling.DelayedScaling(E4M3),
+                c,
+                scaling.DelayedScaling(E4M3, "exact", 4),
+            ),
+            ValueError,
+            "share one history_length",
+        ),
+        (
+            lambda c: recipes.Recipe(
+                scaling.BlockScaling(E4M3, size=32), scaling.BlockScaling(E4M3), c
+            ),
+            ValueError,
+            "have one size",
+        ),
+        (lambda c: recipes.delayed_scaling(0), ValueError, "at least 1"),
+        (lambda c: recipes.mx_scaling(rounding="exact"), ValueError, "powers of two"),
+        (lambda c: recipes.current_scaling().init(), ValueError, "DelayedScaling"),
+        (
+            lambda c: recipes.delayed_scaling(margin=0.5, power_of_two=True),
+            ValueError,
+            "whole number",
+        ),
+    ],
+)
+def test_recipes_that_cannot_be_are_refused(make, error, message):
+    with pytest.raises(error, match=message):
+        make(scaling.CurrentScaling(E4M3))
+
+
+class Oracle:
+    """Delayed scaling of one tensor, as a list and a loop."""
+
+    def __init__(self, largest, length, algorithm, margin):
+        self.largest, self.length = largest, length
+        self.algorithm, self.margin = algorithm, margin
+        self.history, self.scale = [], 0.0
+
+    def update(self, amax):
+        known = np.isfinite(amax) and amax > 0
+        self.history = [*self.history, amax if known else 0.0][-self.length :]
+        latest = self.history[-1]
+        amax = latest if self.algorithm == "most_recent" else max(self.history)
+        if amax > 0:
+            scale = np.float32(amax) * np.float32(1 / self.largest)
+            self.scale = float(scale) * 2.0**self.margin
+
+
+AMAXES = st.sampled_from([0.0, 0.5, 1.0, 3.0, 448.0, 1e-6, 1e30, np.inf, np.nan])
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    steps=st.lists(st.tuples(AMAXES, AMAXES, AMAXES), min_size=1, max_size=12),
+    algorithm=st.sampled_from(["max", "most_recent"]),
+    margin=st.sampled_from([0, 1, -0.5]),
+)
+def test_update_follows_the_oracle(steps, algorithm, margin):
+    recipe = recipes.delayed_scaling(3, algorithm, margin)
+    state, update = recipe.init(), jax.jit(recipe.update)
+    oracles = [Oracle(m, 3, algorithm, margin) for m in (448, 448, 57344)]
+    for amaxes in steps:
+        state = update(state, jnp.array(amaxes, jnp.float32))
+        for oracle, amax in zip(oracles, amaxes, strict=True):
+            oracle.update(amax)
+        expected = np.float32([oracle.scale for oracle in oracles])
+        np.testing.assert_allclose(state.scale, expected, rtol=2e-7)
+
+
+def test_an_overflow_is_forgotten_at_once():
+    """It does not hold the scale down for a whole history."""
+    recipe = recipes.delayed_scaling(history_length=1024)
+    before = recipe.update(recipe.init(), jnp.full(3, 2.0))
+    state = recipe.update(before, jnp.array([jnp.inf, jnp.nan, jnp.inf]))
+    np.testing.assert_array_equal(state.scale, before.scale)
+    state = recipe.update(state, jnp.full(3, 4.0))
+    np.testing.assert_array_equal(state.scale, 2 * before.scale)
+
+
+def test_the_history_forgets_what_is_too_old():
+    recipe = recipes.delayed_scaling(history_length=2)
+    state = recipe.init()
+    for amax, expected in ((8.0, 8.0), (1.0, 8.0), (2.0, 2.0), (0.0, 2.0), (0.0, 2.0)):
+        state = recipe.update(state, jnp.full(3, amax))
+        assert state.scale[0] == np.float32(expected) * np.float32(1 / 448)
+
+
+def test_a_change_of_the_loss_scale_changes_the_gradients_scale_alone():
+    recipe = recipes.delayed_scaling()
+    state = recipe.update(recipe.init(), jnp.array([1.0, 2.0, 3.0 * 2**16]), 2.0**16)
+    plain = recipe.update(recipe.init(), jnp.array([1.0, 2.0, 3.0]))
+    np.testing.assert_array_equal(state.scale, plain.scale)
+    small = jnp.float32(2.0**-40)
+    np.testing.assert_array_equal(
+        recipe.scales(state, small), plain.scale * np.float32([1, 1, 2.0**-40])
+    )
+
+
+def test_states_of_stacked_layers_update_as_one():
+    recipe = recipes.delayed_scaling(4)
+    one = recipe.init()
+    stack = jax.tree.map(lambda x: jnp.stack([x] * 5), one)
+    observed = jnp.arange(1.0, 16.0).reshape(5, 3)
+    together = jax.jit(recipe.update)(stack, observed)
+    for i in range(5):
+        alone = recipe.update(one, observed[i])
+        for new, old in zip(
+            jax.tree.leaves(together), jax.tree.leaves(alone), strict=True
+        ):
+            np.testing.assert_array_equal(new[i], old)
+    assert recipe.scales(together, 2.0).shape == (5, 3)
+
+
+def test_update_keeps_shapes_and_dtypes():
+    recipe = recipes.delayed_scaling(4)
+    state = recipe.init()
+    new = jax.eval_shape(recipe.update, state, jnp.ones(3))
+    for old, leaf in zip(jax.tree.leaves(state), jax.tree.leaves(new), strict=True):
+        assert (old.shape, old.dtype) == (leaf.shape, leaf.dtype)
+    assert reference.dtype("float8_e4m3fn") == recipe.lhs.dtype
