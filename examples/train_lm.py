@@ -1,0 +1,188 @@
+"""Trains a small transformer on Python's documentation, in 16 bits and in float32.
+
+    python examples/train_lm.py --policy mixed_float16 --steps 1000
+
+Mixed precision takes the three lines of `train` that mention mpjax. The model is an
+ordinary Flax model, the optimizer an ordinary optax optimizer. A float32 run from the
+same seed, with the same batches in the same order, stands beside the others.
+"""
+
+import argparse
+import dataclasses
+import functools
+import pydoc_data.topics
+import time
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tqdm
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+import mpjax
+import mpjax.linen
+
+BATCH, LENGTH = 16, 64
+SMOOTH = 50  # steps over which the losses of the plot and of the table are averaged
+
+
+class Block(nn.Module):
+    """Attention, then a perceptron, each added to what came in."""
+
+    @nn.compact
+    def __call__(self, x, mask):
+        width = x.shape[-1]
+        x += nn.MultiHeadDotProductAttention(num_heads=4)(nn.LayerNorm()(x), mask=mask)
+        hidden = nn.gelu(nn.Dense(4 * width)(nn.LayerNorm()(x)))
+        return x + nn.Dense(width)(hidden)
+
+
+class Transformer(nn.Module):
+    """Predicts the next byte of a text. It knows nothing of mixed precision."""
+
+    width: int = 128
+    depth: int = 3
+
+    @nn.compact
+    def __call__(self, tokens):
+        embed = nn.Embed(256, self.width)
+        shape = 1, LENGTH, self.width
+        positions = self.param("positions", nn.initializers.normal(0.02), shape)
+        x = embed(tokens) + positions
+        mask = nn.make_causal_mask(tokens)
+        for _ in range(self.depth):
+            x = Block()(x, mask)
+        return embed.attend(nn.LayerNorm()(x))
+
+
+@dataclasses.dataclass
+class Run:
+    """What a training run leaves for the table and the plot, each a number a step."""
+
+    policy: str
+    losses: list[float] = dataclasses.field(default_factory=list)
+    scales: list[float] = dataclasses.field(default_factory=list)
+    seconds: list[float] = dataclasses.field(default_factory=list)
+    skipped: int = 0
+
+    @property
+    def final_loss(self):
+        """The mean of the last losses."""
+        return np.mean(self.losses[-SMOOTH:])
+
+
+def train(policy: str, steps: int, seed: int) -> Run:
+    """Trains from scratch under a policy."""
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 3e-3, steps // 10, steps)
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95)
+    )
+
+    # The three lines; the third is in `train_step`. Only float16 needs the loss scale,
+    # and the others do not mind: multiplying by a power of two is exact. It may grow
+    # every 50 steps, where 2000 are usual, for the plot to show what it does.
+    model = mpjax.linen.MixedPrecision(Transformer(), policy)
+    optimizer = mpjax.dynamic_loss_scaling(optimizer, growth_interval=50)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def train_step(params, opt_state, tokens):
+        def loss_fn(params):
+            logits = model.apply(params, tokens[:, :-1])
+            return optax.softmax_cross_entropy_with_integer_labels(
+                logits, tokens[:, 1:]
+            ).mean()
+
+        loss, grads = mpjax.value_and_grad(loss_fn, opt_state)(params)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, loss
+
+    params = model.init(jax.random.key(seed), jnp.zeros((1, LENGTH), jnp.int32))
+    opt_state = optimizer.init(params)
+    run = Run(policy)
+    progress = tqdm.tqdm(batches(steps, seed), policy, steps)
+    for tokens in progress:
+        start = time.perf_counter()
+        run.scales.append(float(mpjax.loss_scale(opt_state)))
+        params, opt_state, loss = train_step(params, opt_state, tokens)
+        run.losses.append(float(loss))
+        run.seconds.append(time.perf_counter() - start)
+        progress.set_postfix(loss=f"{loss:.3f}", scale=f"{run.scales[-1]:g}")
+    run.skipped = int(mpjax.skipped_steps(opt_state))
+    return run
+
+
+def batches(steps: int, seed: int):
+    """Random pieces of the text, int32[BATCH, LENGTH + 1], a byte a token."""
+    text = "\n\n".join(pydoc_data.topics.topics.values())
+    tokens = np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+    rng = np.random.default_rng(seed)
+    for _ in range(steps):
+        starts = rng.integers(len(tokens) - LENGTH, size=(BATCH, 1))
+        yield tokens[starts + np.arange(LENGTH + 1)]
+
+
+def table(runs: list[Run]) -> Table:
+    """The runs, compared with the first."""
+    columns = "policy", "final loss", "to float32", "tokens/s", "skipped", "last scale"
+    result = Table(*columns, title=f"Mean loss of the last {SMOOTH} steps, nats a byte")
+    for run in runs:
+        result.add_row(
+            run.policy,
+            f"{run.final_loss:.4f}",
+            f"{run.final_loss / runs[0].final_loss - 1:+.2%}",
+            f"{BATCH * LENGTH / np.median(run.seconds):,.0f}",
+            f"{run.skipped}",
+            f"2**{np.log2(run.scales[-1]):g}",
+        )
+    return result
+
+
+def plot(runs: list[Run], path: str) -> None:
+    """Draws loss and loss scale against the step."""
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    top, bottom = figure.subplots(2, sharex=True, height_ratios=(3, 1))
+    for index, run in enumerate(runs):
+        window = min(SMOOTH, len(run.losses))
+        smooth = np.convolve(run.losses, np.ones(window) / window, "valid")
+        style = {"label": run.policy, "linewidth": 1.5 if index else 5, "alpha": 0.7}
+        top.plot(np.arange(len(smooth)) + window, smooth, **style)
+        bottom.step(range(1, len(run.scales) + 1), run.scales, where="post", **style)
+    top.set(ylabel=f"loss, mean of {SMOOTH} steps", title="Python's documentation")
+    top.legend()
+    bottom.set(ylabel="loss scale", xlabel="step")
+    bottom.set_yscale("log", base=2)
+    figure.savefig(path, dpi=150)
+
+
+def main(args=None) -> list[Run]:
+    """Trains under the policies asked for, and in float32."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--policy",
+        nargs="+",
+        default=["mixed_bfloat16", "mixed_float16"],
+        help="one or more policies, as mixed_float16 or p=f32,c=bf16,o=f32",
+    )
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--plot", default="train_lm.png", help="where the plot goes")
+    args = parser.parse_args(args)
+
+    model = mpjax.linen.MixedPrecision(Transformer(), args.policy[0])
+    tokens = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32)
+    print(mpjax.linen.tabulate(model, jax.random.key(0), tokens))
+
+    policies = ["float32", *(p for p in args.policy if p != "float32")]
+    runs = [train(policy, args.steps, args.seed) for policy in policies]
+    Console().print(table(runs))
+    plot(runs, args.plot)
+    print(f"Plot of loss and loss scale: {args.plot}")
+    return runs
+
+
+if __name__ == "__main__":
+    main()

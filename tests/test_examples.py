@@ -1,0 +1,52 @@
+"""The examples, as a user runs them, reach what float32 reaches."""
+
+import importlib.util
+import pathlib
+
+import numpy as np
+import pytest
+
+EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.long
+def test_train_lm(tmp_path, capsys):
+    plot = tmp_path / "plot.png"
+    runs = load("train_lm").main(["--steps", "300", "--plot", str(plot)])
+    float32, bfloat16, float16 = runs
+    assert [run.policy for run in runs] == [
+        "float32",
+        "mixed_bfloat16",
+        "mixed_float16",
+    ]
+    assert all(np.isfinite(run.losses).all() for run in runs)
+    assert float32.losses[0] > 5 > 2.5 > float32.final_loss
+    assert bfloat16.final_loss == pytest.approx(float32.final_loss, rel=0.01)
+    assert float16.final_loss == pytest.approx(float32.final_loss, rel=0.01)
+    # The same batches in the same order: the first losses differ by rounding alone.
+    assert bfloat16.losses[0] == pytest.approx(float32.losses[0], rel=2**-8)
+    assert float32.skipped == bfloat16.skipped == 0
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "Block_0/Dense_0" in printed
+    assert "mixed_float16" in printed
+
+
+@pytest.mark.long
+def test_train_digits_survives_a_poisoned_batch(capsys):
+    runs = load("train_digits").main(["--poison"])
+    assert [policy for policy, *_ in runs] == ["float32", "mixed_float16"]
+    (_, float32, *_), (_, float16, skipped, scale) = runs
+    assert float32 > 0.97
+    assert float16 == pytest.approx(float32, abs=0.005)
+    assert skipped == 1
+    assert scale == 2.0**15
+    printed = capsys.readouterr()
+    assert (printed.out + printed.err).count("bit for bit as before: True") == 2
