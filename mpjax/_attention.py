@@ -1,6 +1,5 @@
 """Attention with a float32 softmax between products of 16-bit operands."""
 
-import functools
 from collections.abc import Callable
 
 import jax
@@ -56,11 +55,15 @@ def dot_product_attention(
     """
     *batch, queries, heads, depth = query.shape
     keys, key_heads = key.shape[-3:-1]
-    grouped = (*batch, queries, key_heads, heads // key_heads, depth)
     query = query * np.asarray(depth**-0.5, query.dtype)
+    query_axes, weight_axes = "qhd", "hqk"
+    if heads != key_heads:
+        query = query.reshape(*batch, queries, key_heads, heads // key_heads, depth)
+        query_axes, weight_axes = "qhgd", "hgqk"
     logits = jnp.einsum(
-        "...qhgd,...khd->...hgqk", query.reshape(grouped), key, precision=precision
+        f"...{query_axes},...khd->...{weight_axes}", query, key, precision=precision
     )
+    shape = logits.shape
     logits = logits.reshape(*batch, heads, queries, keys)
     if bias is not None:
         logits += jnp.broadcast_to(bias, logits.shape).astype(logits.dtype)
@@ -70,9 +73,9 @@ def dot_product_attention(
     for mask in masks:
         mask = jnp.broadcast_to(mask, logits.shape)
         logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
-    weights = edit_weights(
-        jax.nn.softmax(logits.astype(np.float32)).astype(query.dtype)
+    weights = jax.nn.softmax(logits.astype(np.float32)).astype(query.dtype)
+    weights = edit_weights(weights).reshape(shape)
+    output = jnp.einsum(
+        f"...{weight_axes},...khd->...{query_axes}", weights, value, precision=precision
     )
-    weights = weights.reshape(*batch, *grouped[-3:-1], queries, keys)
-    output = jnp.einsum("...hgqk,...khv->...qhgv", weights, value, precision=precision)
     return output.reshape(*batch, queries, heads, value.shape[-1])

@@ -1,5 +1,7 @@
 """A way around a fault of XLA on CPUs."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -42,4 +44,9 @@ def conv_general_dilated(lhs: Array, rhs: Array, *args, **kwargs) -> Array:
     y = lax.conv_general_dilated(lhs, rhs, *args, **kwargs)
     if not _FAULTY or lhs.dtype != jnp.bfloat16 or y.shape != lhs.shape:
         return y
+    return _keep_apart(y)
+
+
+@functools.partial(jax.jit, inline=True)  # for its cache: traced once a shape
+def _keep_apart(y):
     return lax.platform_dependent(y, cpu=lax.optimization_barrier, default=lambda y: y)
