@@ -111,3 +111,41 @@ def sqnr(exact, approximate):
     exact = as_float64(exact)
     noise = np.linalg.norm(exact - as_float64(approximate))
     return 20 * np.log10(np.linalg.norm(exact) / noise)
+
+
+def dot_general(lhs, rhs, dimension_numbers):
+    """In float64, by einsum: batch, then what is free of lhs, then of rhs."""
+    (lc, rc), (lb, rb) = dimension_numbers
+    letters = iter("abcdefghijklmnop")
+    one = [next(letters) for _ in range(lhs.ndim)]
+    two = [next(letters) for _ in range(rhs.ndim)]
+    for i, j in (*zip(lc, rc, strict=True), *zip(lb, rb, strict=True)):
+        two[j] = one[i]
+    out = [one[i] for i in lb]
+    out += [c for i, c in enumerate(one) if i not in (*lb, *lc)]
+    out += [c for i, c in enumerate(two) if i not in (*rb, *rc)]
+    formula = f"{''.join(one)},{''.join(two)}->{''.join(out)}"
+    return np.einsum(formula, np.float64(lhs), np.float64(rhs)), formula
+
+
+def dot_general_and_gradients(lhs, rhs, grad, dimension_numbers, fakes):
+    """Fake-quantized product and gradients, in float64.
+
+    ``fakes`` maps (tensor, product) to a function of the tensor and the axes that the
+    product contracts; tensors are "lhs", "rhs", "grad".
+    """
+    _, formula = dot_general(lhs, rhs, dimension_numbers)
+    inputs, out = formula.split("->")
+    one, two = inputs.split(",")
+    products = {
+        "out": ("lhs", one, lhs, "rhs", two, rhs, out),
+        "lhs_grad": ("grad", out, grad, "rhs", two, rhs, one),
+        "rhs_grad": ("lhs", one, lhs, "grad", out, grad, two),
+    }
+    results = []
+    for product, (a, a_axes, x, b, b_axes, y, target) in products.items():
+        summed = set(a_axes) & set(b_axes) - set(target)
+        x = fakes[a](x, product, tuple(a_axes.index(c) for c in sorted(summed)))
+        y = fakes[b](y, product, tuple(b_axes.index(c) for c in sorted(summed)))
+        results.append(np.einsum(f"{a_axes},{b_axes}->{target}", x, y))
+    return results

@@ -1,0 +1,171 @@
+"""What the operands of scaled products go through before and after them."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from mpjax._qarray import QArray
+from mpjax._scaling import (
+    DelayedScaling,
+    Scaling,
+    amax_to_scale,
+    block_amax,
+    check_block,
+    quantize_with_scale,
+)
+from mpjax._typing import Array, DType
+
+Operand: TypeAlias = Array | QArray  # in high precision, or quantized
+
+RESIDUAL_NAME = "mpjax_quantized"
+
+
+def check_operand(name: str, x: Array) -> Array:
+    """A floating array that is wide enough to be quantized, or a TypeError."""
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(
+            f"{name} of a scaled product is a floating array, got {x.dtype.name}; for "
+            "integers, use the function of lax."
+        )
+    if x.dtype.itemsize < 2:
+        raise TypeError(
+            f"{name} of a scaled product is quantized by the recipe, got "
+            f"{x.dtype.name}; pass it as it was before its quantization."
+        )
+    return x
+
+
+def quantize_operand(
+    scaling: Scaling,
+    x: Array,
+    uses: Sequence[tuple[int, ...] | None],
+    scale: Array | None,
+    calibrated: bool,
+) -> tuple[list[Operand], Array]:
+    """Quantizes a tensor for each product that it is an operand of.
+
+    Products under which the same elements share a scale share one quantization.
+
+    Args:
+      scaling: of the tensor.
+      x: f[...].
+      uses: for every product the axes that it contracts, or ``None`` where the product
+        stays in high precision.
+      scale: f32[], of delayed scaling; 0 where it is unknown.
+      calibrated: an unknown scale is 1, not that of the current amax.
+
+    Returns:
+      The operand for every product, and what was observed: f32[], the amax under
+      delayed scaling (inf where it is not finite), else 0.
+    """
+    forms = {}
+    observed = jnp.zeros(())
+    for contracting in uses:
+        if contracting is None:
+            continue
+        block = check_block(scaling.block(x.shape, contracting), x.shape)
+        if block in forms:
+            continue
+        amax = block_amax(x, block)
+        if isinstance(scaling, DelayedScaling):
+            assert scale is not None  # check_scales
+            observed = jnp.where(jnp.isfinite(amax), amax, jnp.inf).reshape(())
+            known, _ = match_varying(scale.reshape(amax.shape), amax)
+            unknown = 1.0 if calibrated else scaling.scale(amax)
+            block_scale = jnp.where(known > 0, known, unknown)
+        else:
+            block_scale = amax_to_scale(amax, scaling.dtype, scaling.rounding)
+        q = QArray(
+            quantize_with_scale(x, block_scale, scaling.dtype, block),
+            block_scale.astype(getattr(scaling, "scale_dtype", jnp.float32)),
+            block,
+        )
+        named = jax.tree.map(lambda x: checkpoint_name(x, RESIDUAL_NAME), keep(q))
+        forms[block] = restore(named)
+    operands = [
+        x
+        if contracting is None
+        else forms[check_block(scaling.block(x.shape, contracting), x.shape)]
+        for contracting in uses
+    ]
+    return operands, observed
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Kept:
+    """A quantized array for the backward pass: narrow floats as unsigned integers.
+
+    Of what ``jax.checkpoint`` keeps it first reduces the precision, by a rule for IEEE
+    floats: it would turn all float8_e4m3fn from 256 on into infinity, which is NaN.
+    """
+
+    bits: QArray
+    dtypes: tuple[DType, ...] = dataclasses.field(metadata={"static": True})
+
+
+def keep(operand: Operand) -> Array | _Kept:
+    """What a forward pass hands to the backward pass."""
+    if not isinstance(operand, QArray):
+        return operand
+
+    def to_bits(x):
+        if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize == 1:
+            bits = jnp.finfo(x.dtype).bits
+            x = lax.bitcast_convert_type(x, jnp.uint4 if bits == 4 else jnp.uint8)
+        return x
+
+    dtypes = tuple(x.dtype for x in jax.tree.leaves(operand))
+    return _Kept(jax.tree.map(to_bits, operand), dtypes)
+
+
+def restore(kept: Array | _Kept) -> Operand:
+    """The inverse of ``keep``."""
+    if not isinstance(kept, _Kept):
+        return kept
+    leaves, structure = jax.tree.flatten(kept.bits)
+    pairs = zip(leaves, kept.dtypes, strict=True)
+    return structure.unflatten(
+        x if x.dtype == dtype else lax.bitcast_convert_type(x, dtype)
+        for x, dtype in pairs
+    )
+
+
+def match_varying(*operands):
+    """Within ``shard_map``, marks all operands as varying where any of them does.
+
+    The sum over devices of the gradient of a replicated weight is then the transpose of
+    this mark, taken by JAX outside of the product's own rule.
+    """
+    leaves = jax.tree.leaves(operands)
+    axes = frozenset().union(*(varying_axes(leaf) for leaf in leaves))
+
+    def mark(x):
+        missing = tuple(sorted(axes - varying_axes(x), key=str))
+        return lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(mark, operands)
+
+
+def varying_axes(x: Array) -> frozenset:
+    """The manual mesh axes over which an array differs between devices."""
+    return jax.typeof(x).manual_axis_type.varying
+
+
+def merge_observations(
+    later: Array | None, lhs: Array, rhs: Array, grad: Array, scales: Array | None
+) -> Array | None:
+    """The gradient of ``scales``: the larger of what this and later calls observed."""
+    if scales is None or later is None:
+        return None
+    observed = jnp.stack([lhs, rhs, grad])
+    axes = tuple(sorted(varying_axes(observed) - varying_axes(scales), key=str))
+    if axes:
+        observed = lax.pmax(observed, axes)
+    return jnp.maximum(observed, later)

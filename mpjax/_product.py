@@ -1,0 +1,127 @@
+"""One product of two operands, each in high precision or quantized."""
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import jax.numpy as jnp
+from jax import lax
+
+from mpjax._numerics import format_info
+from mpjax._operand import Operand
+from mpjax._qarray import QArray, dequantize
+from mpjax._scaling import expand_scale
+from mpjax._typing import Array, DType
+
+DimensionNumbers: TypeAlias = tuple[
+    tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]
+]
+
+
+def product(
+    lhs: Operand,
+    rhs: Operand,
+    dimension_numbers: DimensionNumbers,
+    *,
+    dtype: DType,
+    precision: Any = None,
+    out_sharding: Any = None,
+    power_of_two: bool = False,
+) -> Array:
+    """``lax.dot_general`` of operands that are both quantized, or both not.
+
+    Args:
+      lhs: f[...] or ``QArray``.
+      rhs: f[...] or ``QArray``.
+      dimension_numbers: as for ``lax.dot_general``.
+      dtype: of the result.
+      precision: of a product in high precision.
+      out_sharding: as for ``lax.dot_general``.
+      power_of_two: whether all scales are powers of two.
+
+    Returns:
+      dtype[batch..., lhs free..., rhs free...].
+    """
+    (lc, rc), _ = dimension_numbers
+    if not (isinstance(lhs, QArray) and isinstance(rhs, QArray)):
+        assert not isinstance(lhs, QArray) and not isinstance(rhs, QArray)
+        if lhs.dtype != rhs.dtype:  # only a backward product has such operands
+            lhs, rhs = lhs.astype(jnp.float32), rhs.astype(jnp.float32)
+        kind = dtype if lhs.dtype.itemsize <= jnp.dtype(dtype).itemsize else lhs.dtype
+        out = lax.dot_general(
+            lhs, rhs, dimension_numbers, precision, kind, out_sharding=out_sharding
+        )
+    elif _is_blocked(lhs, lc) or _is_blocked(rhs, rc):
+        # Scales that change along the contraction. Values times powers of two are exact
+        # in bfloat16, and so is every single product in its float32 sum.
+        wide = jnp.bfloat16 if power_of_two else jnp.float32
+        out = lax.dot_general(
+            dequantize(lhs, wide),
+            dequantize(rhs, wide),
+            dimension_numbers,
+            None if power_of_two else lax.Precision.HIGHEST,
+            jnp.float32,
+            out_sharding=out_sharding,
+        )
+    else:
+        out = _dot_of_values(lhs.qvalue, rhs.qvalue, dimension_numbers, out_sharding)
+        out = _scale_output(out, lhs, rhs, dimension_numbers)
+    return out.astype(dtype)
+
+
+def _is_blocked(q: QArray, contracting: Sequence[int]) -> bool:
+    return any(q.scale.shape[axis] > 1 for axis in contracting)
+
+
+def _dot_of_values(lhs, rhs, dimension_numbers, out_sharding) -> Array:
+    """f32, with exact products of the values.
+
+    fp8 operands go into the product as they are where a device may have units for them;
+    on a CPU, and where formats of other kinds meet, as bfloat16, which holds all their
+    values.
+    """
+    float8 = [format_info(x.dtype).is_float8 for x in (lhs, rhs)]
+
+    def narrow(lhs, rhs, accumulator=jnp.float32):
+        return lax.dot_general(
+            lhs,
+            rhs,
+            dimension_numbers,
+            preferred_element_type=accumulator,
+            out_sharding=out_sharding,
+        )
+
+    def wide(lhs, rhs):
+        return narrow(lhs.astype(jnp.bfloat16), rhs.astype(jnp.bfloat16))
+
+    if all(float8):
+        return lax.platform_dependent(lhs, rhs, cpu=wide, default=narrow)
+    if lhs.dtype == rhs.dtype == jnp.int8:
+        return narrow(lhs, rhs, jnp.int32).astype(jnp.float32)
+    return wide(lhs, rhs)
+
+
+def _scale_output(out: Array, lhs: QArray, rhs: QArray, dimension_numbers) -> Array:
+    """Multiplies by both scales: numbers for each batch and free index, or one."""
+    (lc, rc), (lb, rb) = dimension_numbers
+    lhs_free = lhs.qvalue.ndim - len(lb) - len(lc)
+    rhs_free = rhs.qvalue.ndim - len(rb) - len(rc)
+    lhs_scale = _batch_then_free(lhs, lb, lc)
+    rhs_scale = _batch_then_free(rhs, rb, rc)
+    batch = lhs_scale.shape[: len(lb)], rhs_scale.shape[: len(rb)]
+    lhs_scale = lhs_scale.reshape(
+        *batch[0], *lhs_scale.shape[len(lb) :], *[1] * rhs_free
+    )
+    rhs_scale = rhs_scale.reshape(
+        *batch[1], *[1] * lhs_free, *rhs_scale.shape[len(rb) :]
+    )
+    if lhs_scale.size == 1 or rhs_scale.size == 1:
+        return out * (lhs_scale * rhs_scale)
+    return out * lhs_scale * rhs_scale
+
+
+def _batch_then_free(q: QArray, batch, contracting) -> Array:
+    scale = expand_scale(q.scale, q.shape, q.block)
+    free = [i for i in range(scale.ndim) if i not in (*batch, *contracting)]
+    scale = lax.squeeze(scale, contracting) if contracting else scale
+    kept = sorted((*batch, *free))
+    return lax.transpose(scale, [kept.index(i) for i in (*batch, *free)])
