@@ -9,8 +9,8 @@ ROOT = pathlib.Path(mpjax.__file__).parent
 LADDER = [
     ["_typing", "_numerics", "_tree"],
     ["_qarray", "_scaling", "_policy", "_loss_scaling", "_attention", "_cpu_faults"],
-    ["_recipe", "_table", "_scaled_loss"],
-    ["_operand", "_product", "_dot_general", "_conv"],
+    ["_recipe", "_named_recipes", "_table", "_scaled_loss"],
+    ["_operand", "_product", "_dot_general", "_einsum", "_conv"],
     ["_rules"],
     ["_nnx_params"],
     ["_linen", "_nnx"],

@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxprs import dots, equations
 
+from mpjax import _named_recipes as named
 from mpjax import _recipe as recipes
 from mpjax import _scaling as scaling
 from mpjax._dot_general import observed_dot_general, scaled_dot_general
@@ -21,19 +22,19 @@ from mpjax._qarray import quantize
 E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
 MATMUL = (((1,), (0,)), ((), ()))
 RECIPES = {
-    "current": recipes.current_scaling(),
-    "current up": recipes.current_scaling(power_of_two=True),
-    "delayed": recipes.delayed_scaling(16),
-    "channel": recipes.per_channel_scaling(),
-    "block": recipes.block_scaling(size=16),
-    "block exact": recipes.block_scaling(size=16, power_of_two=False),
-    "mx": recipes.mx_scaling(),
-    "mx floor": recipes.mx_scaling(rounding="floor"),
-    "mx fp6": recipes.mx_scaling("float6_e2m3fn", "float6_e3m2fn"),
-    "mx fp4": recipes.mx_scaling("float4_e2m1fn"),
-    "fnuz": recipes.current_scaling().fnuz(),
-    "int8": recipes.per_channel_scaling("int8", "int8"),
-    "int8 and fp8": recipes.current_scaling("int8"),
+    "current": named.current_scaling(),
+    "current up": named.current_scaling(power_of_two=True),
+    "delayed": named.delayed_scaling(16),
+    "channel": named.per_channel_scaling(),
+    "block": named.block_scaling(size=16),
+    "block exact": named.block_scaling(size=16, power_of_two=False),
+    "mx": named.mx_scaling(),
+    "mx floor": named.mx_scaling(rounding="floor"),
+    "mx fp6": named.mx_scaling("float6_e2m3fn", "float6_e3m2fn"),
+    "mx fp4": named.mx_scaling("float4_e2m1fn"),
+    "fnuz": named.current_scaling().fnuz(),
+    "int8": named.per_channel_scaling("int8", "int8"),
+    "int8 and fp8": named.current_scaling("int8"),
 }
 SHAPES = {
     "dense": ((6, 40), (40, 24), MATMUL),
@@ -129,7 +130,7 @@ def test_it_is_close_to_float32(name):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_sixteen_bit_operands_and_a_wider_result(dtype):
-    recipe = recipes.current_scaling()
+    recipe = named.current_scaling()
     lhs, rhs = normal(0, 6, 40, dtype=dtype), normal(1, 40, 24, dtype=dtype)
     out = scaled_dot_general(lhs, rhs, MATMUL, recipe=recipe)
     wide = scaled_dot_general(lhs, rhs, MATMUL, None, jnp.float32, recipe=recipe)
@@ -177,7 +178,7 @@ def test_integers_are_multiplied_as_integers():
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 def test_accelerators_get_no_other_products(platform):
-    recipe = recipes.current_scaling()
+    recipe = named.current_scaling()
     step = value_and_gradients(recipe, MATMUL, jnp.ones((6, 24)))
     x = jax.ShapeDtypeStruct((6, 64), jnp.bfloat16)
     w = jax.ShapeDtypeStruct((64, 24), jnp.bfloat16)
@@ -189,7 +190,7 @@ def test_accelerators_get_no_other_products(platform):
 @pytest.mark.parametrize("high", recipes.PRODUCTS)
 def test_each_product_can_stay_in_high_precision(high):
     quantized = tuple(p for p in recipes.PRODUCTS if p != high)
-    recipe = dataclasses.replace(recipes.per_channel_scaling(), quantized=quantized)
+    recipe = dataclasses.replace(named.per_channel_scaling(), quantized=quantized)
     lhs, rhs, grad = normal(0, 6, 40), normal(1, 40, 24), normal(2, 6, 24)
     step = value_and_gradients(recipe, MATMUL, grad)
     results = jax.jit(step)(lhs, rhs)
@@ -205,7 +206,7 @@ def test_each_product_can_stay_in_high_precision(high):
 
 
 def test_a_recipe_without_quantized_products_is_lax():
-    recipe = dataclasses.replace(recipes.current_scaling(), quantized=())
+    recipe = dataclasses.replace(named.current_scaling(), quantized=())
     lhs, rhs, grad = normal(0, 6, 40), normal(1, 40, 24), normal(2, 6, 24)
     results = value_and_gradients(recipe, MATMUL, grad)(lhs, rhs)
     out, pull = jax.vjp(lambda x, w: lax.dot_general(x, w, MATMUL), lhs, rhs)
@@ -251,7 +252,7 @@ def test_nothing_is_quantized_twice_where_once_serves_both():
 def test_a_block_is_never_reused_along_another_axis():
     """Along the other axis an outlier is in another block: both must be well scaled."""
     x = normal(0, 64, 64).at[0, 0].set(1e4)
-    recipe = recipes.mx_scaling()
+    recipe = named.mx_scaling()
     step = jax.jit(value_and_gradients(recipe, MATMUL, normal(2, 64, 64)))
     _, _, rhs_grad, _ = step(x, normal(1, 64, 64))
     exact = np.float64(x).T @ np.float64(normal(2, 64, 64))
@@ -301,14 +302,14 @@ def test_zeros_are_no_reason_for_nan():
 
 
 def test_observations_are_the_amaxes():
-    recipe = recipes.delayed_scaling()
+    recipe = named.delayed_scaling()
     lhs, rhs, grad = normal(0, 6, 40), normal(1, 40, 24), normal(2, 6, 24)
     *_, seen = value_and_gradients(recipe, MATMUL, grad)(lhs, rhs, jnp.zeros(3))
     np.testing.assert_array_equal(seen, [np.abs(x).max() for x in (lhs, rhs, grad)])
 
 
 def test_scales_of_the_state_are_used():
-    recipe = recipes.delayed_scaling()
+    recipe = named.delayed_scaling()
     lhs, rhs, grad = normal(0, 6, 40), normal(1, 40, 24), normal(2, 6, 24)
     state = recipe.update(recipe.init(), jnp.array([1.0, 2.0, 0.5]))  # x saturates
     scales = recipe.scales(state)
@@ -333,7 +334,7 @@ def test_scales_of_the_state_are_used():
 
 
 def test_an_overflow_in_one_step_is_over_in_the_next():
-    recipe = recipes.delayed_scaling(1024)
+    recipe = named.delayed_scaling(1024)
     lhs, rhs = normal(0, 6, 40), normal(1, 40, 24)
 
     @jax.jit
@@ -353,7 +354,7 @@ def test_an_overflow_in_one_step_is_over_in_the_next():
 
 
 def test_calls_in_a_row_observe_the_exact_maximum():
-    recipe = recipes.delayed_scaling()
+    recipe = named.delayed_scaling()
     rhs = normal(1, 40, 40)
 
     def loss(scales, x, observed):
@@ -373,7 +374,7 @@ def test_calls_in_a_row_observe_the_exact_maximum():
 
 
 def test_scales_in_the_carry_of_a_scan_observe_the_maximum():
-    recipe = recipes.delayed_scaling()
+    recipe = named.delayed_scaling()
     xs, rhs = normal(0, 5, 6, 40), normal(1, 40, 8)
 
     def loss(scales):
@@ -388,7 +389,7 @@ def test_scales_in_the_carry_of_a_scan_observe_the_maximum():
 
 
 def test_microbatches_merge_to_what_one_batch_observes():
-    recipe = recipes.delayed_scaling()
+    recipe = named.delayed_scaling()
     x, rhs = normal(0, 8, 40), normal(1, 40, 8)
 
     @jax.jit
@@ -402,7 +403,7 @@ def test_microbatches_merge_to_what_one_batch_observes():
 
 
 def test_a_step_of_the_loss_scale_saturates_no_gradient():
-    recipe = recipes.delayed_scaling(power_of_two=True)
+    recipe = named.delayed_scaling(power_of_two=True)
     lhs, rhs, grad = normal(0, 6, 40), normal(1, 40, 24), normal(2, 6, 24)
 
     def step(state, loss_scale):
@@ -417,7 +418,7 @@ def test_a_step_of_the_loss_scale_saturates_no_gradient():
 
 
 def test_a_calibrated_recipe_waits_for_no_reduction():
-    recipe = recipes.delayed_scaling()
+    recipe = named.delayed_scaling()
     known = dataclasses.replace(recipe, calibrated=True)
     lhs, rhs, grad = normal(0, 6, 40), normal(1, 40, 24), normal(2, 6, 24)
     scales = recipe.scales(recipe.update(recipe.init(), jnp.full(3, 3.0)))
@@ -452,11 +453,11 @@ def test_a_quantized_copy_gives_the_same_and_the_gradient_goes_to_the_master(nam
 def test_a_quantized_copy_of_another_form_is_refused():
     lhs, rhs = normal(0, 6, 40), normal(1, 40, 24)
     call = functools.partial(
-        scaled_dot_general, lhs, rhs, MATMUL, recipe=recipes.per_channel_scaling()
+        scaled_dot_general, lhs, rhs, MATMUL, recipe=named.per_channel_scaling()
     )
     with pytest.raises(ValueError, match="quantized_rhs serves the product"):
         call(quantized_rhs=quantize(rhs, E4M3, block=(-1, 1)))
-    call = functools.partial(call, recipe=recipes.current_scaling())
+    call = functools.partial(call, recipe=named.current_scaling())
     for copy in (quantize(rhs, E5M2), quantize(rhs[:8], E4M3)):
         with pytest.raises(ValueError, match="quantized_rhs serves the product"):
             call(quantized_rhs=copy)
@@ -466,7 +467,7 @@ def test_a_quantized_copy_of_another_form_is_refused():
 
 
 def test_vmap_scales_every_example_for_itself():
-    recipe = recipes.current_scaling()
+    recipe = named.current_scaling()
     xs, rhs = normal(0, 3, 6, 40), normal(1, 40, 24)
     xs = xs * jnp.array([1e-6, 1.0, 1e6]).reshape(3, 1, 1)
     product = functools.partial(
@@ -503,7 +504,7 @@ def test_scan_over_layers_equals_a_loop(name):
 
 
 def test_a_checkpoint_policy_can_keep_the_8_bit_copies():
-    recipe = recipes.current_scaling()
+    recipe = named.current_scaling()
     x, rhs = normal(0, 64, 64), normal(1, 64, 64)
 
     def block(x, rhs):
@@ -542,13 +543,13 @@ def test_no_retrace_for_an_equal_recipe():
         return scaled_dot_general(x, x, MATMUL, recipe=recipe)
 
     for dtype in (E4M3, "float8_e4m3fn", jnp.dtype(E4M3)):
-        step(normal(0, 8, 8), recipes.current_scaling(dtype))
+        step(normal(0, 8, 8), named.current_scaling(dtype))
     assert len(traces) == 1
 
 
 def test_forward_mode_says_that_it_is_not_to_be_had():
     product = functools.partial(
-        scaled_dot_general, dimension_numbers=MATMUL, recipe=recipes.current_scaling()
+        scaled_dot_general, dimension_numbers=MATMUL, recipe=named.current_scaling()
     )
     x = normal(0, 8, 8)
     with pytest.raises(TypeError, match="forward-mode"):
@@ -616,7 +617,7 @@ def test_blocks_across_explicit_shards_are_refused():
                 x,
                 w,
                 MATMUL,
-                recipe=recipes.block_scaling(size=16),
+                recipe=named.block_scaling(size=16),
                 out_sharding=NamedSharding(mesh, P(None, None)),
             )
 
@@ -652,7 +653,7 @@ def test_shard_map_with_replicated_and_with_sharded_weights(name, w_spec):
 
 
 def test_gradients_inside_shard_map_with_replicated_weights():
-    recipe = recipes.delayed_scaling()
+    recipe = named.delayed_scaling()
     x, w = normal(0, 8, 64), normal(1, 64, 16)
     mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
 
@@ -676,7 +677,7 @@ def test_gradients_inside_shard_map_with_replicated_weights():
 
 
 def test_operands_that_cannot_be_quantized_are_refused():
-    recipe = recipes.current_scaling()
+    recipe = named.current_scaling()
     x = normal(0, 8, 8)
     with pytest.raises(TypeError, match=r"lhs of a scaled product .* got int32"):
         scaled_dot_general(x.astype(jnp.int32), x, MATMUL, recipe=recipe)
@@ -691,9 +692,9 @@ def test_operands_that_cannot_be_quantized_are_refused():
 def test_scales_and_recipe_go_together():
     x = normal(0, 8, 8)
     with pytest.raises(ValueError, match=r"takes scales=recipe.scales\(state\)"):
-        scaled_dot_general(x, x, MATMUL, recipe=recipes.delayed_scaling())
+        scaled_dot_general(x, x, MATMUL, recipe=named.delayed_scaling())
     with pytest.raises(ValueError, match=r"shape \(3,\), got \(2, 3\)"):
         scaled_dot_general(
-            x, x, MATMUL, recipe=recipes.delayed_scaling(), scales=jnp.zeros((2, 3))
+            x, x, MATMUL, recipe=named.delayed_scaling(), scales=jnp.zeros((2, 3))
         )
-    assert scaling.CurrentScaling(E4M3) == recipes.current_scaling().lhs
+    assert scaling.CurrentScaling(E4M3) == named.current_scaling().lhs

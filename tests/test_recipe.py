@@ -8,16 +8,17 @@ import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mpjax import _named_recipes as named
 from mpjax import _recipe as recipes
 from mpjax import _scaling as scaling
 
 E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
 ALL = [
-    recipes.current_scaling,
-    recipes.delayed_scaling,
-    recipes.per_channel_scaling,
-    recipes.block_scaling,
-    recipes.mx_scaling,
+    named.current_scaling,
+    named.delayed_scaling,
+    named.per_channel_scaling,
+    named.block_scaling,
+    named.mx_scaling,
 ]
 
 
@@ -33,25 +34,25 @@ def test_an_equal_recipe_does_not_retrace():
 
     static = jax.jit(lambda x, recipe: traces.append(1) or x, static_argnums=1)
     for _ in range(3):
-        static(jnp.ones(2), recipes.current_scaling(E4M3))
-        static(jnp.ones(2), recipes.current_scaling("float8_e4m3fn"))
+        static(jnp.ones(2), named.current_scaling(E4M3))
+        static(jnp.ones(2), named.current_scaling("float8_e4m3fn"))
     assert len(traces) == 1
 
 
 def test_formats_of_the_named_recipes():
-    assert recipes.current_scaling().grad.dtype == E5M2
-    assert recipes.delayed_scaling().grad.dtype == E5M2
-    assert recipes.delayed_scaling() == recipes.delayed_scaling(
+    assert named.current_scaling().grad.dtype == E5M2
+    assert named.delayed_scaling().grad.dtype == E5M2
+    assert named.delayed_scaling() == named.delayed_scaling(
         history_length=1024, algorithm="max", margin=0
     )
-    for make in (recipes.per_channel_scaling, recipes.block_scaling):
+    for make in (named.per_channel_scaling, named.block_scaling):
         assert make().grad.dtype == E4M3
-    block = recipes.block_scaling()
+    block = named.block_scaling()
     assert block.lhs.block((256, 512), (1,)) == (1, 128)
     assert block.grad.block((256, 512), (0,)) == (128, 1)
     assert block.rhs.block((512, 256), (0,)) == block.rhs.block((512, 256), (1,))
-    assert recipes.mx_scaling().lhs.rounding == "up"
-    assert recipes.mx_scaling(rounding="floor").lhs.rounding == "floor"
+    assert named.mx_scaling().lhs.rounding == "up"
+    assert named.mx_scaling(rounding="floor").lhs.rounding == "floor"
 
 
 @pytest.mark.parametrize("make", ALL[:4])
@@ -72,14 +73,14 @@ def test_every_recipe_has_a_variant_for_amd(make):
 @pytest.mark.parametrize(
     ("recipe", "native"),
     [
-        (recipes.current_scaling(), {"h100", "b200", "v7x"}),
-        (recipes.delayed_scaling(), {"h100", "b200", "v7x"}),
-        (recipes.per_channel_scaling(), {"h100", "b200", "v7x"}),
-        (recipes.block_scaling(), set()),
-        (recipes.mx_scaling(), {"b200"}),
-        (recipes.current_scaling().fnuz(), {"mi300"}),
-        (recipes.current_scaling(E5M2), {"v5e", "v5p", "v6e", "v7x"}),
-        (recipes.current_scaling("int8", "int8"), {"v5e", "v5p", "v6e"}),
+        (named.current_scaling(), {"h100", "b200", "v7x"}),
+        (named.delayed_scaling(), {"h100", "b200", "v7x"}),
+        (named.per_channel_scaling(), {"h100", "b200", "v7x"}),
+        (named.block_scaling(), set()),
+        (named.mx_scaling(), {"b200"}),
+        (named.current_scaling().fnuz(), {"mi300"}),
+        (named.current_scaling(E5M2), {"v5e", "v5p", "v6e", "v7x"}),
+        (named.current_scaling("int8", "int8"), {"v5e", "v5p", "v6e"}),
     ],
 )
 def test_what_runs_natively_where(recipe, native):
@@ -90,12 +91,12 @@ def test_what_runs_natively_where(recipe, native):
 
 
 def test_a_reason_names_the_product_and_the_formats():
-    yes, reason = recipes.current_scaling(E5M2, E4M3).is_supported("h100")
+    yes, reason = named.current_scaling(E5M2, E4M3).is_supported("h100")
     assert not yes and "float8_e5m2 with float8_e5m2 (product out)" in reason
-    forward = dataclasses.replace(recipes.current_scaling(E5M2), quantized=())
+    forward = dataclasses.replace(named.current_scaling(E5M2), quantized=())
     assert forward.is_supported("h100")[0]
     with pytest.raises(ValueError, match="Known targets are cpu, a100"):
-        recipes.current_scaling().is_supported("tpu")
+        named.current_scaling().is_supported("tpu")
 
 
 @pytest.mark.parametrize(
@@ -121,11 +122,11 @@ def test_a_reason_names_the_product_and_the_formats():
             ValueError,
             "have one size",
         ),
-        (lambda c: recipes.delayed_scaling(0), ValueError, "at least 1"),
-        (lambda c: recipes.mx_scaling(rounding="exact"), ValueError, "powers of two"),
-        (lambda c: recipes.current_scaling().init(), ValueError, "DelayedScaling"),
+        (lambda c: named.delayed_scaling(0), ValueError, "at least 1"),
+        (lambda c: named.mx_scaling(rounding="exact"), ValueError, "powers of two"),
+        (lambda c: named.current_scaling().init(), ValueError, "DelayedScaling"),
         (
-            lambda c: recipes.delayed_scaling(margin=0.5, power_of_two=True),
+            lambda c: named.delayed_scaling(margin=0.5, power_of_two=True),
             ValueError,
             "whole number",
         ),
@@ -164,7 +165,7 @@ AMAXES = st.sampled_from([0.0, 0.5, 1.0, 3.0, 448.0, 1e-6, 1e30, np.inf, np.nan]
     margin=st.sampled_from([0, 1, -0.5]),
 )
 def test_update_follows_the_oracle(steps, algorithm, margin):
-    recipe = recipes.delayed_scaling(3, algorithm, margin)
+    recipe = named.delayed_scaling(3, algorithm, margin)
     state, update = recipe.init(), jax.jit(recipe.update)
     oracles = [Oracle(m, 3, algorithm, margin) for m in (448, 448, 57344)]
     for amaxes in steps:
@@ -177,7 +178,7 @@ def test_update_follows_the_oracle(steps, algorithm, margin):
 
 def test_an_overflow_is_forgotten_at_once():
     """It does not hold the scale down for a whole history."""
-    recipe = recipes.delayed_scaling(history_length=1024)
+    recipe = named.delayed_scaling(history_length=1024)
     before = recipe.update(recipe.init(), jnp.full(3, 2.0))
     state = recipe.update(before, jnp.array([jnp.inf, jnp.nan, jnp.inf]))
     np.testing.assert_array_equal(state.scale, before.scale)
@@ -186,7 +187,7 @@ def test_an_overflow_is_forgotten_at_once():
 
 
 def test_the_history_forgets_what_is_too_old():
-    recipe = recipes.delayed_scaling(history_length=2)
+    recipe = named.delayed_scaling(history_length=2)
     state = recipe.init()
     for amax, expected in ((8.0, 8.0), (1.0, 8.0), (2.0, 2.0), (0.0, 2.0), (0.0, 2.0)):
         state = recipe.update(state, jnp.full(3, amax))
@@ -194,7 +195,7 @@ def test_the_history_forgets_what_is_too_old():
 
 
 def test_a_change_of_the_loss_scale_changes_the_gradients_scale_alone():
-    recipe = recipes.delayed_scaling()
+    recipe = named.delayed_scaling()
     state = recipe.update(recipe.init(), jnp.array([1.0, 2.0, 3.0 * 2**16]), 2.0**16)
     plain = recipe.update(recipe.init(), jnp.array([1.0, 2.0, 3.0]))
     np.testing.assert_array_equal(state.scale, plain.scale)
@@ -205,7 +206,7 @@ def test_a_change_of_the_loss_scale_changes_the_gradients_scale_alone():
 
 
 def test_states_of_stacked_layers_update_as_one():
-    recipe = recipes.delayed_scaling(4)
+    recipe = named.delayed_scaling(4)
     one = recipe.init()
     stack = jax.tree.map(lambda x: jnp.stack([x] * 5), one)
     observed = jnp.arange(1.0, 16.0).reshape(5, 3)
@@ -220,7 +221,7 @@ def test_states_of_stacked_layers_update_as_one():
 
 
 def test_update_keeps_shapes_and_dtypes():
-    recipe = recipes.delayed_scaling(4)
+    recipe = named.delayed_scaling(4)
     state = recipe.init()
     new = jax.eval_shape(recipe.update, state, jnp.ones(3))
     for old, leaf in zip(jax.tree.leaves(state), jax.tree.leaves(new), strict=True):
