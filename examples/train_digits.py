@@ -106,8 +106,9 @@ def train(policy: str, epochs: int, seed: int, poison: bool) -> tuple:
         if is_poisoned:
             report(loss, before, (params, stats, opt_state))
 
-    correct = np.argmax(predict(params, stats, images[test]), -1) == labels[test]
-    return policy, correct.mean(), int(mpjax.skipped_steps(opt_state)), scale
+    predicted = predict(params, stats, images[test]).argmax(-1)
+    accuracy = float(np.mean(predicted == labels[test]))
+    return policy, accuracy, int(mpjax.skipped_steps(opt_state)), scale
 
 
 def report(loss, before, after) -> None:

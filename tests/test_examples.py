@@ -3,6 +3,7 @@
 import importlib.util
 import pathlib
 
+import jax
 import numpy as np
 import pytest
 
@@ -16,16 +17,20 @@ def load(name):
     return module
 
 
+@pytest.fixture(autouse=True)
+def jax_as_users_have_it():
+    # The schedules and bias corrections of optax promote dtypes.
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
 @pytest.mark.long
 def test_train_lm(tmp_path, capsys):
     plot = tmp_path / "plot.png"
     runs = load("train_lm").main(["--steps", "300", "--plot", str(plot)])
     float32, bfloat16, float16 = runs
-    assert [run.policy for run in runs] == [
-        "float32",
-        "mixed_bfloat16",
-        "mixed_float16",
-    ]
+    policies = ["float32", "mixed_bfloat16", "mixed_float16"]
+    assert [run.policy for run in runs] == policies
     assert all(np.isfinite(run.losses).all() for run in runs)
     assert float32.losses[0] > 5 > 2.5 > float32.final_loss
     assert bfloat16.final_loss == pytest.approx(float32.final_loss, rel=0.01)
@@ -41,12 +46,14 @@ def test_train_lm(tmp_path, capsys):
 
 @pytest.mark.long
 def test_train_digits_survives_a_poisoned_batch(capsys):
-    runs = load("train_digits").main(["--poison"])
-    assert [policy for policy, *_ in runs] == ["float32", "mixed_float16"]
-    (_, float32, *_), (_, float16, skipped, scale) = runs
+    policies = ["mixed_float16", "mixed_bfloat16"]
+    runs = load("train_digits").main(["--poison", "--policy", *policies])
+    assert [policy for policy, *_ in runs] == ["float32", *policies]
+    float32 = runs[0][1]
     assert float32 > 0.97
-    assert float16 == pytest.approx(float32, abs=0.005)
-    assert skipped == 1
-    assert scale == 2.0**15
+    for _, accuracy, skipped, scale in runs:
+        assert accuracy == pytest.approx(float32, abs=0.005)
+        assert skipped == 1
+        assert scale == 2.0**15
     printed = capsys.readouterr()
-    assert (printed.out + printed.err).count("bit for bit as before: True") == 2
+    assert (printed.out + printed.err).count("bit for bit as before: True") == 3
