@@ -63,7 +63,7 @@ def layers(rows: Iterable[tuple[str, type, Policy | None, Sequence[Any]]]) -> st
         sizes += size
         nbytes += sum(math.prod(p.shape) * p.dtype.itemsize for p in params)
         names = sorted({_short(p.dtype) for p in params})
-        cells.append((path, module_type.__name__, policy, " ".join(names), size or ""))
+        cells.append((path, module_type.__name__, policy, " ".join(names), size))
     title = f"{len(cells)} layers, {sizes:,} parameters in {nbytes:,} bytes"
     return render(cells, ["path", "type", "policy", "dtypes", "params"], title)
 

@@ -1,0 +1,4 @@
+"""Mixed precision for Flax NNX: ``import mpjax.nnx``."""
+
+from mpjax._nnx import mixed_precision as mixed_precision
+from mpjax._nnx import tabulate as tabulate
