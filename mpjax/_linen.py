@@ -76,10 +76,16 @@ class MixedPrecision(nn.Module):
             outer = (replace(r, optional=True) for r in rules if r not in first)
             rules, self.module = (*first, *outer), inner.module
         self.rules = rules
+        # Bound as a submodule, the module would have a scope, and so names and random
+        # keys, below the wrapper's. It gets the wrapper's scope instead; and a name,
+        # which is what Flax tells from that it is bound.
+        module = self.module
+        object.__setattr__(self, "module", None)
         super().__post_init__()
-
-    def setup(self):
-        nn.share_scope(self, self.module)
+        if self.scope is not None and module.scope is None:
+            name = self.name or type(module).__name__
+            module = module.clone(parent=self.scope, name=name)
+        object.__setattr__(self, "module", module)
 
     def __call__(self, *args, **kwargs):
         return self._run("__call__", args, kwargs)
@@ -104,12 +110,13 @@ class MixedPrecision(nn.Module):
         rules = expand_rules(self.rules)
         rules = matcher(rules) if record is None else Matcher(rules)
         seen: dict[str, type] = {}
-        interceptor = functools.partial(_intercept, rules, self.path, seen)
+        module = self.module
+        interceptor = functools.partial(_intercept, rules, module.path, seen)
         with nn.intercept_methods(interceptor):
-            result = getattr(self.module, name)(*args, **kwargs)
-        rules.check_all_used(seen, lambda: _variable_paths(self.variables))
+            result = getattr(module, name)(*args, **kwargs)
+        rules.check_all_used(seen, lambda: _variable_paths(module.variables))
         if record is not None:
-            record[self.path] = rules, seen
+            record[module.path] = rules, seen
         return result
 
     @nn.nowrap

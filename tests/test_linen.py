@@ -207,7 +207,22 @@ class DropoutModel(nn.Module):
         return nn.Dense(8, dtype=self.dtype)(x)
 
 
+class Outer(nn.Module):
+    """Holds a module that it is given, as ``nn.Sequential`` does."""
+
+    module: nn.Module
+
+    def __call__(self, x):
+        return self.module(x)
+
+
+def Attributes(dtype=None):  # noqa: N802
+    layers = [nn.Dense(8, dtype=dtype), nn.tanh, nn.Dense(8, dtype=dtype)]
+    return Outer(Outer(nn.Sequential([*layers, Block(dtype), lambda *x: x[0]])))
+
+
 MODELS = [
+    Attributes,
     Compact,
     SetupStyle,
     Shared,
@@ -470,6 +485,55 @@ def test_a_wrapper_inside_a_model_keeps_the_variables():
     assert_trees_equal(Model(True).init(KEY, X), variables)
     found = dots(jax.make_jaxpr(Model(True).apply)(variables, X))
     assert [d.lhs for d in found] == [BF16, BF16, np.float32]
+
+
+class WrapperInside(nn.Module):
+    """A block, twice the same, wrapped or not, under a transformation or not."""
+
+    wrap: bool
+    lift: str
+
+    def setup(self):
+        lift = {"none": lambda cls: cls, "remat": nn.remat, "jit": nn.jit}[self.lift]
+        if self.wrap:
+            self.block = lift(MixedPrecision)(Block(), "mixed_bfloat16")
+        else:
+            self.block = lift(Block)()
+        self.given = Outer(Block())
+        wrapped = MixedPrecision(self.given, "mixed_bfloat16")
+        self.run_given = wrapped if self.wrap else self.given
+
+    def __call__(self, x):
+        return self.run_given(self.block(self.block(x)[0])[0])[0]
+
+
+@pytest.mark.parametrize("lift", ["none", "remat", "jit"])
+def test_wrappers_in_setup_and_under_transformations(lift):
+    variables = WrapperInside(False, lift).init(KEY, X)
+    model = WrapperInside(True, lift)
+    assert_trees_equal(model.init(KEY, X), variables)
+    jaxpr = jax.make_jaxpr(jax.grad(lambda v: jnp.sum(model.apply(v, X))))(variables)
+    assert {(d.lhs, d.rhs) for d in dots(jaxpr)} == {(BF16, BF16)}
+
+
+def test_a_scan_over_wrappers():
+    def stack(wrap):
+        class Step(nn.Module):
+            @nn.compact
+            def __call__(self, x, _):
+                block = Block(name="block")
+                if wrap:
+                    block = MixedPrecision(block, "mixed_bfloat16")
+                return block(x)[0], None
+
+        return nn.scan(
+            Step, variable_axes={"params": 0}, split_rngs={"params": True}, length=2
+        )()
+
+    variables = stack(False).init(KEY, X, None)
+    assert_trees_equal(stack(True).init(KEY, X, None), variables)
+    found = dots(jax.make_jaxpr(stack(True).apply)(variables, X, None))
+    assert {d.lhs for d in found} == {BF16}
 
 
 def test_an_inner_wrapper_has_the_last_word():
