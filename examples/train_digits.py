@@ -135,6 +135,8 @@ def main(args=None) -> list[tuple]:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--poison", action="store_true", help="a batch that overflows")
     args = parser.parse_args(args)
+    for policy in args.policy:
+        mpjax.expand_rules(policy)  # a misspelled one raises here, not minutes later
 
     model = mpjax.nnx.mixed_precision(ResNet(rngs=nnx.Rngs(0)), args.policy[0])
     print(mpjax.nnx.tabulate(model))

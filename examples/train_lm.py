@@ -171,6 +171,8 @@ def main(args=None) -> list[Run]:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plot", default="train_lm.png", help="where the plot goes")
     args = parser.parse_args(args)
+    for policy in args.policy:
+        mpjax.expand_rules(policy)  # a misspelled one raises here, not minutes later
 
     model = mpjax.linen.MixedPrecision(Transformer(), args.policy[0])
     tokens = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32)
