@@ -94,7 +94,8 @@ def dynamic_loss_scaling(
       backoff_factor: what it is multiplied by after an overflow, between 0 and 1.
       growth_interval: finite steps in a row after which it grows.
       hysteresis: overflows it takes, since it last grew, for it to back off.
-      min_scale: a floor.
+      min_scale: a floor. At 1, as others have it, a long run of bad batches is over
+        when it ends; below, the scale has to grow back first.
       max_scale: a ceiling.
       axis_name: mapped axes (of ``shard_map``, ``pmap`` or ``vmap``) over which the
         gradients differ: if one device overflows, all skip. Gradients themselves are
@@ -123,7 +124,9 @@ def dynamic_loss_scaling(
       <https://arxiv.org/abs/1710.03740>`_, 2018
     """
     low = _number("min_scale", min_scale, "at least 2**-126", lambda x: x >= 2.0**-126)
-    high = _number("max_scale", max_scale, f"at least min_scale={low}", low.__le__)
+    high = _number(
+        "max_scale", max_scale, f"at least min_scale={low}", lambda x: x >= low
+    )
     within = f"between min_scale={low} and max_scale={high}"
     init_scale = _number("init_scale", init_scale, within, lambda x: low <= x <= high)
     growth = _number("growth_factor", growth_factor, "above 1", lambda x: x > 1)
@@ -232,14 +235,15 @@ def _loss_scaling(inner, scale, hysteresis, adjust, axis_name):
 
         args = (grads, state.inner_state, params)
         if _is_traced(finite):
+            step = jax.jit(apply)  # for both branches to trace it once
             # On a CPU a branch keeps the update in place, where a select copies the
             # state; on an accelerator a select fuses with the update, a branch not.
             updates, inner_state = lax.platform_dependent(
                 finite,
                 *args,
-                cpu=lambda finite, *args: lax.cond(finite, apply, skip, *args),
+                cpu=lambda finite, *args: lax.cond(finite, step, skip, *args),
                 default=lambda finite, *args: select_tree(
-                    finite, apply(*args), skip(*args)
+                    finite, step(*args), skip(*args)
                 ),
             )
         else:
@@ -290,12 +294,15 @@ def _row_major(grads):
 
 
 def _unscale(grads, scale):
+    # By two factors: the reciprocal of a scale above 2**126 would flush to zero.
+    first = jnp.where(scale > 2.0**126, 2.0**-64, 1.0)
+    second = 1 / (scale * first)
+
     def unscale(g):
         if jnp.issubdtype(g.dtype, jnp.complexfloating):
             return lax.complex(unscale(g.real), unscale(g.imag))
         if jnp.issubdtype(g.dtype, jnp.floating):
-            # Not a product: the reciprocals of the largest scales flush to zero.
-            return g / scale.astype(g.dtype)
+            return g * first.astype(g.dtype) * second.astype(g.dtype)
         return g
 
     return jax.tree.map(lambda g: unscale(widen(jnp.asarray(g))), grads)
@@ -305,9 +312,9 @@ def _all_squares_finite(grads):
     inexact = [
         g for g in jax.tree.leaves(grads) if jnp.issubdtype(g.dtype, jnp.inexact)
     ]
-    # Written as in clip_by_global_norm, for XLA to find that the two are the same.
+    # The sum that clip_by_global_norm takes, in its words, for XLA to merge the two.
     with jax.numpy_dtype_promotion("standard"):  # float32 and float64 may meet
-        return jnp.isfinite(optax.tree.norm(inexact))
+        return jnp.isfinite(optax.tree.norm(inexact, squared=True))
 
 
 def _number(name, value, rule, holds):
