@@ -1,13 +1,15 @@
 """One product of two operands, each in high precision or quantized."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 from mpjax._numerics import format_info
-from mpjax._operand import Operand
+from mpjax._operand import Operand, varying_axes
 from mpjax._qarray import QArray, dequantize
 from mpjax._scaling import expand_scale
 from mpjax._typing import Array, DType
@@ -51,17 +53,7 @@ def product(
             lhs, rhs, dimension_numbers, precision, kind, out_sharding=out_sharding
         )
     elif _is_blocked(lhs, lc) or _is_blocked(rhs, rc):
-        # Scales that change along the contraction. Values times powers of two are exact
-        # in bfloat16, and so is every single product in its float32 sum.
-        wide = jnp.bfloat16 if power_of_two else jnp.float32
-        out = lax.dot_general(
-            dequantize(lhs, wide),
-            dequantize(rhs, wide),
-            dimension_numbers,
-            None if power_of_two else lax.Precision.HIGHEST,
-            jnp.float32,
-            out_sharding=out_sharding,
-        )
+        out = _blocked(lhs, rhs, dimension_numbers, out_sharding, power_of_two)
     else:
         out = _dot_of_values(lhs.qvalue, rhs.qvalue, dimension_numbers, out_sharding)
         out = _scale_output(out, lhs, rhs, dimension_numbers)
@@ -70,6 +62,79 @@ def product(
 
 def _is_blocked(q: QArray, contracting: Sequence[int]) -> bool:
     return any(q.scale.shape[axis] > 1 for axis in contracting)
+
+
+def _blocked(lhs, rhs, dimension_numbers, out_sharding, power_of_two) -> Array:
+    """f32, of operands whose scales change along the contraction."""
+    # Values times powers of two are exact in bfloat16, so every single product is.
+    wide = jnp.bfloat16 if power_of_two else jnp.float32
+
+    def emulate(lhs, rhs):
+        return lax.dot_general(
+            dequantize(lhs, wide),
+            dequantize(rhs, wide),
+            dimension_numbers,
+            None if power_of_two else lax.Precision.HIGHEST,
+            jnp.float32,
+            out_sharding=out_sharding,
+        )
+
+    (lc, rc), (lb, rb) = dimension_numbers
+    if not (_is_mx(lhs, lc) and _is_mx(rhs, rc) and _has_block_scaled_products()):
+        return emulate(lhs, rhs)
+
+    def native(lhs, rhs):
+        (lhs, lhs_scale, batch, lhs_free) = _rows(lhs, lb, lc)
+        (rhs, rhs_scale, _, rhs_free) = _rows(rhs, rb, rc)
+        out = jax.nn.scaled_matmul(lhs, rhs, lhs_scale, rhs_scale)
+        return out.reshape(*batch, *lhs_free, *rhs_free)
+
+    return lax.platform_dependent(lhs, rhs, cuda=native, default=emulate)
+
+
+def _has_block_scaled_products() -> bool:
+    """False where this process holds a GPU that is older than Blackwell.
+
+    Of a block-scaled call XLA makes a loop without matrix units for those, many times
+    slower than the emulation. Without a GPU a program is compiled ahead of time.
+    """
+    majors = [
+        getattr(device, "compute_capability", "").partition(".")[0]
+        for device in jax.devices()
+    ]
+    return all(int(major) >= 10 for major in majors if major.isdigit())
+
+
+def _is_mx(q: QArray, contracting: Sequence[int]) -> bool:
+    """Whether a GPU's block-scaled product takes it, on the device that it is on."""
+    kind = jax.typeof(q.qvalue)
+    sharded = not kind.sharding.mesh.empty and kind.sharding.mesh.explicit_axes
+    return (
+        q.dtype in (jnp.float8_e4m3fn, jnp.float8_e5m2)
+        and q.scale.dtype == jnp.float8_e8m0fnu
+        and len(contracting) == 1
+        and all(
+            d == (s * 32 if axis in contracting else s)
+            for axis, (d, s) in enumerate(zip(q.shape, q.scale.shape, strict=True))
+        )
+        and not sharded
+        and not varying_axes(q.qvalue)
+    )
+
+
+def _rows(q: QArray, batch: Sequence[int], contracting: Sequence[int]):
+    """Values and scales as [batch, free, contracted], and what was merged to that."""
+    free = [i for i in range(q.qvalue.ndim) if i not in (*batch, *contracting)]
+    order = (*batch, *free, *contracting)
+    batch_shape = [q.shape[i] for i in batch]
+    free_shape = [q.shape[i] for i in free]
+    values, scales = (
+        lax.transpose(x, order).reshape(
+            math.prod(batch_shape), math.prod(free_shape), -1
+        )
+        for x in (q.qvalue, q.scale)
+    )
+    return values, scales, batch_shape, free_shape
 
 
 def _dot_of_values(lhs, rhs, dimension_numbers, out_sharding) -> Array:

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jaxprs import dots, equations
 
 from mpjax import _named_recipes as named
+from mpjax import _product as product_module
 from mpjax import _recipe as recipes
 from mpjax import _scaling as scaling
 from mpjax._dot_general import observed_dot_general, scaled_dot_general
@@ -174,6 +175,41 @@ def test_integers_are_multiplied_as_integers():
     assert {(d.lhs, d.rhs, d.out) for d in found} == {
         (jnp.dtype("int8"), jnp.dtype("int8"), jnp.dtype("int32"))
     }
+
+
+def test_microscaling_is_a_block_scaled_call_on_cuda_and_agrees_with_its_emulation():
+    dims = (((3,), (1,)), ((0,), (0,)))  # batch, 2 x 3 free, 64 contracted
+    recipe = named.mx_scaling()
+    x, w = normal(0, 2, 2, 3, 64), normal(1, 2, 64, 5)
+    step = jax.jit(value_and_gradients(recipe, dims, normal(2, 2, 2, 3, 5)))
+    lowered = step.trace(x, w).lower(lowering_platforms=("cuda",)).as_text()
+    assert "scaled_matmul" in lowered
+    assert "scaled_matmul" not in step.lower(x, w).as_text()
+    one, two = (
+        quantize(a, E4M3, block=b, rounding="up", scale_dtype=jnp.float8_e8m0fnu)
+        for a, b in ((x, (1, 1, 1, 32)), (w, (1, 32, 1)))
+    )
+    (lc, rc), (lb, rb) = dims
+    values, scales, *_ = product_module._rows(one, lb, lc)
+    others, other_scales, *_ = product_module._rows(two, rb, rc)
+    # what a call of that name computes
+    wide, other_wide = (
+        reference.as_float64(v) * np.repeat(reference.as_float64(s), 32, axis=-1)
+        for v, s in ((values, scales), (others, other_scales))
+    )
+    native = np.einsum("bmk,bnk->bmn", wide, other_wide)
+    out, *_ = step(x, w)
+    np.testing.assert_allclose(native.reshape(out.shape), out, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("capability", "native"), [("9.0", False), ("8.6", False), ("10.0", True)]
+)
+def test_older_gpus_emulate_microscaling(monkeypatch, capability, native):
+    """XLA has no fast form of a block-scaled call for them."""
+    gpu = type("Device", (), {"compute_capability": capability})
+    monkeypatch.setattr(jax, "devices", lambda: [gpu])
+    assert product_module._has_block_scaled_products() == native
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
