@@ -56,7 +56,8 @@ def scaled_dot_general(
     visible in what is computed from it.
 
     Within ``shard_map`` each device scales what it holds, and observations are merged
-    over devices by ``pmax``. Reverse mode only: ``jax.jvp`` raises a TypeError.
+    over devices by ``pmax``; with ``check_vma=False``, which hides what varies, that is
+    up to the caller. Reverse mode only: ``jax.jvp`` raises a TypeError.
 
     Args:
       lhs: f[...], usually activations.
