@@ -195,6 +195,9 @@ def _changes(
         changes["dtype"] = policy.compute_dtype
     if "conv_general_dilated" in fields and _uses_stock_conv(module):
         changes["conv_general_dilated"] = conv_general_dilated
+    if type(module) is nn.Embed and method != "setup":
+        # Others that read the table find it cast; its own methods cast it themselves.
+        changes["embedding"] = nn.unbox(module.get_variable("params", "embedding"))
     if policy.compute_dtype.itemsize == 2:
         if "force_fp32_for_softmax" in fields:
             changes["force_fp32_for_softmax"] = True

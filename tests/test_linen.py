@@ -83,7 +83,7 @@ class Tied(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        tokens = jnp.argmax(x, -1)
+        tokens = jnp.argmax(x if self.dtype is None else x.astype(self.dtype), -1)
         embed = nn.Embed(12, 8, dtype=self.dtype)
         x = nn.Dense(8, dtype=self.dtype)(embed(tokens))
         return embed.attend(x) + x @ embed.embedding.T.astype(x.dtype)
