@@ -10,10 +10,11 @@ it. All compute in float16 with float32 parameters under AdamW, which clips by g
 norm unless told otherwise.
 
 On the CPU, steps are timed in turn; a figure is the median over rounds of the ratio to
-the base in the same round. There are two bases: the plain step, and the plain step
-with its gradients pinned row-major, which XLA by itself leaves transposed. For other
-targets the programs are compiled ahead of time (see _aot.py): estimated cycles and
-bytes accessed on TPUs; on GPUs, bytes that kernels read and write.
+the base in the same round, first of wall time, then of processor time, which other
+processes disturb less. There are two bases: the plain step, and the plain step with its
+gradients pinned row-major, which XLA by itself leaves transposed. For other targets
+the programs are compiled ahead of time (see _aot.py): estimated cycles and bytes
+accessed on TPUs; on GPUs, bytes that kernels read and write.
 """
 
 import argparse
@@ -231,24 +232,29 @@ def time_on_cpu(model, inner, rounds):
         if batch.dtype == jnp.int32
         else jax.random.normal(key, batch.shape)
     )
-    steps, trees, times = {}, {}, {}
+    steps, trees, wall, processor = {}, {}, {}, {}
     for name, program, init_state in programs("cpu", model, inner):
         params = init(jax.random.key(0))
-        steps[name], times[name] = program.compiled, []
+        steps[name], wall[name], processor[name] = program.compiled, [], []
         trees[name] = (params, init_state(params))
     names = list(steps)
     for turn in range(rounds + 2):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            start = time.perf_counter()
+            start = time.perf_counter(), time.process_time()
             *trees[name], _ = jax.block_until_ready(steps[name](*trees[name], batch))
-            times[name].append(time.perf_counter() - start)
-    times = {name: taken[2:] for name, taken in times.items()}
-    plain, pinned = times["no loss scaling"], times["no loss scaling, pinned"]
-    print(f"\n{model}: CPU    {'ms':>8}{'ratio':>8}{'ratio to pinned':>18}")
-    for name, taken in times.items():
+            if turn > 1:
+                wall[name].append(time.perf_counter() - start[0])
+                processor[name].append(time.process_time() - start[1])
+    print(f"\n{model}: CPU    {'ms':>8}{'against plain':>16}{'against pinned':>17}")
+    for name in names:
+        ratios = [
+            ratio(taken[name], taken[base])
+            for base in ("no loss scaling", "no loss scaling, pinned")
+            for taken in (wall, processor)
+        ]
         print(
-            f"  {name:26}{1e3 * statistics.median(taken):10.1f}"
-            f"{ratio(taken, plain):8.3f}{ratio(taken, pinned):18.3f}",
+            f"  {name:26}{1e3 * statistics.median(wall[name]):8.1f}"
+            + "".join(f"{r:8.3f}" for r in ratios),
             flush=True,
         )
 
