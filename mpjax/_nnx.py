@@ -90,6 +90,7 @@ def mixed_precision(model: M, rules: Rules) -> M:
                 _set_type(nodes[0], None)  # left alone, it ends the region around it
             continue
         for node in nodes:
+            _check(path, node)
             _store_params(path, node, policy, owners)
             # These two write what they normalize into the layer inside them.
             if not isinstance(node, nnx.WeightNorm | nnx.SpectralNorm):
@@ -125,14 +126,24 @@ def _is_inside(inner: str, outer: str) -> bool:
     return inner != outer and (not outer or inner.startswith(f"{outer}/"))
 
 
-def _store_params(path: str, module, policy: Policy, owners: dict) -> None:
-    """Casts the parameters of a module to ``param_dtype``."""
+def _check(path: str, module) -> None:
+    """Raises for what could only be left in float32 without a word."""
     if isinstance(module, nnx.bridge.ToNNX):
         raise ValueError(
             f"Module {path!r} holds a Linen module, whose layers NNX does not see. "
             "Give nnx.bridge.ToNNX a mpjax.linen.MixedPrecision(module, rules), and "
             f"put mpjax.Rule({path!r}, None) first among the rules here."
         )
+    for name, value in vars(module).items():
+        if isinstance(value, nnx.Param) and not issubclass(type(value), nnx.Param):
+            raise ValueError(
+                f"Parameter {name!r} of module {path!r} is a hijax variable, which "
+                "shows its value without asking. Make it with hijax=False."
+            )
+
+
+def _store_params(path: str, module, policy: Policy, owners: dict) -> None:
+    """Casts the parameters of a module to ``param_dtype``."""
     for name, param in own_params(module):
         first, other = owners.setdefault(id(param), (path, policy))
         if other.param_dtype != policy.param_dtype:
@@ -174,12 +185,12 @@ def _set_dtype(path: str, module, policy: Policy) -> None:
 
 def _has_dtype(module) -> bool:
     """Whether the module has a ``dtype`` that says what it computes in."""
-    dtype = getattr(module, "dtype", Ellipsis)
+    dtype = getattr(module, "dtype", "none")
     if not isinstance(dtype, str | type | np.dtype):
         return dtype is None
     try:
         return jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
-    except TypeError:  # something else that is called dtype
+    except TypeError:  # there is none, or another thing of that name
         return False
 
 

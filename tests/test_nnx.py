@@ -789,6 +789,59 @@ def test_models_of_two_policies_do_not_meet():
     assert run(bare, x) == 6 * (1 + 2**-9) and run(models["bf16"], x) == 6
 
 
+class NotAPytree(nnx.Module, pytree=False):
+    def __init__(self, rngs):
+        self.layers = [nnx.Linear(8, 8, rngs=rngs) for _ in range(2)]
+        self.scales = [nnx.Param(jnp.ones(8))]
+
+    def __call__(self, x):
+        return self.layers[1](self.layers[0](x)) * self.scales[0][None]
+
+
+@nnx.dataclass
+class DataClass(nnx.Module):
+    weight: nnx.Param = nnx.data(default_factory=lambda: nnx.Param(jnp.ones((8, 8))))
+    activation: object = nnx.static(default=jax.nn.relu)
+    dtype: object = None
+
+    def __call__(self, x):
+        return self.activation(x @ self.weight)
+
+
+class Weights(nnx.Pytree):
+    def __init__(self):
+        self.scale = nnx.Param(jnp.ones(8))
+
+
+class ControlFlow(nnx.Module):
+    def __init__(self, rngs):
+        self.a, self.b = (nnx.Linear(8, 8, rngs=rngs) for _ in range(2))
+        self.weights = Weights()
+
+    def __call__(self, x):
+        def branch(self, x):
+            return self.a(x) * self.weights.scale[None]
+
+        x = nnx.cond(x.sum() > 0, branch, lambda self, x: self.b(x), self, x)
+        return nnx.fori_loop(0, 2, lambda i, c: (c[0], c[0].a(c[1])), (self, x))[1]
+
+
+@pytest.mark.parametrize("kind", [NotAPytree, lambda rngs: DataClass(), ControlFlow])
+def test_kinds_of_modules(kind):
+    bare, x = kind(rngs()), normal(2, 8)
+    mixed = mixed_precision(bare, "p=f32,c=bf16")
+    runs = [nnx.jit(lambda model, x: model(x))]
+    if kind is not NotAPytree:
+        runs += [nnx.jit(lambda model, x: model(x), graph=False)]
+        runs += [jax.jit(lambda model, x: model(x))]
+    for run in runs:
+        output = run(mixed, x)
+        assert output.dtype == BF16 and bare(x).dtype == F32
+        np.testing.assert_allclose(output.astype(F32), bare(x), rtol=0.05, atol=0.05)
+    dtypes = {a.dtype for a in jax.tree.leaves(nnx.state(mixed, nnx.Param))}
+    assert dtypes == {F32}
+
+
 def test_shared_modules_stay_shared():
     bare = Tied(None, rngs())
     mixed = mixed_precision(bare, "mixed_bfloat16")
@@ -1017,6 +1070,12 @@ def test_errors():
     linen = nnx.Dict(a=nnx.bridge.ToNNX(nn.Dense(3), rngs=rngs()))
     with pytest.raises(ValueError, match=r"Module 'a' .*Rule\('a', None\)"):
         mixed_precision(linen, "mixed_bfloat16")
+    hijax = Probe("a")
+    hijax.weight = nnx.Param(jnp.ones(3), hijax=True)
+    with pytest.raises(ValueError, match="'weight' of module 'a' is a hijax variable"):
+        mixed_precision(nnx.Dict(a=hijax), "mixed_bfloat16")
+    with pytest.raises(ValueError, match="nearest paths are 'blocks/"):
+        mixed_precision(Transformer(None, rngs()), mpjax.Rule("blocks", "bf16"))
     shared = nnx.Param(jnp.ones(3))
     two = nnx.Dict(a=Probe("a"), b=Probe("b"))
     two["a"].weight = two["b"].weight = shared
