@@ -1,6 +1,7 @@
 """Runs models of other authors under ``mixed_bfloat16``, beside float32.
 
-    pip install . && pip install --no-deps -r benchmarks/models-requirements.txt
+    pip install ".[examples]"
+    pip install --no-deps -r benchmarks/models-requirements.txt
     python benchmarks/models.py            # or: ... models.py gemma NanoMoE
 
 Python 3.12; about six minutes of one core, most of it compiling.
