@@ -223,7 +223,9 @@ def _mixed_type(bare: type, policy: Policy | None, is_pytree: bool, dtype) -> ty
         "_mpjax_policy": policy,
     }
     for name in _public_methods(bare):
-        namespace[name] = _method(getattr(bare, name), name, policy)
+        namespace[name] = _method(getattr(bare, name), policy)
+    if policy is not None and issubclass(bare, nnx.SimpleCell):
+        namespace["initialize_carry"] = _initialize_carry
     if policy is not None:
         namespace["__getattribute__"] = _getattribute(bare, policy)
         if issubclass(bare, nnx.MultiHeadAttention):
@@ -277,15 +279,17 @@ def _init_cache(self, input_shape, dtype=None):
     type(self)._mpjax_bare_type.init_cache(self, input_shape, policy.compute_dtype)
 
 
-def _method(function: Callable, name: str, policy: Policy | None) -> Callable:
+def _initialize_carry(self, *args, **kwargs):
+    # This cell answers in its compute dtype, which a scan wants of the first carry too.
+    carry = type(self)._mpjax_bare_type.initialize_carry(self, *args, **kwargs)
+    return _cast(carry, type(self)._mpjax_policy.compute_dtype)
+
+
+def _method(function: Callable, policy: Policy | None) -> Callable:
     @functools.wraps(function)
     def method(self, *args, **kwargs):
         if _region.value == policy:
-            outputs = function(self, *args, **kwargs)
-            if policy is not None and name == "initialize_carry":
-                # Cells make it in their param_dtype; a scan would keep that.
-                outputs = _cast(outputs, policy.compute_dtype)
-            return outputs
+            return function(self, *args, **kwargs)
         if policy is None:
             with _region(None):
                 return function(self, *args, **kwargs)

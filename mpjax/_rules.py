@@ -202,12 +202,16 @@ class Matcher:
         """
         used = {self.find(path, t) for path, t in seen.items()}
         for index, rule in enumerate(self.rules):
-            if index in used or rule.optional:
+            # A model of norms alone uses one of the two rules of a policy's name.
+            by_its_norms = index - 1 in used and _are_of_one_name(
+                self.rules[index - 1], rule
+            )
+            if index in used or rule.optional or by_its_norms:
                 continue
             others = set(known()) - seen.keys()
             if not any(map(rule.matches_path, others)):
                 why = self._why_unused(index, seen, sorted({*seen, *others}))
-                raise ValueError(f"{_describe(index, rule)} {why}")
+                raise ValueError(f"{_describe(rule)} {why}")
 
     def _why_unused(self, index, seen, paths) -> str:
         rule = self.rules[index]
@@ -216,8 +220,8 @@ class Matcher:
             if first is not None and rule.matches(path, seen[path]):
                 return (
                     f"decides for no module: {path!r}, which it matches, is taken by "
-                    f"{_describe(first, self.rules[first])} first. Put the narrower "
-                    "rule before the wider one."
+                    f"{_describe(self.rules[first])} first. Put the narrower rule "
+                    "before the wider one."
                 )
         near = [p for p in paths if rule.matches_path(p)]
         if near and rule.module_type is not None:
@@ -237,11 +241,18 @@ class Matcher:
 matcher = functools.lru_cache(maxsize=256)(Matcher)
 
 
-def _describe(index, rule) -> str:
-    text = f"Rule {index} (path={rule.path!r}"
+def _are_of_one_name(norms: Rule, rest: Rule) -> bool:
+    return norms.path == rest.path and (norms.module_type, norms.optional) == (
+        NORMS,
+        True,
+    )
+
+
+def _describe(rule: Rule) -> str:
+    fields = [f"path={rule.path!r}", f"policy={str(rule.policy)!r}"]
     if rule.module_type is not None:
-        text += f", module_type={rule.module_type!r}"
-    return text + ")"
+        fields.append(f"module_type={rule.module_type!r}")
+    return f"Rule({', '.join(fields)})"
 
 
 def _is_name(policy) -> bool:

@@ -389,7 +389,10 @@ def test_borders_between_policies_cast_and_nothing_else_does():
     ("rules", "match"),
     [
         ([mpjax.Rule("haed", "f32"), "f16"], "matches no module.*'head'"),
-        (["mixed_float16", mpjax.Rule("head", "f32")], "taken by Rule 1"),
+        (
+            ["mixed_float16", mpjax.Rule("head", "f32")],
+            r"taken by Rule\(path='.\*', policy='p=f32,c=f16,o=f32'",
+        ),
         ([mpjax.Rule("hea", "f32"), "f16"], "whole path"),
         ([mpjax.Rule("head", "f32", module_type=nn.Conv), "f16"], "types.*are Dense"),
     ],

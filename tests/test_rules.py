@@ -113,6 +113,12 @@ def test_unused_rules_name_what_they_may_have_meant():
     found.check_all_used(seen, lambda: ["encoder/dense"])
 
 
+def test_a_model_of_norms_uses_a_name_as_well():
+    Matcher(expand_rules("mixed_float16")).check_all_used({"": LayerNorm})
+    with pytest.raises(ValueError, match="matches no module"):
+        Matcher(expand_rules("c=f16")).check_all_used({})
+
+
 @pytest.mark.parametrize(
     ("make", "error", "match"),
     [
