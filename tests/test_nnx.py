@@ -505,7 +505,7 @@ def test_a_recurrent_cell_agrees_with_linens():
         mixed = mixed_precision(model, "mixed_bfloat16")
         wrapped = mpjax.linen.MixedPrecision(linen_model, "mixed_bfloat16")
         actual, expected = (
-            jax.jit(mixed)(x),
+            nnx.jit(lambda model, x: model(x))(mixed, x),
             jax.jit(wrapped.apply)({"params": params}, x),
         )
         np.testing.assert_array_equal(actual, expected)
