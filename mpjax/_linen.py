@@ -7,6 +7,7 @@ that parameters, names and random keys stay those of the bare model.
 """
 
 import functools
+import itertools
 import types
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
@@ -111,6 +112,7 @@ class MixedPrecision(nn.Module):
         rules = matcher(rules) if record is None else Matcher(rules)
         seen: dict[str, type] = {}
         module = self.module
+        _mark(module.scope, rules, (), _enclosing.get())
         interceptor = functools.partial(_intercept, rules, module.path, seen)
         with nn.intercept_methods(interceptor):
             result = getattr(module, name)(*args, **kwargs)
@@ -161,8 +163,7 @@ def _intercept(rules: Matcher, root: tuple, seen: dict, method, args, kwargs, co
         {} if policy is None else _changes(module, path, policy, context.method_name)
     )
     before = {name: own.get(name, _ABSENT) for name in changes}
-    # nn.jit caches traces by class and fields; scope flags are part of its key.
-    flags, scope.flags = scope.flags, {**scope.flags, rules: rules.key(path)}
+    _mark(scope, rules, module.path[len(root) :], _enclosing.get())
     token = _enclosing.set(policy)
     # A bound module is Flax's private clone of the user's: it may be lent attributes.
     own.update(changes)
@@ -178,7 +179,28 @@ def _intercept(rules: Matcher, root: tuple, seen: dict, method, args, kwargs, co
             else:
                 own[name] = value
         _enclosing.reset(token)
-        scope.flags = flags
+
+
+def _mark(scope, rules: Matcher, path: tuple[str, ...], enclosing: Policy | None):
+    """Puts what decides for a module, and for those below it, into its scope's flags.
+
+    nn.jit caches traces by class, fields and scope flags. On a decorated method it
+    reads them before any interceptor runs, so a scope has to be born with them.
+    """
+    once = next(_count) if _record.get() is not None else 0
+    key = rules.rules, rules.key("/".join(path)), enclosing, once
+    scope.flags = {**scope.flags, "mpjax": key}
+
+    def push(name=None, prefix="", reuse=False):
+        child = type(scope).push(scope, name, prefix, reuse)
+        _mark(child, rules, (*path, child.name), _enclosing.get())
+        return child
+
+    scope.push = push
+
+
+# Tells the traces of ``tabulate`` apart: it has to see every module.
+_count = itertools.count(1)
 
 
 _ABSENT = object()
@@ -270,7 +292,14 @@ class _Param:
     casts_itself: bool
 
     def __call__(self, name, init_fn, *init_args, **kwargs):
+        def stored(arg):
+            # The dtype that the module was lent, passed on: not one for parameters.
+            lent = arg is self.policy.compute_dtype
+            return self.policy.param_dtype if lent else arg
+
         def init(*args, **kwargs):
+            args = map(stored, args)
+            kwargs = {key: stored(arg) for key, arg in kwargs.items()}
             return self.policy.cast_to_param(init_fn(*args, **kwargs))
 
         # Of the class: another wrapper may have lent the module a param of its own.

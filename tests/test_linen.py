@@ -569,6 +569,53 @@ def test_interleaved_policies_do_not_meet_in_caches(cls):
         assert {d.lhs for d in dots(bare)} == {np.dtype(np.float32)}
 
 
+class Decorated(nn.Module):
+    @nn.jit
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(8)(x)
+
+
+class TwoDecorated(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return Decorated(name="second")(Decorated(name="first")(x))
+
+
+@pytest.mark.parametrize("cls", [Decorated, TwoDecorated])
+@pytest.mark.parametrize("bare_first", [True, False])
+def test_a_jitted_method_follows_the_policy_of_its_program(cls, bare_first):
+    # Flax makes the key of nn.jit before an interceptor sees the method.
+    variables = cls().init(KEY, X)
+    models = {p: MixedPrecision(cls(), p) for p in POLICIES}
+    models = {"bare": cls(), **models} if bare_first else {**models, "bare": cls()}
+    for policy, model in [*models.items(), *models.items()]:
+        found = dots(jax.make_jaxpr(model.apply)(variables, X))
+        dtype = "f32" if policy == "bare" else policy
+        assert {d.lhs for d in found} == {mpjax.get_policy(dtype).compute_dtype}
+        assert {d.rhs for d in found} == {mpjax.get_policy(dtype).compute_dtype}
+
+
+def test_jitted_methods_of_one_class_follow_their_own_rules():
+    rules = [mpjax.Rule("second(/.*)?", "float32"), "mixed_float16"]
+    model = MixedPrecision(TwoDecorated(), rules)
+    jaxpr = jax.make_jaxpr(model.apply)(TwoDecorated().init(KEY, X), X)
+    assert [d.lhs.name for d in dots(jaxpr)] == ["float16", "float32"]
+
+
+def test_a_dtype_passed_on_to_an_initializer_is_the_parameters():
+    class Model(nn.Module):
+        dtype: jnp.dtype = jnp.float32
+
+        @nn.compact
+        def __call__(self, x):
+            kernel = self.param("w", nn.initializers.normal(), (8, 4), self.dtype)
+            return x @ kernel
+
+    wrapped = MixedPrecision(Model(), "mixed_bfloat16")
+    assert_trees_equal(wrapped.init(KEY, X), Model().init(KEY, X))
+
+
 def test_jitted_layers_of_one_class_follow_their_own_rules():
     rules = [mpjax.Rule("JitBlock_0(/.*)?", "float32"), "mixed_float16"]
     model = MixedPrecision(Jitted(), rules)
