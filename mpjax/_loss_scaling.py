@@ -84,8 +84,9 @@ def dynamic_loss_scaling(
     by `select_tree` with `last_step_finite`.
 
     The finite check is the sum of squares that ``optax.clip_by_global_norm`` takes as
-    well: in a compiled step that clips, it is free. A gradient so large (1e19) that its
-    square overflows float32 is skipped too.
+    well: in a compiled step that clips, it is free. (In one that does not, the update
+    has to wait for the last gradient.) A gradient so large (1e19) that its square
+    overflows float32 is skipped too.
 
     Args:
       inner: the optimizer to wrap.
