@@ -4,7 +4,6 @@ TPUs need the package libtpu; NVIDIA GPUs need jax-cuda13-plugin and jax-cuda13-
 jax's own version and nvidia-cuda-nvcc. Import this module before jax.
 """
 
-import atexit
 import dataclasses
 import functools
 import importlib.util
@@ -12,18 +11,16 @@ import math
 import os
 import pathlib
 import re
-import shutil
-import tempfile
 
-_LOGS = tempfile.mkdtemp(prefix="mpjax_aot_")
-atexit.register(shutil.rmtree, _LOGS, ignore_errors=True)
 os.environ.update(
     JAX_PLATFORMS="cpu",
     TPU_SKIP_MDS_QUERY="1",
     TPU_WORKER_HOSTNAMES="localhost",
     TPU_ACCELERATOR_TYPE="v5litepod-1",
     ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-    TPU_LOG_DIR=_LOGS,
+    TPU_LOG_DIR="disabled",
+    TPU_MIN_LOG_LEVEL="3",
+    TPU_STDERR_LOG_LEVEL="3",
 )
 
 import jax  # noqa: E402
