@@ -23,9 +23,9 @@ os.environ.update(
     TPU_STDERR_LOG_LEVEL="3",
 )
 
-import jax  # noqa: E402
-from jax.experimental import topologies  # noqa: E402
-from jax.sharding import SingleDeviceSharding  # noqa: E402
+import jax
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
 
 TPUS = {
     "v4": "v4:1x1x1",
