@@ -531,7 +531,7 @@ def test_scan_over_layers_equals_a_loop(name):
     def looped(parameters):
         y = x
         for i in range(3):
-            y, _ = layer(y, jax.tree.map(lambda p: p[i], parameters))  # noqa: B023
+            y, _ = layer(y, jax.tree.map(lambda p, i=i: p[i], parameters))
         return y.sum()
 
     one = jax.jit(jax.grad(scanned))((layers, scales))

@@ -216,13 +216,13 @@ class Outer(nn.Module):
         return self.module(x)
 
 
-def Attributes(dtype=None):  # noqa: N802
+def attributes(dtype=None):
     layers = [nn.Dense(8, dtype=dtype), nn.tanh, nn.Dense(8, dtype=dtype)]
     return Outer(Outer(nn.Sequential([*layers, Block(dtype), lambda *x: x[0]])))
 
 
 MODELS = [
-    Attributes,
+    attributes,
     Compact,
     SetupStyle,
     Shared,
