@@ -68,7 +68,7 @@ def scaled_dot_general(
         one.
       preferred_element_type: dtype of the result; by default that of the operands.
       recipe: formats and scalings.
-      scales: f32[3], ``recipe.scales(state)``, for a stateful recipe. The gradient with
+      scales: f32[3], ``state.scale``, for a stateful recipe. The gradient with
         respect to it is an observation: the amaxes of lhs, rhs and output gradient
         (inf where one was not finite, 0 where the scaling is not delayed). JAX adds
         what several calls observe, an upper bound; ``observed_dot_general`` gives the
@@ -130,7 +130,7 @@ def observed_dot_general(
     Args:
       lhs: f[...].
       rhs: f[...].
-      scales: f32[3], ``recipe.scales(state)`` or what the call before has returned;
+      scales: f32[3], ``state.scale`` or what the call before has returned;
         ``None`` under a recipe without state.
       dimension_numbers: this and all that follows as for ``scaled_dot_general``.
       precision: of products in high precision.
@@ -152,7 +152,7 @@ def observed_dot_general(
       ...             x, w, scales, dims, recipe=recipe)
       ...     return x.sum()
       >>> x, w = jnp.ones((1, 4)), jnp.ones((4, 4))
-      >>> jax.grad(loss_fn)(recipe.scales(recipe.init()), x, w)  # amax of x: 1, then 4
+      >>> jax.grad(loss_fn)(recipe.init().scale, x, w)  # amax of x: 1, then 4
       Array([4., 1., 4.], dtype=float32)
     """
     lhs, rhs = check_operand("lhs", lhs), check_operand("rhs", rhs)
@@ -184,7 +184,7 @@ def check_scales(recipe: Recipe, scales: Array | None):
     """Raises a ValueError unless the recipe and the scales go together."""
     if recipe.stateful and scales is None:
         raise ValueError(
-            "A recipe with delayed scaling takes scales=recipe.scales(state), got none."
+            "A recipe with delayed scaling takes scales=state.scale, got none."
         )
     if scales is not None and scales.shape != (3,):
         raise ValueError(

@@ -62,8 +62,7 @@ def delayed_scaling(
         def loss_fn(params, scales):
             y = mpjax.scaled_dot_general(..., recipe=recipe, scales=scales)
             ...
-        scales = recipe.scales(state)
-        grads, observed = jax.grad(loss_fn, argnums=(0, 1))(params, scales)
+        grads, observed = jax.grad(loss_fn, argnums=(0, 1))(params, state.scale)
         state = recipe.update(state, observed)                   # once a step
 
     Args:
@@ -83,7 +82,7 @@ def delayed_scaling(
       >>> def loss_fn(w, scales):
       ...     return mpjax.einsum("ik,kj->ij", x, w, recipe=recipe, scales=scales).sum()
       >>> state = recipe.init()
-      >>> _, observed = jax.grad(loss_fn, argnums=(0, 1))(w, recipe.scales(state))
+      >>> _, observed = jax.grad(loss_fn, argnums=(0, 1))(w, state.scale)
       >>> observed
       Array([1., 3., 1.], dtype=float32)
       >>> state = recipe.update(state, observed)

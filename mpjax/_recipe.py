@@ -5,7 +5,6 @@ from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from mpjax._numerics import format_info
 from mpjax._scaling import BlockScaling, DelayedScaling, Scaling
@@ -18,21 +17,26 @@ PRODUCTS: tuple[Product, ...] = ("out", "lhs_grad", "rhs_grad")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ScalingState:
-    """What delayed scaling remembers of one layer; a pytree of arrays.
+    """What delayed scaling remembers of one product; a pytree of float32 arrays.
 
-    The last axis but one runs over lhs, rhs and output gradient; axes before it are
-    those of stacked layers.
+    The last axis of ``scale`` runs over lhs, rhs and output gradient; axes before it
+    are those of stacked layers. A loss is differentiated with respect to the whole
+    state; in place of ``scale`` the gradient then holds the amaxes of the step.
 
     Attributes:
-      scale: f32[..., 3], in units of the gradient of the unscaled loss; 0 where nothing
-        finite has been seen yet.
-      history: f32[..., 3, history_length], amaxes, oldest overwritten first.
-      position: i32[...], the entry of the history to write next.
+      scale: f32[..., 3], what a product takes as ``scales``: in units of the gradient
+        of the scaled loss; 0 where nothing finite has been seen yet.
+      history: f32[..., 3, history_length], amaxes of the unscaled loss, the newest
+        last; 0 where a step saw nothing finite.
+      loss_scale: f32[...], what the loss is multiplied with in the step to come; 0
+        where that is not known.
+      recipe: the recipe of the product.
     """
 
     scale: Array
     history: Array
-    position: Array
+    loss_scale: Array
+    recipe: "Recipe" = dataclasses.field(metadata={"static": True})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,11 +128,14 @@ class Recipe:
         """Whether a product under this recipe reads scales from a ``ScalingState``."""
         return bool(self._delayed())
 
-    def init(self) -> ScalingState:
-        """The state of a layer that has seen nothing.
+    def init(self, loss_scale: float = 1.0) -> ScalingState:
+        """The state of a product that has seen nothing.
 
         Its first step, and every step until the first ``update``, scales by the current
         amax.
+
+        Args:
+          loss_scale: that of the first step; 0 if it is not known.
 
         Raises:
           ValueError: no scaling of this recipe is delayed, so there is no state.
@@ -142,70 +149,88 @@ class Recipe:
             raise ValueError("Only a recipe with a DelayedScaling has a state.")
         length = self._delayed()[0][1].history_length
         return ScalingState(
-            scale=jnp.zeros(3), history=jnp.zeros((3, length)), position=jnp.array(0)
+            scale=jnp.zeros(3),
+            history=jnp.zeros((3, length)),
+            loss_scale=jnp.full((), loss_scale, jnp.float32),
+            recipe=self,
         )
 
-    def scales(self, state: ScalingState, loss_scale: Array | float = 1.0) -> Array:
-        """What a product takes as ``scales``; its gradient holds the amaxes it saw.
-
-        Args:
-          state: of the layer.
-          loss_scale: f32[], what the loss is multiplied with in this step: gradients
-            and the scale of the gradient grow alike, so that a change of the loss scale
-            saturates nothing.
-
-        Returns:
-          f32[..., 3].
-        """
-        return state.scale * _on_grad(loss_scale, state.scale.shape)
-
     def update(
-        self, state: ScalingState, observed: Array, loss_scale: Array | float = 1.0
+        self,
+        state: ScalingState,
+        observed: Array,
+        loss_scale: Array | float | None = None,
     ) -> ScalingState:
         """Enters the amaxes of one optimizer step; to be called once a step.
 
         The scale of the next step comes from the maximum of the history, or its last
         entry. An amax that is 0 or not finite tells nothing: it never enters the
-        history, and when no other is left the scale stays what it was.
+        history, and when no other is left the scale stays what it was. The scale of the
+        gradient follows the loss scale, so that a change of that saturates nothing.
 
         Args:
-          state: of the layer.
-          observed: f32[..., 3], the gradient with respect to ``scales``: the amaxes of
-            lhs, rhs and output gradient. Those of microbatches, or of several uses of a
-            layer, are to be merged by ``jnp.maximum``.
-          loss_scale: f32[], the one the step was made with.
+          state: of the product.
+          observed: f32[..., 3], the gradient with respect to ``state.scale``: the
+            amaxes of lhs, rhs and output gradient. Those of microbatches, or of several
+            uses of a layer, are to be merged by ``jnp.maximum``.
+          loss_scale: f32[], the loss scale of the step to come; None: the loss is not
+            scaled. While that of the last step is not known, nothing is entered.
 
         Returns:
-          The state for the next step. Of a step that was skipped, keep the old one
-          (``select_tree``).
+          The state for the next step.
 
         Example:
           >>> import jax.numpy as jnp, mpjax
           >>> recipe = mpjax.delayed_scaling()
           >>> state = recipe.update(recipe.init(), jnp.array([448.0, 44.8, jnp.inf]))
-          >>> recipe.scales(state)
+          >>> state.scale
           Array([1. , 0.1, 0. ], dtype=float32)
         """
-        observed = observed / _on_grad(loss_scale, observed.shape)
-        known = jnp.isfinite(observed) & (observed > 0)
-        observed = jnp.where(known, observed, 0.0)
-        length = state.history.shape[-1]
-        entry = lax.broadcasted_iota(jnp.int32, state.history.shape, observed.ndim)
-        here = entry == state.position[..., None, None]
-        history = jnp.where(here, observed[..., None], state.history)
+        last = state.loss_scale
+        if loss_scale is None:
+            last, loss_scale = jnp.where(last > 0, last, 1.0), 1.0
+        amaxes = observed / _on_grad(jnp.where(last > 0, last, 1.0))
+        known = jnp.isfinite(amaxes) & (amaxes > 0) & (last[..., None] > 0)
+        amaxes = jnp.where(known, amaxes, 0.0)
+        history = jnp.concatenate([state.history[..., 1:], amaxes[..., None]], axis=-1)
         scales = []
-        for i, (_, scaling) in enumerate(self._scalings()):
-            old = state.scale[..., i]
-            if not isinstance(scaling, DelayedScaling):
-                scales.append(old)
-                continue
-            recent = scaling.algorithm == "most_recent"
-            amax = observed[..., i] if recent else jnp.max(history[..., i, :], axis=-1)
-            scales.append(jnp.where(amax > 0, scaling.scale(amax), old))
-        return ScalingState(
-            scale=jnp.stack(scales, axis=-1),
-            history=history,
-            position=(state.position + 1) % length,
+        for i, (name, scaling) in enumerate(self._scalings()):
+            scale = state.scale[..., i]
+            if isinstance(scaling, DelayedScaling):
+                recent = scaling.algorithm == "most_recent"
+                amax = (
+                    amaxes[..., i] if recent else jnp.max(history[..., i, :], axis=-1)
+                )
+                new = scaling.scale(amax) * (last if name == "grad" else 1.0)
+                scale = jnp.where(amax > 0, new, scale)
+            scales.append(scale)
+        entered = ScalingState(jnp.stack(scales, axis=-1), history, last, self)
+        return self.rescale(entered, loss_scale)
+
+    def rescale(self, state: ScalingState, loss_scale: Array | float) -> ScalingState:
+        """The state for a step with another loss scale; after a skipped step, say.
+
+        Args:
+          state: of the product.
+          loss_scale: f32[], that of the step to come.
+
+        Returns:
+          The same history, and a scale of the gradient that follows the loss scale.
+
+        Example:
+          >>> import jax.numpy as jnp, mpjax
+          >>> recipe = mpjax.delayed_scaling()
+          >>> state = recipe.update(recipe.init(8.0), jnp.full(3, 448.0), 8.0)
+          >>> recipe.rescale(state, 4.0).scale / state.scale
+          Array([1. , 1. , 0.5], dtype=float32)
+        """
+        last = state.loss_scale
+        ratio = jnp.where(last > 0, loss_scale / last, 1.0)
+        scale = jnp.clip(state.scale * _on_grad(ratio), 2.0**-126, 2.0**126)
+        return dataclasses.replace(
+            state,
+            scale=jnp.where(state.scale > 0, scale, 0.0),
+            loss_scale=jnp.broadcast_to(loss_scale, last.shape).astype(last.dtype),
         )
 
     def fnuz(self) -> "Recipe":
@@ -264,11 +289,10 @@ class Recipe:
         return True, f"{target} has units for every quantized product"
 
 
-def _on_grad(factor: Array | float, shape: tuple[int, ...]) -> Array:
+def _on_grad(factor: Array) -> Array:
     """f32[..., 3], 1 for the operands."""
-    one = jnp.ones(())
-    factors = jnp.stack([one, one, jnp.asarray(factor, jnp.float32)])
-    return jnp.broadcast_to(factors, shape)
+    one = jnp.ones_like(factor)
+    return jnp.stack([one, one, factor], axis=-1)
 
 
 def _ocp_float8(*names: str) -> bool:

@@ -194,15 +194,42 @@ def test_the_history_forgets_what_is_too_old():
         assert state.scale[0] == np.float32(expected) * np.float32(1 / 448)
 
 
-def test_a_change_of_the_loss_scale_changes_the_gradients_scale_alone():
+def test_the_scale_of_the_gradient_follows_the_loss_scale():
     recipe = named.delayed_scaling()
-    state = recipe.update(recipe.init(), jnp.array([1.0, 2.0, 3.0 * 2**16]), 2.0**16)
+    observed = jnp.array([1.0, 2.0, 3.0 * 2**16])
+    state = recipe.update(recipe.init(2.0**16), observed, 2.0**-40)
     plain = recipe.update(recipe.init(), jnp.array([1.0, 2.0, 3.0]))
-    np.testing.assert_array_equal(state.scale, plain.scale)
-    small = jnp.float32(2.0**-40)
-    np.testing.assert_array_equal(
-        recipe.scales(state, small), plain.scale * np.float32([1, 1, 2.0**-40])
+    np.testing.assert_array_equal(state.history, plain.history)
+    on_grad = np.float32([1, 1, 2.0**-40])
+    np.testing.assert_array_equal(state.scale, plain.scale * on_grad)
+    assert state.loss_scale == 2.0**-40
+    back = recipe.rescale(state, 1.0)
+    jax.tree.map(np.testing.assert_array_equal, back, plain)
+    # An old scale that is kept follows as well.
+    kept = recipe.update(state, jnp.full(3, jnp.inf), 4.0)
+    np.testing.assert_array_equal(kept.scale, plain.scale * np.float32([1, 1, 4]))
+
+
+def test_nothing_is_entered_while_the_loss_scale_is_not_known():
+    recipe = named.delayed_scaling(4)
+    observed = jnp.array([1.0, 2.0, 3.0])
+    state = recipe.update(recipe.init(loss_scale=0), observed, 8.0)
+    assert (
+        state.loss_scale == 8 and not np.any(state.scale) and not np.any(state.history)
     )
+    state = recipe.update(state, observed, 8.0)
+    np.testing.assert_array_equal(state.history[:, -1], np.float32([1, 2, 3 / 8]))
+    # Where no loss scale is ever named there is nothing to know.
+    state = recipe.update(recipe.init(loss_scale=0), observed)
+    np.testing.assert_array_equal(state.history[:, -1], observed)
+
+
+def test_scales_stay_normal_numbers():
+    recipe = named.delayed_scaling(4)
+    state = recipe.update(recipe.init(), jnp.full(3, 1e-30))
+    for loss_scale in (2.0**-126, 2.0**127):
+        moved = recipe.rescale(state, loss_scale).scale
+        assert np.all(moved >= 2.0**-126) and np.all(moved <= 2.0**126)
 
 
 def test_states_of_stacked_layers_update_as_one():
@@ -217,7 +244,9 @@ def test_states_of_stacked_layers_update_as_one():
             jax.tree.leaves(together), jax.tree.leaves(alone), strict=True
         ):
             np.testing.assert_array_equal(new[i], old)
-    assert recipe.scales(together, 2.0).shape == (5, 3)
+    moved = recipe.rescale(together, 2.0)
+    doubled = np.asarray(together.scale) * np.float32([1, 1, 2])
+    np.testing.assert_array_equal(moved.scale, doubled)
 
 
 def test_update_keeps_shapes_and_dtypes():
