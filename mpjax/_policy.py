@@ -102,6 +102,8 @@ def get_policy(policy: str | Policy | DType) -> Policy:
     ===================================  =====================================
     ``"mixed_bfloat16"``                 ``p=f32,c=bf16,o=f32``
     ``"mixed_float16"``                  ``p=f32,c=f16,o=f32``
+    ``"mixed_float8"``                   ``p=f32,c=bf16,o=f32``; in a rule, with a
+                                         recipe for products (``expand_rules``)
     ``"float32"``, ``"f32"``, ``"full"``  all float32; likewise any other dtype
     ``"half"``                           all bfloat16 on a TPU, else all float16
     ``"p=f32,c=bf16"``                   keys ``p|params``, ``c|compute``,
@@ -132,6 +134,7 @@ def get_policy(policy: str | Policy | DType) -> Policy:
         return Policy(policy)
     if "=" not in policy:
         name = policy.strip()
+        name = "mixed_bfloat16" if name == "mixed_float8" else name
         if name.startswith("mixed_"):
             return Policy(
                 np.float32, parse_dtype(name.removeprefix("mixed_"))
@@ -181,7 +184,8 @@ def parse_dtype(name: str) -> np.dtype:
     if name not in _NAME_TO_DTYPE:
         raise ValueError(
             f"Unknown dtype {name!r} in a policy. Use one of "
-            f"{', '.join([*_NAME_TO_DTYPE, 'half'])}, or mixed_bfloat16, mixed_float16."
+            f"{', '.join([*_NAME_TO_DTYPE, 'half'])}, or mixed_bfloat16, "
+            "mixed_float16, mixed_float8."
         )
     return _NAME_TO_DTYPE[name]
 

@@ -9,15 +9,27 @@ from typing import TypeAlias
 
 import jax.numpy as jnp
 
+from mpjax._named_recipes import current_scaling
 from mpjax._policy import Policy, get_policy
+from mpjax._recipe import Recipe
 
 # Class names of normalization layers, in Linen, NNX and in models of other authors.
 NORMS = r"\w*Norm(alization)?\w{0,2}"
+# Class names of modules that choose experts, and names of layers with their logits.
+ROUTERS = r"\w*(Router|Gating)\w*"
+ROUTER_PATHS = r"(?i:(.*/)?(\w*router\w*|\w*(moe|expert)\w*/gat(e|ing))(/.*)?)"
+# Layers that stand first or last in a model and make its inputs or outputs.
+ENDS = (
+    r"(?i:(.*/)?(?!multi|att)(\w+_)?"
+    r"(embed(ding|der|dings)?|patch\w*|stem|head|logits|classifier)(_\d+)?(/.*)?)"
+)
+
+_FLOAT8, _FLOAT8_MIN_SIZE = "mixed_float8", 128
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    r"""Gives the modules that it matches a policy.
+    r"""Gives the modules that it matches a policy and, for their products, a recipe.
 
     A module matches when its path *and* its type do. Its path is the names from the
     model down to it, joined by "/", and "" for the model itself.
@@ -25,15 +37,25 @@ class Rule:
     Attributes:
       path: regular expression that the whole path must match.
       policy: a ``Policy``, a policy string, or None: leave these modules alone. A
-        policy by *name* (``"mixed_bfloat16"``) keeps normalization layers in float32,
-        see ``expand_rules``; one spelled out (``"c=bf16"``) is taken literally.
+        policy by *name* (``"mixed_bfloat16"``) keeps what is fragile in float32, see
+        ``expand_rules``; one spelled out (``"c=bf16"``) is taken literally.
+      recipe: formats and scalings of the products of Dense, Einsum, convolution and
+        attention layers and of ``Embed.attend``; None: they multiply in the compute
+        dtype of the policy.
       module_type: a class, a tuple of classes, or a regular expression that the whole
         name of the module's class or of one of its bases must match. None: any type.
       optional: allow the rule to match nothing.
+      cast_inputs: whether floating arguments of a module that the rule makes the entry
+        of a policy are cast to its compute dtype. False keeps, say, time steps or
+        coordinates in float32 until the layers that take them cast them.
+      min_size: products that sum over fewer elements than this, or give fewer features,
+        stay in the compute dtype. Only with a recipe.
+      attention: let the recipe also serve the two products between queries, keys and
+        values. Only with a recipe.
 
     Raises:
-      ValueError: ``path`` or ``module_type`` is not a valid regular expression, or the
-        policy cannot be read.
+      ValueError: ``path`` or ``module_type`` is not a valid regular expression, the
+        policy cannot be read, or a field needs another that is not there.
       TypeError: a field has the wrong type.
 
     Example:
@@ -47,10 +69,14 @@ class Rule:
 
     path: str = ".*"
     policy: Policy | str | None = None
+    recipe: Recipe | None = None
     module_type: type | tuple[type, ...] | str | None = dataclasses.field(
         default=None, kw_only=True
     )
     optional: bool = dataclasses.field(default=False, kw_only=True)
+    cast_inputs: bool = dataclasses.field(default=True, kw_only=True)
+    min_size: int = dataclasses.field(default=0, kw_only=True)
+    attention: bool = dataclasses.field(default=False, kw_only=True)
 
     def __post_init__(self):
         _check_regex("path", self.path)
@@ -73,6 +99,30 @@ class Rule:
             policy = get_policy(self.policy)
             if not _is_name(self.policy):
                 object.__setattr__(self, "policy", policy)
+        self._check_recipe()
+
+    def _check_recipe(self):
+        if not isinstance(self.recipe, Recipe | None):
+            raise TypeError(
+                "Rule.recipe must be a Recipe such as mpjax.current_scaling(), or "
+                f"None, got {self.recipe!r}."
+            )
+        if self.recipe is not None and self.policy is None:
+            raise ValueError(
+                "A recipe needs a policy, whose compute dtype it starts from: "
+                f"mpjax.Rule({self.path!r}, 'mixed_bfloat16', recipe)."
+            )
+        if not isinstance(self.min_size, int) or self.min_size < 0:
+            raise ValueError(
+                f"Rule.min_size counts features and is at least 0, got "
+                f"{self.min_size!r}."
+            )
+        named = self.policy == _FLOAT8
+        if (self.min_size or self.attention) and self.recipe is None and not named:
+            raise ValueError(
+                "Rule.min_size and Rule.attention say which products a recipe serves, "
+                f"and {_describe(self)} has none: add recipe=mpjax.current_scaling()."
+            )
 
     def matches(self, path: str, module_type: type) -> bool:
         """Whether the rule matches a module of this path and type."""
@@ -99,10 +149,16 @@ def expand_rules(rules: Rules) -> tuple[Rule, ...]:
     """Makes the flat tuple of rules that a front end applies.
 
     A string or a ``Policy`` stands for a rule that matches everything. A policy *name*
-    with a 16-bit compute dtype becomes two rules: normalization layers compute in
-    float32 and return the compute dtype (they are matched by class name, so that those
-    of other authors are found too), and everything else follows the policy. Layers that
-    know a float32 softmax are told to use it by the front ends.
+    with a 16-bit compute dtype becomes several rules, what is fragile first: modules
+    that choose experts (by class name) compute in float32, and layers with the logits
+    of experts (by path) return them so; normalization layers (by class name) compute in
+    float32 and return the compute dtype; everything else follows the policy. Layers
+    that know a float32 softmax are told to use it by the front ends.
+
+    ``"mixed_float8"`` is ``"mixed_bfloat16"`` with a recipe, ``current_scaling()``
+    unless the rule has one. First and last layers (by path: embeddings, patches, heads,
+    logits) go without, and so do products of fewer than 128 elements or features, or
+    fewer than the rule's ``min_size``.
 
     Raises:
       ValueError: there is no rule, or a policy cannot be read or computes in 8 bits.
@@ -111,10 +167,12 @@ def expand_rules(rules: Rules) -> tuple[Rule, ...]:
     Example:
       >>> import mpjax
       >>> for rule in mpjax.expand_rules([mpjax.Rule("head", "f32"), "mixed_bfloat16"]):
-      ...     print(rule.path, rule.policy)
-      head p=f32,c=f32,o=f32
-      .* p=f32,c=f32,o=bf16
-      .* p=f32,c=bf16,o=f32
+      ...     print(rule.policy, "exception" if rule.optional else rule.path)
+      p=f32,c=f32,o=f32 head
+      p=f32,c=f32,o=bf16 exception
+      p=f32,c=f32,o=f32 exception
+      p=f32,c=f32,o=bf16 exception
+      p=f32,c=bf16,o=f32 .*
     """
     if isinstance(rules, str | Policy | Rule):
         rules = (rules,)
@@ -140,18 +198,52 @@ def _expand(rule: Rule) -> Iterable[Rule]:
     if policy.compute_dtype.itemsize < 2:
         raise ValueError(
             f"Policy {policy} computes in 8 bits, which needs scales: compute in "
-            "bfloat16 or float16."
+            "bfloat16 or float16, and give the rule a recipe."
         )
     literal = dataclasses.replace(rule, policy=policy)
-    if not _is_name(rule.policy) or policy.compute_dtype.itemsize > 2:
+    if rule.policy == _FLOAT8:
+        literal = dataclasses.replace(
+            literal,
+            recipe=rule.recipe or current_scaling(),
+            min_size=rule.min_size or _FLOAT8_MIN_SIZE,
+        )
+    if (
+        not _is_name(rule.policy)
+        or policy.compute_dtype.itemsize > 2
+        or rule.module_type is not None
+    ):
         return [literal]
-    norms = dataclasses.replace(
-        literal,
-        policy=Policy(policy.param_dtype, jnp.float32, policy.compute_dtype),
-        module_type=NORMS,
-        optional=True,
-    )
-    return [norms, literal] if rule.module_type is None else [literal]
+    exceptions = _exceptions(literal)
+    return [*(exceptions if rule.policy == _FLOAT8 else exceptions[:-1]), literal]
+
+
+def _exceptions(rule: Rule) -> list[Rule]:
+    """The rules that the name of a policy puts before its own."""
+
+    def before(compute, output, path=".*", module_type=None):
+        return Rule(
+            _both(path, rule.path),
+            Policy(rule_policy.param_dtype, compute, output),
+            module_type=module_type,
+            optional=True,
+            cast_inputs=rule.cast_inputs,
+        )
+
+    rule_policy = get_policy(rule.policy)
+    low = rule_policy.compute_dtype
+    return [
+        before(jnp.float32, low, module_type=ROUTERS),
+        before(jnp.float32, jnp.float32, ROUTER_PATHS),
+        before(jnp.float32, low, module_type=NORMS),
+        before(low, rule_policy.output_dtype, ENDS),
+    ]
+
+
+def _both(pattern: str, other: str) -> str:
+    """A regular expression that matches a whole path where two others do."""
+    if other == ".*":
+        return pattern
+    return other if pattern == ".*" else rf"(?=(?:{other})\Z){pattern}"
 
 
 class Matcher:
@@ -176,11 +268,16 @@ class Matcher:
             self._found[key] = next(matching, None)
         return self._found[key]
 
+    def rule(self, path: str, module_type: type) -> Rule | None:
+        """The rule of a module; None: it is left alone."""
+        index = self.find(path, module_type)
+        rule = None if index is None else self.rules[index]
+        return None if rule is None or rule.policy is None else rule
+
     def policy(self, path: str, module_type: type) -> Policy | None:
         """The policy of a module; None: it is left alone."""
-        index = self.find(path, module_type)
-        policy = None if index is None else self.rules[index].policy
-        return None if policy is None else get_policy(policy)
+        rule = self.rule(path, module_type)
+        return None if rule is None else get_policy(rule.policy)
 
     def key(self, path: str) -> str:
         """A key that two paths share if all below them has the same policies."""
@@ -202,11 +299,12 @@ class Matcher:
         """
         used = {self.find(path, t) for path, t in seen.items()}
         for index, rule in enumerate(self.rules):
-            # A model of norms alone uses one of the two rules of a policy's name.
-            by_its_norms = index - 1 in used and _are_of_one_name(
-                self.rules[index - 1], rule
-            )
-            if index in used or rule.optional or by_its_norms:
+            if index in used or rule.optional:
+                continue
+            # A model of norms alone uses another of the rules of a policy's name.
+            if rule.policy is not None and any(
+                self.rules[i] in _exceptions(rule) for i in used if i is not None
+            ):
                 continue
             others = set(known()) - seen.keys()
             if not any(map(rule.matches_path, others)):
@@ -241,15 +339,10 @@ class Matcher:
 matcher = functools.lru_cache(maxsize=256)(Matcher)
 
 
-def _are_of_one_name(norms: Rule, rest: Rule) -> bool:
-    return norms.path == rest.path and (norms.module_type, norms.optional) == (
-        NORMS,
-        True,
-    )
-
-
 def _describe(rule: Rule) -> str:
     fields = [f"path={rule.path!r}", f"policy={str(rule.policy)!r}"]
+    if rule.recipe is not None:
+        fields.append("recipe=...")
     if rule.module_type is not None:
         fields.append(f"module_type={rule.module_type!r}")
     return f"Rule({', '.join(fields)})"

@@ -73,7 +73,7 @@ def test_expansion_is_idempotent_and_hashable():
     assert expand_rules(rules) == rules
     assert hash(rules) == hash(expand_rules(rules))
     assert matcher(rules) is matcher(expand_rules(rules))
-    assert jax.jit(lambda r: len(r), static_argnums=0)(rules) == 3
+    assert jax.jit(lambda r: len(r), static_argnums=0)(rules) == 5
 
 
 names = st.text("ab", min_size=1, max_size=2)
