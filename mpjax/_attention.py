@@ -1,12 +1,18 @@
 """Attention with a float32 softmax between products of 16-bit operands."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mpjax._typing import Array
+
+
+def _einsum(subscripts: str, one: Array, two: Array, *, name: str, precision) -> Array:
+    del name
+    return jnp.einsum(subscripts, one, two, precision=precision)
 
 
 def dot_product_attention(
@@ -19,6 +25,7 @@ def dot_product_attention(
     is_causal: bool = False,
     edit_weights: Callable[[Array], Array] = lambda weights: weights,
     precision: jax.lax.PrecisionLike = None,
+    einsum: Callable[..., Array] = _einsum,
 ) -> Array:
     r"""Scaled dot-product attention for 16-bit compute dtypes.
 
@@ -39,6 +46,8 @@ def dot_product_attention(
       is_causal: let no query see a later key.
       edit_weights: applied to the weights, [..., heads, q, k]: dropout, say.
       precision: of the products, as for ``jax.lax.dot_general``.
+      einsum: what multiplies; is told the ``name`` of the product, ``"query_key"`` or
+        ``"weights_value"``, as well.
 
     Returns:
       [..., q, heads, v] in the dtype of the query.
@@ -60,8 +69,12 @@ def dot_product_attention(
     if heads != key_heads:
         query = query.reshape(*batch, queries, key_heads, heads // key_heads, depth)
         query_axes, weight_axes = "qhgd", "hgqk"
-    logits = jnp.einsum(
-        f"...{query_axes},...khd->...{weight_axes}", query, key, precision=precision
+    logits = einsum(
+        f"...{query_axes},...khd->...{weight_axes}",
+        query,
+        key,
+        name="query_key",
+        precision=precision,
     )
     shape = logits.shape
     logits = logits.reshape(*batch, heads, queries, keys)
@@ -75,7 +88,36 @@ def dot_product_attention(
         logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
     weights = jax.nn.softmax(logits.astype(np.float32)).astype(query.dtype)
     weights = edit_weights(weights).reshape(shape)
-    output = jnp.einsum(
-        f"...{weight_axes},...khd->...{query_axes}", weights, value, precision=precision
+    output = einsum(
+        f"...{weight_axes},...khd->...{query_axes}",
+        weights,
+        value,
+        name="weights_value",
+        precision=precision,
     )
     return output.reshape(*batch, queries, heads, value.shape[-1])
+
+
+def drop_weights(
+    weights: Array, rng: Any, rate: float, broadcast: bool, deterministic: bool
+) -> Array:
+    """Dropout of attention weights, with the random bits of Flax's own attention.
+
+    Args:
+      weights: [..., heads, q, k], floating.
+      rng: a key; not used where nothing is dropped.
+      rate: of the weights that become 0; the others grow by 1 / (1 - rate).
+      broadcast: drop the same weights for all examples and heads.
+      deterministic: drop nothing.
+
+    Returns:
+      [..., heads, q, k].
+    """
+    if deterministic or rate == 0.0:
+        return weights
+    shape = weights.shape
+    if broadcast:
+        shape = (1,) * (weights.ndim - 2) + shape[-2:]
+    keep = jax.random.bernoulli(rng, 1.0 - rate, shape)
+    scale = jnp.asarray(1.0 - rate, weights.dtype)
+    return weights * (keep.astype(weights.dtype) / scale)

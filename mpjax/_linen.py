@@ -9,9 +9,10 @@ that parameters, names and random keys stay those of the bare model.
 import functools
 import itertools
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -20,10 +21,12 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
 from mpjax import _table
-from mpjax._attention import dot_product_attention
+from mpjax._attention import dot_product_attention, drop_weights
 from mpjax._cpu_faults import conv_general_dilated
-from mpjax._policy import Policy
-from mpjax._rules import Matcher, Rules, expand_rules, matcher
+from mpjax._layer_products import LayerProducts
+from mpjax._linen_recipes import SCALING, make_products, stand_in_method, stand_ins
+from mpjax._policy import Policy, get_policy
+from mpjax._rules import Matcher, Rule, Rules, expand_rules, matcher
 from mpjax._tree import cast_floating
 
 
@@ -111,20 +114,36 @@ class MixedPrecision(nn.Module):
         rules = expand_rules(self.rules)
         rules = matcher(rules) if record is None else Matcher(rules)
         seen: dict[str, type] = {}
+        served: dict[str, set[str]] = {}
         module = self.module
         _mark(module.scope, rules, (), _enclosing.get())
-        interceptor = functools.partial(_intercept, rules, module.path, seen)
+        interceptor = functools.partial(_intercept, rules, module.path, seen, served)
         with nn.intercept_methods(interceptor):
             result = getattr(module, name)(*args, **kwargs)
-        rules.check_all_used(seen, lambda: _variable_paths(module.variables))
+        rules.check_all_used(seen, lambda: _variable_paths(module.variables), served)
         if record is not None:
-            record[module.path] = rules, seen
+            record[module.path] = rules, seen, served
         return result
 
     @nn.nowrap
-    def apply(self, variables, *args, method=None, **kwargs):
+    def apply(self, variables, *args, method=None, mutable: Any = False, **kwargs):
         """As ``nn.Module.apply``; ``method`` may be one of the wrapped module."""
-        return super().apply(variables, *args, method=self._named(method), **kwargs)
+        # Uses of a layer hand on its scales through its variable, which is no result.
+        names = {mutable} if isinstance(mutable, str) else mutable or ()
+        hidden = SCALING in variables and isinstance(names, Collection)
+        hidden = hidden and SCALING not in names
+        result = super().apply(
+            variables,
+            *args,
+            method=self._named(method),
+            mutable=[*names, SCALING] if hidden else mutable,
+            **kwargs,
+        )
+        if not hidden:
+            return result
+        result, changed = result
+        changed = {name: tree for name, tree in changed.items() if name != SCALING}
+        return result if mutable is False else (result, changed)
 
     @nn.nowrap
     def init_with_output(self, rngs, *args, method=None, **kwargs):
@@ -149,26 +168,33 @@ _enclosing: ContextVar[Policy | None] = ContextVar("mpjax_enclosing", default=No
 _record: ContextVar[dict | None] = ContextVar("mpjax_record", default=None)
 
 
-def _intercept(rules: Matcher, root: tuple, seen: dict, method, args, kwargs, context):
+def _intercept(
+    rules: Matcher, root: tuple, seen: dict, served: dict, method, args, kwargs, context
+):
     """Runs one method of one module of the model under the module's policy."""
     module, scope = context.module, context.module.scope
     if isinstance(module, MixedPrecision) or scope is None:
         return method(*args, **kwargs)
     path = "/".join(module.path[len(root) :])
     seen[path] = type(module)
-    policy = rules.policy(path, type(module))
+    rule = rules.rule(path, type(module))
+    policy = None if rule is None else get_policy(rule.policy)
     border = policy if policy != _enclosing.get() else None
     own = vars(module)
-    changes = (
-        {} if policy is None else _changes(module, path, policy, context.method_name)
-    )
+    changes = {}
+    if rule is not None:
+        products = make_products(module, path, rule)
+        if products is not None:
+            served.setdefault(path, products.served)
+            method = stand_in_method(module, context.method_name, products, method)
+        changes = _changes(module, path, rule, products, context.method_name)
     before = {name: own.get(name, _ABSENT) for name in changes}
     _mark(scope, rules, module.path[len(root) :], _enclosing.get())
     token = _enclosing.set(policy)
     # A bound module is Flax's private clone of the user's: it may be lent attributes.
     own.update(changes)
     try:
-        if border is not None:
+        if border is not None and rule is not None and rule.cast_inputs:
             args, kwargs = border.cast_to_compute((args, kwargs))
         result = method(*args, **kwargs)
         return result if border is None else border.cast_to_output(result)
@@ -207,10 +233,14 @@ _ABSENT = object()
 
 
 def _changes(
-    module: nn.Module, path: str, policy: Policy, method: str
+    module: nn.Module,
+    path: str,
+    rule: Rule,
+    products: LayerProducts | None,
+    method: str,
 ) -> dict[str, Any]:
-    """The attributes with which a bound module follows a policy."""
-    changes: dict[str, Any] = {}
+    """The attributes with which a bound module follows its rule."""
+    policy, changes = get_policy(rule.policy), {}
     fields = type(module).__dataclass_fields__
     has_dtype = "dtype" in fields and _is_floating_or_none(vars(module).get("dtype"))
     if has_dtype:
@@ -220,10 +250,15 @@ def _changes(
     if type(module) is nn.Embed and method != "setup":
         # Others that read the table find it cast; its own methods cast it themselves.
         changes["embedding"] = nn.unbox(module.get_variable("params", "embedding"))
-    if policy.compute_dtype.itemsize == 2:
-        if "force_fp32_for_softmax" in fields:
-            changes["force_fp32_for_softmax"] = True
-        if vars(module).get("attention_fn") is nn.dot_product_attention:
+    if products is not None:
+        changes |= stand_ins(module, products, rule)
+    if policy.compute_dtype.itemsize == 2 and "force_fp32_for_softmax" in fields:
+        changes["force_fp32_for_softmax"] = True
+    attention_fn = vars(module).get("attention_fn")
+    if attention_fn is nn.dot_product_attention or _is_lent(attention_fn):
+        if products is not None and rule.attention:
+            changes["attention_fn"] = partial(_attention, einsum=products.einsum)
+        elif policy.compute_dtype.itemsize == 2:
             changes["attention_fn"] = _attention
     # Flax's own layers cast what they read where that is cheapest, except in setup.
     casts_itself = method != "setup" and type(module).__module__.startswith(
@@ -252,25 +287,26 @@ def _attention(
     dtype=None,
     precision=None,
     module=None,
+    **einsum,
 ):
     """Stands in for ``nn.dot_product_attention``, which multiplies in float32."""
 
-    def edit(weights):  # as stock attention edits them, with the same random bits
+    def edit(weights):
         if module is not None:
             module.sow("intermediates", "attention_weights", weights)
-        if deterministic or dropout_rate == 0.0:
-            return weights
-        shape = weights.shape
-        if broadcast_dropout:
-            shape = (1,) * (weights.ndim - 2) + shape[-2:]
-        keep = jax.random.bernoulli(dropout_rng, 1.0 - dropout_rate, shape)
-        scale = jnp.asarray(1.0 - dropout_rate, weights.dtype)
-        return weights * (keep.astype(weights.dtype) / scale)
+        return drop_weights(
+            weights, dropout_rng, dropout_rate, broadcast_dropout, deterministic
+        )
 
     query, key, value = cast_floating((query, key, value), dtype)
     return dot_product_attention(
-        query, key, value, mask=mask, edit_weights=edit, precision=precision
+        query, key, value, mask=mask, edit_weights=edit, precision=precision, **einsum
     )
+
+
+def _is_lent(attention_fn) -> bool:
+    """Whether the module around this one, lifted by a transformation, was lent it."""
+    return getattr(attention_fn, "func", attention_fn) is _attention
 
 
 @functools.cache
@@ -341,8 +377,8 @@ def tabulate(model: nn.Module, rngs, *args, **kwargs) -> str:
       **kwargs: as for ``model.init``.
 
     Returns:
-      A table with a row a module: path, type, policy and the number and dtypes of the
-      parameters of its own.
+      A table with a row a module: path, type, policy, the recipe of its products ("-":
+      none uses it) and the dtypes and number of the parameters of its own.
 
     Raises:
       ValueError: there is no ``MixedPrecision`` in the model.
@@ -369,10 +405,12 @@ def tabulate(model: nn.Module, rngs, *args, **kwargs) -> str:
         )
     params = flatten_dict(variables.get("params", {}))
     rows = []
-    for root, (rules, seen) in record.items():
+    for root, (rules, seen, served) in record.items():
         for path, module_type in seen.items():
             full = (*root, *filter(None, path.split("/")))
             own = [leaf for names, leaf in params.items() if names[:-1] == full]
             policy = rules.policy(path, module_type)
-            rows.append(("/".join(full), module_type, policy, jax.tree.leaves(own)))
+            recipe = rules.recipe(path, module_type) if served.get(path) else None
+            leaves = jax.tree.leaves(own)
+            rows.append(("/".join(full), module_type, policy, recipe, leaves))
     return _table.layers(rows)

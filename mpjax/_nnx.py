@@ -383,5 +383,5 @@ def tabulate(model: nnx.Module) -> str:
     for path, nodes in _layers(model).items():
         values = [p.get_raw_value() for node in nodes for _, p in own_params(node)]
         arrays = [leaf for leaf in jax.tree.leaves(values) if hasattr(leaf, "shape")]
-        rows.append((path, type(nodes[0]), _policy(nodes[0]), arrays))
+        rows.append((path, type(nodes[0]), _policy(nodes[0]), None, arrays))
     return _table.layers(rows)

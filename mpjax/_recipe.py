@@ -113,6 +113,11 @@ class Recipe:
                 f"block scalings of a recipe have one size, got {sorted(sizes)}."
             )
 
+    def __str__(self):
+        kinds = dict.fromkeys(str(scaling) for _, scaling in self._scalings())
+        names = (s.dtype.name.removeprefix("float8_") for _, s in self._scalings())
+        return f"{', '.join(kinds)} {'/'.join(names)}"
+
     def _scalings(self):
         return [("lhs", self.lhs), ("rhs", self.rhs), ("grad", self.grad)]
 

@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import functools
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TypeAlias
 
 import jax.numpy as jnp
@@ -279,6 +279,11 @@ class Matcher:
         rule = self.rule(path, module_type)
         return None if rule is None else get_policy(rule.policy)
 
+    def recipe(self, path: str, module_type: type) -> Recipe | None:
+        """The recipe of a module's products."""
+        rule = self.rule(path, module_type)
+        return None if rule is None else rule.recipe
+
     def key(self, path: str) -> str:
         """A key that two paths share if all below them has the same policies."""
         return path if self._path_matters else ""
@@ -287,19 +292,26 @@ class Matcher:
         self,
         seen: Mapping[str, type],
         known: Callable[[], Iterable[str]] = tuple,
+        served: Mapping[str, Collection[str]] | None = None,
     ) -> None:
-        """Raises when a rule that is not optional decides for no module.
+        """Raises when a rule that is not optional does nothing.
 
         Args:
           seen: the modules of the model, path to type.
           known: gives further paths, of modules whose types are not known.
+          served: by path, the products that use a recipe; None: not known.
 
         Raises:
-          ValueError: names the rule and what it might have meant.
+          ValueError: a rule decides for no module, or its recipe serves no product;
+            names the rule and what it might have meant.
         """
         used = {self.find(path, t) for path, t in seen.items()}
         for index, rule in enumerate(self.rules):
-            if index in used or rule.optional:
+            if rule.optional:
+                continue
+            if index in used:
+                if rule.recipe is not None and served is not None:
+                    self._check_served(index, seen, known, served)
                 continue
             # A model of norms alone uses another of the rules of a policy's name.
             if rule.policy is not None and any(
@@ -310,6 +322,21 @@ class Matcher:
             if not any(map(rule.matches_path, others)):
                 why = self._why_unused(index, seen, sorted({*seen, *others}))
                 raise ValueError(f"{_describe(rule)} {why}")
+
+    def _check_served(self, index, seen, known, served) -> None:
+        rule = self.rules[index]
+        mine = [path for path, t in seen.items() if self.find(path, t) == index]
+        others = set(known()) - seen.keys()
+        if any(map(served.get, mine)) or any(map(rule.matches_path, others)):
+            return
+        types = sorted({seen[path].__name__ for path in mine})
+        small = f" Products below min_size={rule.min_size} go without it."
+        raise ValueError(
+            f"{_describe(rule)} has a recipe and serves no product: of what it matches "
+            f"({', '.join(types[:8])}) nothing multiplies as a layer of Flax does."
+            f"{small if rule.min_size else ''} Leave the recipe out, or let the rule "
+            "match Dense, Einsum, convolution or attention layers."
+        )
 
     def _why_unused(self, index, seen, paths) -> str:
         rule = self.rules[index]

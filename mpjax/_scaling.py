@@ -220,6 +220,9 @@ class Scaling(abc.ABC):
                 f"{self.rounding!r}."
             )
 
+    def __str__(self):
+        return type(self).__name__.removesuffix("Scaling").lower()
+
     @abc.abstractmethod
     def block(self, shape: tuple[int, ...], contracting: tuple[int, ...]) -> Block:
         """Which elements share a scale in a product over ``contracting`` axes."""
@@ -300,6 +303,9 @@ class BlockScaling(Scaling):
                 "float8_e8m0fnu holds powers of two only; with it, set rounding to "
                 "'up' or 'floor'."
             )
+
+    def __str__(self):
+        return f"block {self.size}"
 
     def block(self, shape: tuple[int, ...], contracting: tuple[int, ...]) -> Block:
         """Blocks along the last contracted axis; the rest has scales of its own."""

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mpjax._policy import Policy, dtype_to_names
+from mpjax._recipe import Recipe
 
 
 def render(rows: Iterable[Sequence[Any]], columns: Sequence[str], title: str) -> str:
@@ -47,25 +48,29 @@ def render(rows: Iterable[Sequence[Any]], columns: Sequence[str], title: str) ->
     return "\n".join(filter(None, lines))
 
 
-def layers(rows: Iterable[tuple[str, type, Policy | None, Sequence[Any]]]) -> str:
+def layers(
+    rows: Iterable[tuple[str, type, Policy | None, Recipe | None, Sequence[Any]]],
+) -> str:
     """The table of a model's layers that ``tabulate`` of a front end returns.
 
     Args:
-      rows: path, class, policy, and the parameters (arrays or their shapes) that belong
-        to the layer itself.
+      rows: path, class, policy, recipe, and the parameters (arrays or their shapes)
+        that belong to the layer itself.
 
     Returns:
       A table with a row a layer and the sum of all below.
     """
     cells, sizes, nbytes = [], 0, 0
-    for path, module_type, policy, params in rows:
+    for path, module_type, policy, recipe, params in rows:
         size = sum(math.prod(p.shape) for p in params)
         sizes += size
         nbytes += sum(math.prod(p.shape) * p.dtype.itemsize for p in params)
         names = sorted({_short(p.dtype) for p in params})
-        cells.append((path, module_type.__name__, policy, " ".join(names), size))
+        name = module_type.__name__
+        cells.append((path, name, policy, recipe, " ".join(names), size))
     title = f"{len(cells)} layers, {sizes:,} parameters in {nbytes:,} bytes"
-    return render(cells, ["path", "type", "policy", "dtypes", "params"], title)
+    columns = ["path", "type", "policy", "recipe", "dtypes", "params"]
+    return render(cells, columns, title)
 
 
 def _short(dtype) -> str:

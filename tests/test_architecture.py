@@ -9,10 +9,10 @@ ROOT = pathlib.Path(mpjax.__file__).parent
 LADDER = [
     ["_typing", "_numerics", "_tree"],
     ["_qarray", "_scaling", "_policy", "_loss_scaling", "_attention", "_cpu_faults"],
-    ["_recipe", "_named_recipes", "_table", "_scaled_loss"],
+    ["_recipe", "_named_recipes", "_scaled_loss", "_table"],
     ["_operand", "_product", "_dot_general", "_einsum", "_conv"],
-    ["_rules"],
-    ["_nnx_params"],
+    ["_rules", "_layer_products", "_layers", "_scaling_states"],
+    ["_linen_recipes", "_nnx_params"],
     ["_linen", "_nnx"],
     ["linen", "nnx", "__init__"],
 ]

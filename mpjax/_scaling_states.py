@@ -1,0 +1,71 @@
+"""The scaling states of a whole model, entered once a step."""
+
+import jax
+
+from mpjax._recipe import ScalingState
+from mpjax._scaled_loss import last_step_finite, loss_scale
+from mpjax._tree import select_tree
+from mpjax._typing import ArrayTree
+
+
+def update_scaling(
+    states: ArrayTree, observed: ArrayTree, opt_state: ArrayTree | None = None
+) -> ArrayTree:
+    """Enters the amaxes of one optimizer step into the scaling states of a model.
+
+    To be called once a step, after the optimizer's ``update``. A step that was skipped
+    does not enter the history, and scales of gradients follow the loss scale. Where a
+    step has several microbatches, merge what they observed first::
+
+        observed = jax.tree.map(jnp.maximum, observed, observed_of_the_next)
+
+    Args:
+      states: a tree of ``ScalingState``: the collection ``"scaling"`` of a Linen model.
+      observed: the gradient of the loss with respect to ``states``.
+      opt_state: the new state of the optimizer, if the loss is scaled: any tree in
+        which there is one `LossScalingState`.
+
+    Returns:
+      The states for the next step.
+
+    Raises:
+      ValueError: ``observed`` is not the gradient of ``states``, or there is no loss
+        scale in ``opt_state``.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, mpjax, mpjax.linen
+      >>> rule = mpjax.Rule(".*", "mixed_bfloat16", mpjax.delayed_scaling())
+      >>> model = mpjax.linen.MixedPrecision(nn.Dense(16), rule)
+      >>> x = jnp.ones((4, 8))
+      >>> variables = model.init(jax.random.key(0), x)
+      >>> params, scaling = variables["params"], variables["scaling"]
+      >>> def loss_fn(params, scaling):
+      ...     return model.apply({"params": params, "scaling": scaling}, x).mean()
+      >>> grads, observed = jax.grad(loss_fn, argnums=(0, 1))(params, scaling)
+      >>> scaling = mpjax.update_scaling(scaling, observed)
+      >>> print(f"{scaling['kernel'].scale[0]:.5f}")  # 1 / 448
+      0.00223
+    """
+    if jax.tree.structure(states) != jax.tree.structure(observed):
+        raise ValueError(
+            "observed is the gradient with respect to states, which has their "
+            f"structure; got {jax.tree.structure(observed)} for "
+            f"{jax.tree.structure(states)}."
+        )
+
+    def update(state: ScalingState, seen: ScalingState) -> ScalingState:
+        recipe = state.recipe
+        if opt_state is None:
+            return recipe.update(state, seen.scale)
+        coming = loss_scale(opt_state)
+        return select_tree(
+            last_step_finite(opt_state),
+            recipe.update(state, seen.scale, coming),
+            recipe.rescale(state, coming),
+        )
+
+    return jax.tree.map(update, states, observed, is_leaf=_is_state)
+
+
+def _is_state(node) -> bool:
+    return isinstance(node, ScalingState)
