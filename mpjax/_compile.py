@@ -1,0 +1,297 @@
+"""Sends a traced program to a compiler in a process of its own."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeAlias
+
+import jax
+from jax import export
+from jax.extend import core
+from jax.sharding import NamedSharding
+
+from mpjax._jaxpr import CALLBACKS, inner, steps, where
+from mpjax._targets import Target
+
+Gemm: TypeAlias = Literal["library", "triton"]
+
+_WORKER = pathlib.Path(__file__).with_name("_compile_worker.py")
+_INSTALL = "Install the compilers with pip install 'mpjax[lowering]' (Linux x86-64)."
+_CUSTOM_CALL = re.compile(r"custom_call @([\w.$]+)")
+_DUMPS = re.compile(r"^\d+-(.*?)-\d+-final_bundles\.txt$")
+_EQUIVALENT = re.compile(
+    r"^key:(\S+)\n(?:.*\n)*?((?:  \S+\n)*)(?=key:|\Z)", re.MULTILINE
+)
+
+# Without an accelerator libtpu asks the network what it runs on.
+_ENVIRONMENT = dict(
+    JAX_PLATFORMS="cpu",
+    TPU_SKIP_MDS_QUERY="1",
+    TPU_WORKER_HOSTNAMES="localhost",
+    TPU_ACCELERATOR_TYPE="v5litepod-1",
+    ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+    TPU_LOG_DIR="disabled",
+    TPU_MIN_LOG_LEVEL="3",
+    TPU_STDERR_LOG_LEVEL="3",
+)
+# Nothing can be timed. Products with an operand in common stay apart, as traced.
+_GPU = dict(xla_gpu_autotune_level=0, xla_gpu_dot_merger_threshold_mb=0)
+_GEMM: dict[Gemm, dict[str, Any]] = {
+    "library": dict(xla_gpu_enable_triton_gemm=False),
+    "triton": dict(
+        xla_gpu_enable_triton_gemm=True,
+        xla_gpu_experimental_cost_model_gemm_tiling_default=True,
+        xla_gpu_dump_llvmir=True,
+        xla_dump_emitter_re=".*",
+    ),
+}
+
+
+class LoweringError(RuntimeError):
+    """A program that cannot be lowered or compiled for a target."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Traced:
+    """A program ready to be sent.
+
+    Attributes:
+      jaxpr: of the function of the leaves of its arguments that are arrays.
+      args: their shapes, dtypes and shardings.
+      donated: the positions of those whose memory may be used again.
+    """
+
+    jaxpr: Any
+    args: tuple[jax.ShapeDtypeStruct, ...]
+    donated: tuple[int, ...]
+
+    @property
+    def mesh(self) -> dict[str, int]:
+        """Sizes of the axes over which arguments are sharded; empty on one device."""
+        for arg in self.args:
+            if isinstance(arg.sharding, NamedSharding):
+                return dict(arg.sharding.mesh.shape)
+        return {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What came back.
+
+    Attributes:
+      text: the optimized program.
+      figures: sizes of its memory in bytes, and "bytes_accessed".
+      code: machine code of the kernels, by name, where the compiler shows it.
+    """
+
+    text: str
+    figures: dict[str, int | None]
+    code: dict[str, str]
+
+
+def trace(fn: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Traced:
+    """Traces a function without making an array.
+
+    Args:
+      fn: any function ``jax.jit`` takes, jitted or not.
+      args: pytrees of arrays or ``jax.ShapeDtypeStruct``; what else is in them is
+        handed to the function as it is.
+      kwargs: the same, by name.
+    """
+    leaves, tree = jax.tree.flatten((args, dict(kwargs)))
+    arrays = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
+
+    def flat(*values):
+        new = leaves.copy()
+        for i, value in zip(arrays, values, strict=True):
+            new[i] = value
+        args, kwargs = jax.tree.unflatten(tree, new)
+        return fn(*args, **kwargs)
+
+    structs = [_struct(leaves[i]) for i in arrays]
+    jaxpr = jax.jit(flat).trace(*structs).jaxpr
+    invars = inner(jaxpr).invars
+    donated = set()
+    for eqn in inner(jaxpr).eqns if len(inner(jaxpr).eqns) == 1 else ():
+        # The function was jitted: what it says of its arguments holds.
+        if not {"donated_invars", "in_shardings"} <= eqn.params.keys():
+            continue
+        says = eqn.params["donated_invars"], eqn.params["in_shardings"]
+        for var, donate, sharding in zip(eqn.invars, *says, strict=True):
+            donated |= {var} if donate else set()
+            if isinstance(sharding, NamedSharding) and var in invars:
+                i = invars.index(var)
+                structs[i] = structs[i].update(sharding=sharding)
+    positions = tuple(i for i, var in enumerate(invars) if var in donated)
+    return Traced(jaxpr, tuple(structs), positions)
+
+
+def _is_array(leaf) -> bool:
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+def _struct(leaf) -> jax.ShapeDtypeStruct:
+    sharding = getattr(leaf, "sharding", None)
+    sharding = sharding if isinstance(sharding, NamedSharding) else None
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def compile_for(
+    target: Target,
+    traced: Traced,
+    topology: str | None = None,
+    gemm: Gemm = "library",
+    compiler_options: Mapping[str, Any] | None = None,
+) -> Compiled:
+    """Compiles a program for a device.
+
+    Raises:
+      ImportError: the compiler is not installed.
+      ValueError: the program calls back into Python.
+      LoweringError: JAX cannot lower the program, or the compiler refuses it.
+    """
+    _check_installed(target)
+    _check_callbacks(target, traced)
+    program = _export(target, traced)
+    mesh = traced.mesh or {"devices": program.nr_devices}
+    options = dict(compiler_options or {})
+    if target.platform == "cuda":
+        options = _GPU | _GEMM[gemm] | options
+    with tempfile.TemporaryDirectory(prefix="mpjax_") as name:
+        directory = pathlib.Path(name)
+        dump = directory / "dump"
+        dump.mkdir()
+        if target.platform == "cuda" and gemm == "triton":
+            options |= {"xla_dump_to": str(dump)}
+        place, place_options = "", {}
+        if target.platform != "cpu":
+            place, place_options = target.topology(program.nr_devices, topology)
+        request = dict(
+            platform=target.platform,
+            topology=place,
+            topology_options=place_options,
+            mesh=mesh,
+            specs=[_spec(arg.sharding) for arg in traced.args],
+            donated=traced.donated,
+            compiler_options=options,
+        )
+        (directory / "program").write_bytes(program.serialize())
+        (directory / "request.json").write_text(json.dumps(request))
+        _run(target, directory, program.nr_devices)
+        return Compiled(
+            text=(directory / "module.txt").read_text(),
+            figures=json.loads((directory / "answer.json").read_text()),
+            code=_bundles(dump) if target.platform == "tpu" else _ptx(dump),
+        )
+
+
+def _check_installed(target: Target) -> None:
+    needed = {
+        "cpu": ["flatbuffers"],
+        "tpu": ["flatbuffers", "libtpu"],
+        "cuda": ["flatbuffers", "jax_cuda13_plugin", "jax_plugins", "nvidia"],
+        "rocm": [],
+    }[target.platform]
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f"Compiling for {target.name} needs {' and '.join(missing)}. {_INSTALL}"
+        )
+    if target.platform == "rocm":
+        raise ValueError(
+            f"There is no compiler for {target.name} without the device: "
+            "Recipe.is_supported knows its formats, reports do not."
+        )
+
+
+def _check_callbacks(target: Target, traced: Traced) -> None:
+    for step in steps(traced.jaxpr, target.platform):
+        if step.eqn.primitive.name in CALLBACKS:
+            place = where(step.eqn) or step.path or "the program"
+            raise ValueError(
+                "A program that calls back into Python cannot be compiled for a device "
+                f"that is not there: {step.eqn.primitive.name} at {place}. Take "
+                "jax.debug.print, jax.debug.callback, pure_callback and io_callback "
+                "out of what is reported on."
+            )
+
+
+def _export(target: Target, traced: Traced) -> export.Exported:
+    platform = target.platform
+    shardings = tuple(arg.sharding for arg in traced.args)
+    fn = jax.jit(core.jaxpr_as_fun(traced.jaxpr), in_shardings=shardings)
+    try:
+        lowered = fn.trace(*traced.args).lower(lowering_platforms=(platform,))
+        # Export accepts only custom calls that stay the same between versions, and
+        # this program is read by the version that writes it.
+        calls = sorted(set(_CUSTOM_CALL.findall(lowered.as_text())))
+        checks = [export.DisabledSafetyCheck.custom_call(call) for call in calls]
+        exporter = export.export(fn, platforms=(platform,), disabled_checks=checks)
+        return exporter(*traced.args)
+    except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        raise LoweringError(
+            f"JAX cannot lower this program for {target.name}: {error}"
+        ) from error
+
+
+def _spec(sharding) -> list:
+    if sharding is None:
+        return []
+    return [list(axes) if isinstance(axes, tuple) else axes for axes in sharding.spec]
+
+
+def _run(target: Target, directory: pathlib.Path, devices: int) -> None:
+    environment = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(("JAX_", "XLA_", "LIBTPU_", "TPU_"))
+    }
+    environment |= _ENVIRONMENT | dict(
+        JAX_ENABLE_X64=str(int(jax.config.read("jax_enable_x64"))),
+        LIBTPU_INIT_ARGS=f"--xla_jf_dump_to={directory / 'dump'} "
+        "--xla_jf_dump_llo_text=true "
+        "--xla_jf_dump_llo_pass_label_regex=final_bundles|deduplication-map",
+        TMPDIR=str(directory),
+        XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}",
+    )
+    command: Sequence[str] = [sys.executable, "-P", str(_WORKER), str(directory)]
+    done = subprocess.run(
+        command, env=environment, cwd=directory, capture_output=True, text=True
+    )
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        raise LoweringError(
+            f"The compiler for {target.name} ended with {done.returncode}:\n"
+            + "\n".join(lines[-20:])
+        )
+
+
+def _bundles(dump: pathlib.Path) -> dict[str, str]:
+    """Machine code of a TPU; of equal kernels the compiler shows one."""
+    code = {}
+    for path in dump.iterdir():
+        name = _DUMPS.match(path.name)
+        if name and "schedule-analysis" not in path.name:
+            code[name[1]] = path.read_text()
+    for path in dump.glob("*deduplication-map.txt"):
+        for shown, others in _EQUIVALENT.findall(path.read_text()):
+            for other in others.split() if shown in code else ():
+                code.setdefault(other, code[shown])
+    return code
+
+
+def _ptx(dump: pathlib.Path) -> dict[str, str]:
+    """Machine code of a GPU; dots in names have become underscores."""
+    code = {}
+    for path in dump.rglob("*.ptx"):
+        for kernel in re.split(r"(?=\.entry )", path.read_text())[1:]:
+            name = re.match(r"\.entry (\w+)", kernel)
+            code |= {name[1]: kernel} if name else {}
+    return code

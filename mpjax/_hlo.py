@@ -1,0 +1,211 @@
+"""Reads the program that XLA emits: its kernels, and the products in each."""
+
+import dataclasses
+import functools
+import math
+import re
+
+from mpjax._jaxpr import tag_of
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.$-]+) \(.*\) -> .*{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.$-]+) = (.*?) ([a-z][\w-]*)\((.*)$")
+_SHAPE = re.compile(r"\b(pred|[a-z]\w*\d\w*)\[([\d,]*)\]")
+_CALLED = re.compile(
+    r"(?:calls|to_apply|body|condition|\w*computations?)=\{?((?:%[\w.$-]+(?:, )?)+)"
+)
+_OPERAND = re.compile(r"%([\w.$-]+)")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
+_TARGET = re.compile(r'custom_call_target="([^"]*)"')
+
+PRODUCT_CALLS = re.compile(r"cublas|cudnn\$(conv|blockScaledDot)|onednn\$(matmul|conv)")
+_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"}
+_CONTROL = {"while", "conditional", "call", "async-start"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of a program.
+
+    Attributes:
+      name: unique in the program.
+      result: its type, as text.
+      opcode: of HLO.
+      operands: names.
+      line: all of it.
+    """
+
+    name: str
+    result: str
+    opcode: str
+    operands: tuple[str, ...]
+    line: str
+
+    @property
+    def tag(self) -> int | None:
+        """The number that the traced product has which it comes from."""
+        found = _OP_NAME.search(self.line)
+        return tag_of(found[1]) if found else None
+
+    @property
+    def call(self) -> str:
+        """The library function of a custom call."""
+        found = _TARGET.search(self.line)
+        return found[1] if found and self.opcode == "custom-call" else ""
+
+    @property
+    def is_product(self) -> bool:
+        """Whether it multiplies matrices or convolves."""
+        return self.opcode in (
+            "dot",
+            "convolution",
+            "scaled-dot",
+            "ragged-dot",
+        ) or bool(PRODUCT_CALLS.search(self.call))
+
+    @property
+    def highest(self) -> bool:
+        """Whether its float32 operands are not to be rounded."""
+        return bool(re.search(r"operand_precision\W+highest", self.line, re.IGNORECASE))
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledProduct:
+    """A product in the emitted program.
+
+    Attributes:
+      instruction: the product.
+      kernel: the instruction that is launched for it: itself or a fusion.
+      operands: the dtypes of its first two operands, in the names of HLO.
+      runs: how often it runs.
+    """
+
+    instruction: Instruction
+    kernel: Instruction
+    operands: tuple[str, ...]
+    runs: int
+
+
+class Module:
+    """The text of an optimized program, taken apart."""
+
+    def __init__(self, text: str):
+        self.computations: dict[str, list[Instruction]] = {}
+        current: list[Instruction] = []
+        for line in text.splitlines():
+            if header := _COMPUTATION.match(line):
+                current = self.computations[header[2]] = []
+                if header[1]:
+                    self.entry = header[2]
+            elif found := _INSTRUCTION.match(line):
+                name, result, opcode, rest = found.groups()
+                operands = tuple(_OPERAND.findall(rest.partition(")")[0]))
+                current.append(Instruction(name, result, opcode, operands, line))
+
+    @functools.cached_property
+    def placed(self) -> list[tuple[Instruction, Instruction, str, int]]:
+        """Each instruction that runs, with its kernel, its computation and its runs."""
+        found = []
+
+        def visit(name, kernel, runs):
+            for instruction in self.computations[name]:
+                launched = kernel or instruction
+                found.append((instruction, launched, name, runs))
+                control = kernel is None and instruction.opcode in _CONTROL
+                times = runs
+                if instruction.opcode == "while":
+                    trips = _TRIPS.search(instruction.line)
+                    times *= int(trips[1]) if trips else 1
+                if control or instruction.opcode in ("fusion", "call", "async-start"):
+                    for called in self._called(instruction):
+                        visit(called, None if control else launched, times)
+
+        visit(self.entry, None, 1)
+        return found
+
+    def _called(self, instruction: Instruction) -> list[str]:
+        line = instruction.line.partition("metadata=")[0]
+        names = [n for found in _CALLED.findall(line) for n in _OPERAND.findall(found)]
+        return [name for name in names if name in self.computations]
+
+    @functools.cached_property
+    def products(self) -> list[CompiledProduct]:
+        """All products, in the order of the program."""
+        dtypes = {
+            name: {i.name: _dtype(i.result) for i in instructions}
+            for name, instructions in self.computations.items()
+        }
+        return [
+            CompiledProduct(
+                instruction,
+                kernel,
+                tuple(dtypes[name].get(o, "") for o in instruction.operands[:2]),
+                runs,
+            )
+            for instruction, kernel, name, runs in self.placed
+            if instruction.is_product
+        ]
+
+    @functools.cached_property
+    def leftover_tags(self) -> set[int]:
+        """Numbers of products on arithmetic that no matrix unit does."""
+        arithmetic = ("multiply", "reduce", "add", "fusion")
+        return {
+            instruction.tag
+            for instruction, *_ in self.placed
+            if instruction.opcode in arithmetic and instruction.tag is not None
+        }
+
+    @functools.cached_property
+    def cycles(self) -> dict[str, int]:
+        """The TPU compiler's estimates for all runs, by kernel."""
+        total: dict[str, int] = {}
+        for instruction, kernel, _, runs in self.placed:
+            # 2**63 - 1 stands for unknown.
+            known = [
+                c for c in map(int, _CYCLES.findall(instruction.line)) if c < 2**62
+            ]
+            if kernel is instruction and known:
+                total[kernel.name] = total.get(kernel.name, 0) + sum(known) * runs
+        return total
+
+    @functools.cached_property
+    def bytes_moved(self) -> int:
+        """Sizes of the operands and results of all kernels."""
+        sizes = {
+            i.name: _sizes(i.result)
+            for body in self.computations.values()
+            for i in body
+        }
+        total = 0
+        for instruction, kernel, _, runs in self.placed:
+            idle = instruction.opcode in _FREE | _CONTROL
+            if kernel is instruction and not idle:
+                written = sizes[instruction.name]
+                if instruction.opcode == "custom-call":
+                    written = written[:1]  # without its workspace
+                read = sum(sum(sizes.get(o, [])) for o in instruction.operands)
+                total += runs * (sum(written) + read)
+        return total
+
+
+def _dtype(result: str) -> str:
+    found = _SHAPE.search(result)
+    return found[1] if found else ""
+
+
+def _sizes(result: str) -> list[int]:
+    """Bytes of each array of a type."""
+    return [
+        math.prod(int(n) for n in dims.split(",") if n) * bits(dtype) // 8
+        for dtype, dims in _SHAPE.findall(result)
+    ]
+
+
+def bits(dtype: str) -> int:
+    """Bits of an element of a dtype in the names of HLO or of JAX."""
+    if dtype in ("pred", "bool"):
+        return 8
+    found = re.search(r"\d+", dtype)
+    return int(found[0]) if found else 8

@@ -1,0 +1,234 @@
+"""Every equation of a traced program: where it stands, how often it runs, its operands.
+
+The only file of lowering reports that looks into jaxprs. `tests/test_census.py` fails
+loudly when a new JAX lays them out in another way.
+"""
+
+import functools
+import itertools
+import math
+import os
+from collections.abc import Generator, Iterator
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend import core
+
+PRODUCTS = (
+    "conv_general_dilated",
+    "dot_general",
+    "ragged_dot",
+    "ragged_dot_general",
+    "scaled_dot",
+    "scaled_matmul_wrapper",
+)
+CALLBACKS = ("pure_callback", "io_callback", "debug_callback", "debug_print")
+
+# What changes only the layout or the dtype of its first operand.
+MOVES = (
+    "broadcast_in_dim",
+    "convert_element_type",
+    "copy",
+    "expand_dims",
+    "optimization_barrier",
+    "reshape",
+    "rev",
+    "sharding_constraint",
+    "squeeze",
+    "transpose",
+)
+
+_TAG = "mpjax."
+# Their jaxprs say how two numbers become one.
+_COMBINERS = ("reduce", "scatter", "select_and", "argmax", "argmin", "sort", "cum")
+
+
+class Step(NamedTuple):
+    """One equation as it is met when the program is read with all its calls opened.
+
+    Attributes:
+      eqn: the equation.
+      path: the names of the modules and scopes around it, joined by "/".
+      backward: whether it belongs to a transposed, that is, a backward pass.
+      runs: how often it runs; a while loop counts once, a scan by its length.
+      inputs: a number for each operand, the same for the same value; -1 for a literal.
+      outputs: a number for each result.
+      tag: the number that `tag` gave it.
+    """
+
+    eqn: core.JaxprEqn
+    path: str
+    backward: bool
+    runs: int
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    tag: int | None
+
+
+def inner(jaxpr: Any) -> Any:
+    """The jaxpr in a closed one."""
+    return getattr(jaxpr, "jaxpr", jaxpr)
+
+
+def steps(jaxpr: Any, platform: str) -> Iterator[Step]:
+    """Reads a program with all calls, loops and branches opened.
+
+    Args:
+      jaxpr: as tracing returns it.
+      platform: of ``lax.platform_dependent`` only the branch of this platform is read.
+    """
+    numbers = itertools.count()
+    jaxpr = inner(jaxpr)
+    inputs = [next(numbers) for _ in jaxpr.invars]
+    yield from _read(jaxpr, inputs, (), False, 1, platform, numbers)
+
+
+def _read(
+    jaxpr, inputs, scopes, backward, runs, platform, numbers
+) -> Generator[Step, None, list[int]]:
+    """Yields the steps of one jaxpr; returns the numbers of its results."""
+    env = dict(zip(jaxpr.invars, inputs, strict=True))
+    env |= {var: next(numbers) for var in jaxpr.constvars}
+
+    def number(atom):
+        return -1 if isinstance(atom, core.Literal) else env[atom]
+
+    for eqn in jaxpr.eqns:
+        operands = [number(atom) for atom in eqn.invars]
+        names, transposed, tag = _names(eqn)
+        names, transposed = (*scopes, *names), backward or transposed
+        ends = []
+        for sub, reads, times in _opened(eqn, operands, platform):
+            sub = inner(sub)
+            if len(reads) != len(sub.invars):  # an unknown way of calling
+                reads = [next(numbers) for _ in sub.invars]
+            ends.append(
+                (
+                    yield from _read(
+                        sub, reads, names, transposed, runs * times, platform, numbers
+                    )
+                )
+            )
+        path = "/".join(name for name, _ in itertools.groupby(names))
+        one = len(ends) == 1 and len(ends[0]) == len(eqn.outvars)
+        results = [
+            ends[0][i] if one and ends[0][i] >= 0 else next(numbers)
+            for i in range(len(eqn.outvars))
+        ]
+        env.update(zip(eqn.outvars, results, strict=True))
+        if not one:
+            read = operands + [n for end in ends for n in end]
+            yield Step(eqn, path, transposed, runs, tuple(read), tuple(results), tag)
+    return [number(atom) for atom in jaxpr.outvars]
+
+
+def _opened(eqn, operands, platform) -> list[tuple[Any, list[int], int]]:
+    """The jaxprs that an equation runs, what each reads, and how often it runs."""
+    name, params = eqn.primitive.name, eqn.params
+    if name == "cond":
+        branches, platforms = params["branches"], params.get("branches_platforms")
+        if platforms:
+            branches = [branches[_choice(platforms, platform)]]
+        return [(branch, operands[1:], 1) for branch in branches]
+    if name == "while":
+        return [(params["body_jaxpr"], operands[params["cond_nconsts"] :], 1)]
+    if name.startswith(_COMBINERS):
+        return []
+    times = params.get("length", 1) if name == "scan" else 1
+    if name == "pallas_call":
+        times = math.prod(n for n in params["grid_mapping"].grid if isinstance(n, int))
+    jaxprs = [v for v in jax.tree.leaves(list(params.values()), is_leaf=_is_jaxpr)]
+    return [(v, operands, times) for v in jaxprs if _is_jaxpr(v)]
+
+
+def _is_jaxpr(value) -> bool:
+    return isinstance(value, core.Jaxpr | core.ClosedJaxpr)
+
+
+def _choice(platforms, platform) -> int:
+    """Which branch of ``platform_dependent`` a platform takes; None is the default."""
+    for index, names in enumerate(platforms):
+        if names is None or platform in names:
+            return index
+    raise ValueError(f"No branch of lax.platform_dependent is for {platform!r}.")
+
+
+def _names(eqn) -> tuple[list[str], bool, int | None]:
+    """The scopes of an equation, whether it was transposed, and its tag."""
+    names, transposed, tag = [], False, None
+    for entry in eqn.source_info.name_stack.stack:
+        if type(entry).__name__ == "Transform":
+            transposed |= entry.name == "transpose"
+        elif entry.name.startswith(_TAG):
+            tag = int(entry.name.removeprefix(_TAG))
+        else:
+            names.append(entry.name)
+    return names, transposed, tag
+
+
+def tag(jaxpr: Any) -> Any:
+    """Numbers each product of a program, in the names that compilers keep.
+
+    XLA carries the scope of an operation through its rewrites into the program that it
+    emits. What only moves or casts the result of a product gets the number as well: a
+    transpose that is merged with the product leaves its own name on it.
+    """
+    return _tagged(jaxpr, itertools.count())
+
+
+def _tagged(jaxpr, numbers):
+    eqns, followers = [], {}
+    for eqn in inner(jaxpr).eqns:
+        params = {key: _tagged_param(v, numbers) for key, v in eqn.params.items()}
+        number = None
+        if eqn.primitive.name in PRODUCTS:
+            number = next(numbers)
+        elif eqn.primitive.name in MOVES and eqn.invars:
+            number = followers.get(_key(eqn.invars[0]))
+        source = eqn.source_info
+        if number is not None:
+            stack = source.name_stack.extend(f"{_TAG}{number}")
+            source = source.replace(name_stack=stack)
+            followers |= {_key(var): number for var in eqn.outvars}
+        eqns.append(eqn.replace(params=params, source_info=source))
+    new = inner(jaxpr).replace(eqns=eqns)
+    return new if inner(jaxpr) is jaxpr else jaxpr.replace(jaxpr=new)
+
+
+def _key(atom):
+    return None if isinstance(atom, core.Literal) else atom
+
+
+def _tagged_param(value, numbers):
+    if _is_jaxpr(value):
+        return _tagged(value, numbers)
+    if type(value) in (tuple, list):
+        return type(value)(_tagged_param(item, numbers) for item in value)
+    return value
+
+
+def tag_of(op_name: str) -> int | None:
+    """The number of a product in the name of a compiled operation."""
+    for part in reversed(op_name.split("/")):
+        if part.startswith(_TAG) and part[len(_TAG) :].isdigit():
+            return int(part[len(_TAG) :])
+    return None
+
+
+@functools.cache
+def _libraries() -> tuple[str, ...]:
+    """Folders whose lines say how something is computed, not where it was asked for."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    packages = os.path.dirname(os.path.dirname(os.path.abspath(jax.__file__)))
+    names = ("jax", "flax", "optax", "numpy", "haiku", "equinox")
+    return (here + os.sep, *(os.path.join(packages, n) + os.sep for n in names))
+
+
+def where(eqn: core.JaxprEqn) -> str:
+    """The innermost line of the user's code, as "file:line in function", or ""."""
+    traceback = eqn.source_info.traceback
+    for frame in traceback.frames if traceback else ():
+        if not frame.file_name.startswith(_libraries()):
+            file = os.path.basename(frame.file_name)
+            return f"{file}:{frame.line_num} in {frame.function_name}"
+    return ""

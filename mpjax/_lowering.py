@@ -1,0 +1,420 @@
+"""What a compiler makes of each product of a program."""
+
+import collections
+import dataclasses
+import html
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import jax
+
+from mpjax._compile import Compiled, Gemm, compile_for, trace
+from mpjax._hlo import CompiledProduct, Module, bits
+from mpjax._jaxpr import steps, tag
+from mpjax._products import Product, is_product, product
+from mpjax._table import render
+from mpjax._targets import Target, get_target
+
+Verdict: TypeAlias = Literal[
+    "native", "block-scaled", "narrowed", "upcast", "vector", "removed", "unknown"
+]
+
+# Names of HLO and of opcodes.
+_DTYPES = {
+    "bf16": "bfloat16",
+    "f16": "float16",
+    "f32": "float32",
+    "f64": "float64",
+    "f8e4m3fn": "float8_e4m3fn",
+    "f8e5m2": "float8_e5m2",
+    "f8e4m3": "float8_e4m3fn",
+    "f4e2m1fn": "float4_e2m1fn",
+    "s4": "int4",
+    "s8": "int8",
+    "u8": "uint8",
+    "s32": "int32",
+    "u32": "uint32",
+    "pred": "bool",
+    "e4m3": "float8_e4m3fn",
+    "e5m2": "float8_e5m2",
+    "tf32": "tf32",
+}
+_VMATMUL = re.compile(r"\bvmatmul((?:\.\w+)*)")
+_MMA = re.compile(r"\b(?:wgmma\.mma_async|mma)\.sync\.aligned\.([\w.]+)")
+_TCGEN05 = re.compile(r"\btcgen05\.mma[\w.:]*kind::(\w+)(\.block_scale)?")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoweredProduct:
+    """One product of a program and what a target runs it as.
+
+    Attributes:
+      traced: the product as it was written.
+      unit: the dtype that the matrix unit multiplies, such as "float8_e4m3fn",
+        "bfloat16" or "tf32"; of a product that no matrix unit does, "".
+      verdict: "native": in the dtypes as written; "block-scaled": so, with the scales
+        of blocks; "narrowed": in a narrower one, as float32 is on a TPU; "upcast": in a
+        wider one, for the target has no such unit; "vector": without a matrix unit;
+        "removed": equal to another or not needed; "unknown": the compiler did not show.
+      kernel: the name of the kernel in the emitted program.
+      evidence: the instruction or the library call that shows it.
+      cycles: of a TPU, the compiler's estimate for all runs; of a kernel with several
+        products, an equal part.
+    """
+
+    traced: Product
+    unit: str
+    verdict: Verdict
+    kernel: str
+    evidence: str
+    cycles: int | None
+
+    @property
+    def native(self) -> bool:
+        """Whether the operands enter a matrix unit as they were written."""
+        return self.verdict in ("native", "block-scaled")
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on one device.
+
+    Attributes:
+      argument: of the arguments.
+      output: of the results.
+      temporary: at most, for what lies between.
+      aliased: of results that take the place of donated arguments.
+    """
+
+    argument: int
+    output: int
+    temporary: int
+    aliased: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a target runs for a program; `print` shows a table.
+
+    Attributes:
+      target: name of the device.
+      products: every matrix product and convolution, in the order of the program.
+      memory: of one device.
+      bytes_accessed: by the kernels of one device; the compiler's figure, which counts
+        loops once, or of GPUs the sizes of all that their kernels read and write.
+      cycles: of a TPU, the compiler's estimates for all kernels added up.
+      gemm: of a GPU, whether products are those of cuBLAS or of Triton.
+      jax_version: that of the compilers as well.
+    """
+
+    target: str
+    products: tuple[LoweredProduct, ...]
+    memory: Memory
+    bytes_accessed: int
+    cycles: int | None
+    gemm: Gemm
+    jax_version: str
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of all products on all devices."""
+        return sum(p.traced.flops for p in self.products if p.verdict != "removed")
+
+    @property
+    def native(self) -> float:
+        """The share of the operations that run in the dtypes as written."""
+        done = sum(p.traced.flops for p in self.products if p.native)
+        return done / max(self.flops, 1)
+
+    def flops_by_unit(self) -> dict[str, int]:
+        """Operations by the dtype that matrix units multiply, the most first."""
+        return self._total(lambda p: p.unit or "no matrix unit")
+
+    def flops_by_dtype(self) -> dict[str, int]:
+        """Operations by the dtypes of the operands as written, the most first."""
+        return self._total(lambda p: p.traced.operands)
+
+    def _total(self, key: Callable[[LoweredProduct], str]) -> dict[str, int]:
+        total: collections.Counter[str] = collections.Counter()
+        for p in self.products:
+            if p.verdict != "removed":
+                total[key(p)] += p.traced.flops
+        return dict(total.most_common())
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as dicts, lists, strings and numbers."""
+        products = []
+        for p in self.products:
+            row = dataclasses.asdict(p)
+            share = 0 if p.verdict == "removed" else p.traced.flops / max(self.flops, 1)
+            products.append(row.pop("traced") | row | {"share": share})
+        return dataclasses.asdict(self) | {
+            "products": products,
+            "flops": self.flops,
+            "native": self.native,
+            "flops_by_unit": self.flops_by_unit(),
+            "flops_by_dtype": self.flops_by_dtype(),
+        }
+
+    def to_json(self, **options: Any) -> str:
+        """`to_dict` as JSON; options are those of ``json.dumps``."""
+        return json.dumps(self.to_dict(), **options)
+
+    def __str__(self):
+        return render(self._rows(), _COLUMNS, "\n".join(self._title()))
+
+    def _repr_html_(self):
+        def row(cells, tag):
+            return "<tr>" + "".join(f"<{tag}>{c}</{tag}>" for c in cells) + "</tr>"
+
+        body = [
+            row(("" if c is None else html.escape(str(c)) for c in r), "td")
+            for r in self._rows()
+        ]
+        title = "<br>".join(map(html.escape, self._title()))
+        return f"<p>{title}</p><table>{row(_COLUMNS, 'th')}{''.join(body)}</table>"
+
+    def _title(self) -> list[str]:
+        units = ", ".join(
+            f"{flops / max(self.flops, 1):.1%} {_brief(unit)}"
+            for unit, flops in self.flops_by_unit().items()
+        )
+        memory = self.memory
+        gemm = f" ({self.gemm})" if self.gemm == "triton" else ""
+        lines = [
+            f"{self.target}{gemm}: {len(self.products)} products, "
+            f"{_short(self.flops)}FLOP, {self.native:.1%} of it native: {units}",
+            f"a device: arguments {_short(memory.argument)}B, results "
+            f"{_short(memory.output)}B, temporary {_short(memory.temporary)}B, "
+            f"accessed {_short(self.bytes_accessed)}B",
+        ]
+        if self.cycles is not None:
+            lines[1] += f", estimated {_short(self.cycles)}cycles"
+        return lines
+
+    def _rows(self) -> list[tuple]:
+        """One row for products that are alike, such as those of the two gradients."""
+        groups: dict[tuple, list[LoweredProduct]] = {}
+        for p in self.products:
+            t = p.traced
+            key = (t.path, t.where, t.backward, t.operands, t.out, p.unit, p.verdict)
+            groups.setdefault(key, []).append(p)
+        rows = []
+        for key, alike in groups.items():
+            path, where, backward, operands, out, unit, verdict = key
+            flops = sum(p.traced.flops for p in alike)
+            share = "-" if verdict == "removed" else f"{flops / max(self.flops, 1):.1%}"
+            rows.append(
+                (
+                    path or where,
+                    "backward" if backward else "forward",
+                    len(alike),
+                    f"{_brief(operands)} -> {_brief(out)}",
+                    _brief(unit) or None,
+                    verdict,
+                    f"{_short(flops)}FLOP",
+                    share,
+                    alike[0].evidence or None,
+                )
+            )
+        return rows
+
+
+_COLUMNS = (
+    "path",
+    "pass",
+    "n",
+    "as written",
+    "runs as",
+    "",
+    "work",
+    "share",
+    "shown by",
+)
+
+
+def report(
+    fn: Callable,
+    *args: Any,
+    target: str | Path | Target,
+    topology: str | None = None,
+    gemm: Gemm = "library",
+    compiler_options: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> Report:
+    """Says what a device would run for a function, without the device.
+
+    The function is traced here and compiled ahead of time in another process, with the
+    compiler of the device: no environment variable has to be set, no array is made, and
+    this process keeps its own devices.
+
+    Args:
+      fn: any function ``jax.jit`` takes, jitted or not: a loss, ``model.apply``, a
+        whole train step.
+      *args: its arguments, pytrees of arrays or ``jax.ShapeDtypeStruct``. Those with a
+        ``NamedSharding``, of a mesh of simulated devices or an ``AbstractMesh``, are
+        sharded over as many devices of the target.
+      target: "cpu", "v4", "v5e", "v5p", "v6e", "v7x", "a100", "h100", "b200", or the
+        path of a file of figures of another GPU. "cpu" is this machine's.
+      topology: of several TPUs, the chips along each axis of their network, "4x4";
+        found out if left out.
+      gemm: how a GPU multiplies. XLA times cuBLAS and Triton on the device and takes
+        the faster; without one, "library" shows cuBLAS, and "triton", slow to compile,
+        shows the instructions that Triton's kernels use.
+      compiler_options: of XLA, beside those needed to compile without a device.
+      **kwargs: arguments of the function by name.
+
+    Returns:
+      A report: one row a product, and totals.
+
+    Raises:
+      ImportError: the compiler is not installed; the message says how to.
+      LoweringError: JAX or the compiler refuses the program.
+      ValueError: the target is unknown, or the program calls back into Python.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, mpjax.lowering
+      >>> x = jax.ShapeDtypeStruct((256, 256), jnp.bfloat16)
+      >>> report = mpjax.lowering.report(jnp.dot, x, x, target="cpu")
+      >>> report.flops_by_dtype()
+      {'bfloat16': 33554432}
+    """
+    target = get_target(target)
+    traced = trace(fn, args, kwargs)
+    traced = dataclasses.replace(traced, jaxpr=tag(traced.jaxpr))
+    compiled = compile_for(target, traced, topology, gemm, compiler_options)
+    module = Module(compiled.text)
+    written = {
+        step.tag: product(step)
+        for step in steps(traced.jaxpr, target.platform)
+        if is_product(step) and step.tag is not None
+    }
+    figures = compiled.figures
+    accessed = figures.get("bytes_accessed")
+    return Report(
+        target=target.name,
+        products=tuple(_lowered(target, gemm, written, module, compiled)),
+        memory=Memory(
+            argument=figures["argument"] or 0,
+            output=figures["output"] or 0,
+            temporary=figures["temp"] or 0,
+            aliased=figures["alias"] or 0,
+        ),
+        bytes_accessed=module.bytes_moved if accessed is None else int(accessed),
+        cycles=sum(module.cycles.values()) if target.platform == "tpu" else None,
+        gemm=gemm,
+        jax_version=jax.__version__,
+    )
+
+
+def _lowered(target, gemm, written: dict[int, Product], module: Module, compiled):
+    """Joins products as written with products as compiled."""
+    found: dict[int, CompiledProduct] = {}
+    nameless = []
+    for p in module.products:
+        number = p.instruction.tag
+        if number in written:
+            found.setdefault(number, p)
+        elif number is None:
+            nameless.append(p)
+    for number in [n for n in written if n not in found]:
+        # Composites lose their names. What is left of both is in the same order.
+        if nameless and number not in module.leftover_tags:
+            found[number] = nameless.pop(0)
+    shared = collections.Counter(p.kernel.name for p in found.values())
+    for number, p in written.items():
+        if number not in found:
+            verdict = "vector" if number in module.leftover_tags else "removed"
+            yield LoweredProduct(p, "", verdict, "", "", None)
+            continue
+        made = found[number]
+        unit, evidence, scaled = _unit(target, gemm, made, compiled)
+        kernel = made.kernel.name
+        cycles = module.cycles.get(kernel)
+        cycles = cycles // shared[kernel] if cycles is not None else None
+        verdict = _verdict(p, unit, evidence, scaled)
+        yield LoweredProduct(p, unit, verdict, kernel, evidence, cycles)
+
+
+def _verdict(written: Product, unit: str, evidence: str, scaled: bool) -> Verdict:
+    if not unit:
+        return "vector" if evidence else "unknown"
+    if scaled:
+        return "block-scaled"
+    has = bits(unit) if unit != "tf32" else 19
+    asked = [bits(written.lhs), bits(written.rhs)]
+    if has > min(asked):
+        return "upcast"
+    return "narrowed" if has < max(asked) else "native"
+
+
+def _unit(
+    target: Target, gemm: Gemm, made: CompiledProduct, compiled: Compiled
+) -> tuple[str, str, bool]:
+    """The dtype of the matrix unit, what shows it, and whether blocks have scales."""
+    names = [_DTYPES.get(dtype, dtype) for dtype in made.operands]
+    operands = " x ".join(dict.fromkeys(names))
+    call = made.instruction.call
+    if target.platform == "tpu":
+        return _tpu_unit(made, operands, compiled.code.get(made.kernel.name))
+    if target.platform == "cpu":
+        return operands, call or made.instruction.opcode, False
+    if call:
+        if names[0] == "float32" and not made.instruction.highest:
+            operands = "tf32"
+        return operands, call, "blockScaled" in call
+    kernel = compiled.code.get(re.sub(r"\W", "_", made.kernel.name))
+    if gemm == "triton" and kernel is not None:
+        return _ptx_unit(operands, kernel)
+    return "", f"{made.kernel.opcode} of dot", False
+
+
+def _tpu_unit(made, operands, code) -> tuple[str, str, bool]:
+    if code is None:
+        return "", "", False
+    counts: collections.Counter[str] = collections.Counter()
+    for suffixes in _VMATMUL.findall(code):
+        known = [s for s in suffixes.split(".") if s in _DTYPES]
+        counts[known[0] if known else "f32"] += 1
+    if not counts:
+        return "", "no vmatmul", False
+    # A kernel may hold several products; a few of the instructions may be for the rest
+    # of a shape.
+    own = [dtype for dtype in made.operands if dtype in counts]
+    dtype = own[0] if own and len(counts) > 1 else counts.most_common(1)[0][0]
+    unit = _DTYPES[dtype]
+    if bits(unit) == 8 and all(bits(o) == 8 for o in made.operands):
+        unit = operands
+    return unit, f"vmatmul.{dtype}", False
+
+
+def _ptx_unit(operands, kernel) -> tuple[str, str, bool]:
+    for instruction in re.findall(r"\b(?:wgmma|mma|tcgen05)\.[\w.:]+", kernel):
+        if found := _TCGEN05.match(instruction):
+            kind, scaled = found[1], bool(found[2])
+            wide = {"tf32": "tf32", "i8": "int8", "f16": "bfloat16"}
+            if kind in wide and not (kind == "f16" and operands == "float16"):
+                return wide[kind], f"tcgen05.mma {kind}", scaled
+            return operands, f"tcgen05.mma {kind}", scaled
+        if found := _MMA.match(instruction):
+            dtypes = [d for d in found[1].split(".") if d in _DTYPES]
+            pair = dtypes[1:3]
+            unit = " x ".join(dict.fromkeys(_DTYPES[d] for d in pair))
+            return unit, "mma " + ".".join(pair), False
+    return "", "no mma", False
+
+
+def _brief(dtypes: str) -> str:
+    """Shortens "float8_e4m3fn x bfloat16" to "e4m3fn x bf16"."""
+    return re.sub(r"float\d_(?=e)", "", dtypes).replace("float", "f")
+
+
+def _short(number: int) -> str:
+    """Shortens 1234567 to "1.23 M"."""
+    power = 0
+    while number >= 999.5 * 1000**power and power < 5:
+        power += 1
+    return f"{number / 1000**power:.3g} {['', 'k', 'M', 'G', 'T', 'P'][power]}"

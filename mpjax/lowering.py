@@ -1,0 +1,13 @@
+"""What hardware will run for a program, known before it is rented.
+
+The compilers come with ``pip install 'mpjax[lowering]'``.
+"""
+
+from mpjax._compile import LoweringError as LoweringError
+from mpjax._lowering import LoweredProduct as LoweredProduct
+from mpjax._lowering import Memory as Memory
+from mpjax._lowering import Report as Report
+from mpjax._lowering import report as report
+from mpjax._products import Product as Product
+from mpjax._targets import Target as Target
+from mpjax._targets import get_target as get_target
