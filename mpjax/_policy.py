@@ -43,6 +43,8 @@ class Policy:
       param_dtype: parameters and their initial values; float32 unless given.
       compute_dtype: operands of the layers; follows ``param_dtype`` unless given.
       output_dtype: what comes out; follows ``compute_dtype`` unless given.
+      name: by which ``get_policy`` was asked for it; the rules of a front end protect
+        more under a policy with a name. It does not count in comparisons.
 
     Raises:
       ValueError: a dtype is unknown, not a real floating dtype, or float64 while
@@ -64,6 +66,7 @@ class Policy:
     param_dtype: DType = None
     compute_dtype: DType = None
     output_dtype: DType = None
+    name: str | None = dataclasses.field(default=None, kw_only=True, compare=False)
 
     def __post_init__(self):
         previous = np.float32
@@ -134,12 +137,10 @@ def get_policy(policy: str | Policy | DType) -> Policy:
         return Policy(policy)
     if "=" not in policy:
         name = policy.strip()
-        name = "mixed_bfloat16" if name == "mixed_float8" else name
         if name.startswith("mixed_"):
-            return Policy(
-                np.float32, parse_dtype(name.removeprefix("mixed_"))
-            ).with_output_dtype(np.float32)
-        return Policy(parse_dtype(name))
+            low = "bf16" if name == "mixed_float8" else name.removeprefix("mixed_")
+            return Policy(np.float32, parse_dtype(low), np.float32, name=name)
+        return Policy(parse_dtype(name), name=name)
     dtypes = {}
     for part in policy.split(","):
         key, _, value = (piece.strip() for piece in part.partition("="))

@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import functools
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 import jax.numpy as jnp
@@ -13,8 +13,9 @@ from mpjax._named_recipes import current_scaling
 from mpjax._policy import Policy, get_policy
 from mpjax._recipe import Recipe
 
-# Class names of normalization layers, in Linen, NNX and in models of other authors.
-NORMS = r"\w*Norm(alization)?\w{0,2}"
+# Class names of normalization layers, in Linen, NNX and in models of other authors; but
+# not of blocks that are called after where their norm stands (PreNorm).
+NORMS = r"(?!\w*(Pre|Post|Add)Norm)\w*Norm(alization)?(_?V?\d+[dD]?)?"
 # Class names of modules that choose experts, and names of layers with their logits.
 ROUTERS = r"\w*(Router|Gating)\w*"
 ROUTER_PATHS = r"(?i:(.*/)?(\w*router\w*|\w*(moe|expert)\w*/gat(e|ing))(/.*)?)"
@@ -36,9 +37,10 @@ class Rule:
 
     Attributes:
       path: regular expression that the whole path must match.
-      policy: a ``Policy``, a policy string, or None: leave these modules alone. A
-        policy by *name* (``"mixed_bfloat16"``) keeps what is fragile in float32, see
-        ``expand_rules``; one spelled out (``"c=bf16"``) is taken literally.
+      policy: a ``Policy``, a policy string, a dtype, or None: leave these modules
+        alone. A policy by *name* (``"mixed_bfloat16"``, or ``get_policy`` of that)
+        keeps what is fragile in float32, see ``expand_rules``; one spelled out
+        (``"c=bf16"``) is taken literally.
       recipe: formats and scalings of the products of Dense, Einsum, convolution and
         attention layers and of ``Embed.attend``; None: they multiply in the compute
         dtype of the policy.
@@ -80,6 +82,11 @@ class Rule:
 
     def __post_init__(self):
         _check_regex("path", self.path)
+        if self.policy is None and _reads_as_policy(self.path):
+            raise ValueError(
+                f"Rule({self.path!r}) has a policy where its path stands: use "
+                f"mpjax.Rule('.*', {self.path!r})."
+            )
         if isinstance(self.module_type, str):
             _check_regex("module_type", self.module_type)
         elif self.module_type is not None:
@@ -90,15 +97,11 @@ class Rule:
                         "Rule.module_type must be a class, a tuple of classes or a "
                         f"regular expression on class names, got {self.module_type!r}."
                     )
-        if not isinstance(self.policy, Policy | str | None):
-            raise TypeError(
-                f"Rule.policy must be a Policy, a policy string or None, got "
-                f"{self.policy!r}."
-            )
         if self.policy is not None:
             policy = get_policy(self.policy)
-            if not _is_name(self.policy):
-                object.__setattr__(self, "policy", policy)
+            # A name stays one until it is expanded, a dtype or a spelling does not.
+            name = self.policy if isinstance(self.policy, str) else policy.name
+            object.__setattr__(self, "policy", name if _is_name(name) else policy)
         self._check_recipe()
 
     def _check_recipe(self):
@@ -117,8 +120,8 @@ class Rule:
                 f"Rule.min_size counts features and is at least 0, got "
                 f"{self.min_size!r}."
             )
-        named = self.policy == _FLOAT8
-        if (self.min_size or self.attention) and self.recipe is None and not named:
+        has_none = self.recipe is None and self.policy != _FLOAT8
+        if (self.min_size or self.attention) and has_none:
             raise ValueError(
                 "Rule.min_size and Rule.attention say which products a recipe serves, "
                 f"and {_describe(self)} has none: add recipe=mpjax.current_scaling()."
@@ -142,7 +145,7 @@ class Rule:
         return issubclass(module_type, self.module_type)
 
 
-Rules: TypeAlias = str | Policy | Rule | Iterable[Rule | str | Policy]
+Rules: TypeAlias = str | Policy | Rule | Sequence[Rule | str | Policy]
 
 
 def expand_rules(rules: Rules) -> tuple[Rule, ...]:
@@ -169,12 +172,13 @@ def expand_rules(rules: Rules) -> tuple[Rule, ...]:
       >>> for rule in mpjax.expand_rules([mpjax.Rule("head", "f32"), "mixed_bfloat16"]):
       ...     print(rule.policy, "exception" if rule.optional else rule.path)
       p=f32,c=f32,o=f32 head
+      p=f32,c=f32,o=f32 exception
       p=f32,c=f32,o=bf16 exception
       p=f32,c=f32,o=f32 exception
       p=f32,c=f32,o=bf16 exception
       p=f32,c=bf16,o=f32 .*
     """
-    if isinstance(rules, str | Policy | Rule):
+    if not isinstance(rules, Iterable) or isinstance(rules, str | Mapping):
         rules = (rules,)
     expanded = []
     for rule in rules:
@@ -182,8 +186,9 @@ def expand_rules(rules: Rules) -> tuple[Rule, ...]:
             rule = Rule(policy=rule)
         if not isinstance(rule, Rule):
             raise TypeError(
-                "Rules are Rule objects, policies or policy strings, got "
-                f"{rule!r} of type {type(rule).__name__}."
+                "Rules are a policy, its name, or a list of these and of mpjax.Rule, "
+                f"got {rule!r} of type {type(rule).__name__}. A dtype is a policy as "
+                "mpjax.get_policy(dtype)."
             )
         expanded.extend(_expand(rule))
     if not expanded:
@@ -194,14 +199,15 @@ def expand_rules(rules: Rules) -> tuple[Rule, ...]:
 def _expand(rule: Rule) -> Iterable[Rule]:
     if rule.policy is None:
         return [rule]
-    policy = get_policy(rule.policy)
+    policy = dataclasses.replace(get_policy(rule.policy), name=None)
     if policy.compute_dtype.itemsize < 2:
         raise ValueError(
             f"Policy {policy} computes in 8 bits, which needs scales: compute in "
             "bfloat16 or float16, and give the rule a recipe."
         )
     literal = dataclasses.replace(rule, policy=policy)
-    if rule.policy == _FLOAT8:
+    is_float8 = rule.policy == _FLOAT8
+    if is_float8:
         literal = dataclasses.replace(
             literal,
             recipe=rule.recipe or current_scaling(),
@@ -214,7 +220,7 @@ def _expand(rule: Rule) -> Iterable[Rule]:
     ):
         return [literal]
     exceptions = _exceptions(literal)
-    return [*(exceptions if rule.policy == _FLOAT8 else exceptions[:-1]), literal]
+    return [*(exceptions if is_float8 else exceptions[:-1]), literal]
 
 
 def _exceptions(rule: Rule) -> list[Rule]:
@@ -232,6 +238,7 @@ def _exceptions(rule: Rule) -> list[Rule]:
     rule_policy = get_policy(rule.policy)
     low = rule_policy.compute_dtype
     return [
+        before(jnp.float32, rule_policy.output_dtype, path="", module_type=NORMS),
         before(jnp.float32, low, module_type=ROUTERS),
         before(jnp.float32, jnp.float32, ROUTER_PATHS),
         before(jnp.float32, low, module_type=NORMS),
@@ -377,6 +384,16 @@ def _describe(rule: Rule) -> str:
 
 def _is_name(policy) -> bool:
     return isinstance(policy, str) and "=" not in policy
+
+
+def _reads_as_policy(path: str) -> bool:
+    if not (path.startswith("mixed_") or "=" in path):
+        return False
+    try:
+        get_policy(path)
+    except ValueError:
+        return False
+    return True
 
 
 def _check_regex(field: str, pattern) -> None:

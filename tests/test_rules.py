@@ -21,6 +21,10 @@ class PreNorm:
     pass
 
 
+class TopKRouter:
+    pass
+
+
 class BatchNorm2d:
     pass
 
@@ -48,7 +52,9 @@ def test_names_expand_to_rules_that_keep_norms_in_float32():
         "f": PreNorm,
     }
     norm, rest = "p=f32,c=f32,o=f16", "p=f32,c=f16,o=f32"
-    expected = dict.fromkeys("abcf", norm) | dict.fromkeys("de", rest)
+    expected = dict.fromkeys("abc", norm) | dict.fromkeys("def", rest)
+    # A model that is a norm answers as every model does.
+    assert policies("mixed_float16", {"": LayerNorm}) == {"": "p=f32,c=f32,o=f32"}
     assert policies("mixed_float16", modules) == expected
     assert policies([mpjax.Rule(".*", "mixed_float16")], modules) == expected
     pure = policies("bfloat16", modules)
@@ -56,6 +62,62 @@ def test_names_expand_to_rules_that_keep_norms_in_float32():
     literal = "p=f32,c=f16,o=f32"
     assert set(policies(literal, modules).values()) == {literal}
     assert set(policies("float32", modules).values()) == {"p=f32,c=f32,o=f32"}
+
+
+def test_routers_stay_in_float32():
+    low, whole, logits = "p=f32,c=bf16,o=f32", "p=f32,c=f32,o=bf16", "p=f32,c=f32,o=f32"
+    expected = {
+        "moe/Router_0": (TopKRouter, whole),
+        "moe/Router_0/Dense_0": (Dense, logits),
+        "layer/router": (Dense, logits),
+        "layer/router_logits": (Dense, logits),
+        "block_sparse_moe/gate": (Dense, logits),
+        "mlp/gate": (Dense, low),
+        "mlp/gate_proj": (Dense, low),
+    }
+    found = policies(
+        "mixed_bfloat16", {path: kind for path, (kind, _) in expected.items()}
+    )
+    assert found == {path: policy for path, (_, policy) in expected.items()}
+
+
+def test_mixed_float8_keeps_ends_and_fragile_layers_without_a_recipe():
+    matching = {
+        "layers_3/mlp/up": (Dense, True),
+        "attention/query": (Dense, True),
+        "multi_head_attention/out": (Dense, True),
+        "lm_head": (Dense, False),
+        "head/Dense_0": (Dense, False),
+        "Embed_0": (Dense, False),
+        "patch_embed": (Dense, False),
+        "decoder/logits": (Dense, False),
+        "norm": (LayerNorm, False),
+        "router": (Dense, False),
+    }
+    delayed = mpjax.delayed_scaling()
+    for rules, recipe, size in (
+        ("mixed_float8", mpjax.current_scaling(), 128),
+        (mpjax.get_policy("mixed_float8"), mpjax.current_scaling(), 128),
+        (mpjax.Rule(".*", "mixed_float8", delayed, min_size=32), delayed, 32),
+    ):
+        found = Matcher(expand_rules(rules))
+        for path, (kind, served) in matching.items():
+            rule = found.rule(path, kind)
+            assert rule.recipe == (recipe if served else None), path
+            assert rule.min_size == (size if served else 0)
+    inner = Matcher(expand_rules([mpjax.Rule("a/.*", "mixed_float8"), "c=bf16"]))
+    assert inner.rule("a/head", Dense).recipe is None
+    assert inner.rule("a/up", Dense).recipe == mpjax.current_scaling()
+    assert inner.rule("b/up", Dense).recipe is None
+
+
+def test_a_policy_that_was_asked_for_by_name_protects_as_the_name():
+    for name in ("mixed_float16", "bfloat16", "half"):
+        assert expand_rules(mpjax.get_policy(name)) == expand_rules(name)
+    literal = mpjax.get_policy("p=f32,c=f16,o=f32")
+    assert literal == mpjax.get_policy("mixed_float16")
+    assert len(expand_rules(literal)) == 1
+    assert mpjax.Rule(".*", jax.numpy.bfloat16).policy == mpjax.get_policy("bf16")
 
 
 def test_a_name_in_a_rule_expands_under_its_path():
@@ -73,7 +135,7 @@ def test_expansion_is_idempotent_and_hashable():
     assert expand_rules(rules) == rules
     assert hash(rules) == hash(expand_rules(rules))
     assert matcher(rules) is matcher(expand_rules(rules))
-    assert jax.jit(lambda r: len(r), static_argnums=0)(rules) == 5
+    assert jax.jit(lambda r: len(r), static_argnums=0)(rules) == 6
 
 
 names = st.text("ab", min_size=1, max_size=2)
@@ -127,7 +189,22 @@ def test_a_model_of_norms_uses_a_name_as_well():
         (lambda: mpjax.Rule(3, "f32"), TypeError, "path must be a regular expression"),
         (lambda: mpjax.Rule(module_type=3), TypeError, "a class, a tuple of classes"),
         (lambda: mpjax.Rule(module_type=("a",)), TypeError, "a class, a tuple"),
-        (lambda: mpjax.Rule("a", 3), TypeError, "must be a Policy"),
+        (lambda: mpjax.Rule("a", 3), ValueError, "made of dtypes, got 3"),
+        (lambda: mpjax.Rule("mixed_float16"), ValueError, "where its path stands"),
+        (lambda: mpjax.Rule("a", "f32", "fp8"), TypeError, "must be a Recipe"),
+        (
+            lambda: mpjax.Rule("a", None, mpjax.current_scaling()),
+            ValueError,
+            "needs a policy",
+        ),
+        (lambda: mpjax.Rule("a", "f32", min_size=8), ValueError, "has none"),
+        (lambda: mpjax.Rule("a", "f32", attention=True), ValueError, "has none"),
+        (
+            lambda: mpjax.Rule("a", "mixed_float8", min_size=-1),
+            ValueError,
+            "at least 0",
+        ),
+        (lambda: expand_rules({".*": "f32"}), TypeError, "of type dict"),
         (lambda: mpjax.Rule("a", "mixed_f61"), ValueError, "Unknown dtype"),
         (lambda: mpjax.Rule("a", "q=f16"), ValueError, "Unknown key 'q'"),
         (lambda: expand_rules([]), ValueError, "At least one rule"),
