@@ -183,16 +183,23 @@ def _find_state(opt_state: ArrayTree) -> LossScalingState:
 
 
 def _states(tree: ArrayTree) -> Iterator[LossScalingState]:
-    types = (LossScalingState, optax.MultiStepsState)
+    types = (LossScalingState, optax.MultiStepsState, optax.ApplyIfFiniteState)
     for node in jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, types)):
         if isinstance(node, LossScalingState):
             yield node
             yield from _states(node.inner_state)
         elif isinstance(node, optax.MultiStepsState):
-            if any(True for _ in _states(node.inner_opt_state)):
+            if list(_states(node.inner_opt_state)):
                 # optax resets its accumulator by 0 * sum, which is NaN from there on.
                 raise ValueError(
                     "Loss scaling inside optax.MultiSteps never recovers from an "
                     "overflow, which stays in the accumulator. Put it outside: "
                     "mpjax.dynamic_loss_scaling(optax.MultiSteps(...))."
+                )
+        elif isinstance(node, optax.ApplyIfFiniteState):
+            if list(_states(node.inner_state)):
+                raise ValueError(
+                    "Loss scaling inside optax.apply_if_finite is not told of an "
+                    "overflow, so that it never backs off. It skips such steps by "
+                    "itself: leave optax.apply_if_finite out."
                 )

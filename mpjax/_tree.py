@@ -25,6 +25,9 @@ def cast_floating(tree: ArrayTree, dtype: DType) -> ArrayTree:
       The tree with every floating leaf in ``dtype``. A leaf that has it already is
       returned as it is; numpy leaves come back as numpy.
 
+    Raises:
+      TypeError: the dtype is not a floating one.
+
     Example:
       >>> import jax.numpy as jnp, mpjax
       >>> tree = {"w": jnp.ones(2), "step": jnp.array(3), "name": "layer"}
@@ -33,6 +36,8 @@ def cast_floating(tree: ArrayTree, dtype: DType) -> ArrayTree:
       ('bfloat16', 'int32', 'layer')
     """
     dtype = jnp.dtype(dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"cast_floating casts to floating dtypes, got {dtype}.")
 
     def cast(leaf):
         if not _is_floating(leaf) or leaf.dtype == dtype:

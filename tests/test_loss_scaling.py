@@ -6,9 +6,12 @@ import re
 
 import flax.serialization
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
+import orbax.checkpoint
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -198,7 +201,7 @@ def test_a_restored_state_outside_of_the_settings_recovers():
         optax.sgd(1.0), growth_interval=5, min_scale=1, max_scale=2.0**20
     )
     state = tx.init(jnp.ones(2))
-    for scale in (0.0, np.inf, 2.0**60):
+    for scale in (0.0, np.inf, np.nan, 2.0**60):
         odd = state._replace(scale=jnp.float32(scale), growth_tracker=jnp.int32(100))
         assert 1 <= tx.update(jnp.ones(2), odd)[1].scale <= 2.0**20
     late = state._replace(growth_tracker=jnp.int32(100))
@@ -422,6 +425,9 @@ def test_float64():
         updates, state = jax.jit(tx.update)(grads, tx.init(grads), grads)
         assert updates["a"].dtype == jnp.float64 and updates["a"] == grads["a"] / 2
         assert state.last_finite
+        tx = mpjax.static_loss_scaling(optax.identity(), 3.0)
+        updates, _ = jax.jit(tx.update)(grads, tx.init(grads), grads)
+        np.testing.assert_allclose(updates["a"], grads["a"] / 3, rtol=1e-15)
 
 
 # In the company of optax.
@@ -507,6 +513,108 @@ def test_accumulation_outside_is_refused_because_it_never_recovers():
             mpjax.scale_loss(jnp.float32(1.0), opt_state)
 
 
+def optimizers():
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 1e-2, 3, 10)
+    yield "adafactor", optax.adafactor(1e-2)
+    yield "lamb, schedule", optax.lamb(schedule)
+    yield "lion, bfloat16 momentum", optax.lion(1e-2, mu_dtype=jnp.bfloat16)
+    yield "ema", optax.chain(optax.rmsprop(1e-2), optax.ema(0.9))
+    yield "apply_if_finite", optax.apply_if_finite(optax.adam(1e-2), 3)
+    yield "MultiSteps", optax.MultiSteps(optax.adam(1e-2), 2)
+    yield "masked", optax.masked(optax.adam(1e-2), {"w": True, "b": False})
+    yield "plateau", optax.chain(optax.contrib.reduce_on_plateau(), optax.sgd(1e-2))
+    yield "schedule-free", optax.contrib.schedule_free_adamw(1e-2, warmup_steps=2)
+    yield "prodigy", optax.contrib.prodigy()
+    yield "muon", optax.contrib.muon(1e-2)
+
+
+@pytest.mark.parametrize(("name", "inner"), list(optimizers()))
+def test_optimizers_of_optax_step_as_without_and_stand_still_when_skipped(name, inner):
+    with standard_promotion(), jax.numpy_rank_promotion("allow"):
+        tx = mpjax.dynamic_loss_scaling(inner, init_scale=8.0)
+        inner = optax.with_extra_args_support(inner)
+        params = {"w": jnp.linspace(-1.0, 1.0, 6).reshape(2, 3), "b": jnp.arange(3.0)}
+        update = jax.jit(functools.partial(tx.update, value=1.0))
+        plain = jax.jit(functools.partial(inner.update, value=1.0))
+        opt_state, inner_state, wanted = tx.init(params), inner.init(params), params
+        for i in range(4):
+            grads = jax.tree.map(lambda p, i=i: jnp.cos(p + i), wanted)
+            bad = grads | {"b": grads["b"].at[1].set(jnp.nan)}
+            updates, skipped = update(bad, opt_state, params)
+            assert_identical(optax.apply_updates(params, updates), params)
+            assert_identical(skipped.inner_state, opt_state.inner_state)
+            scaled = jax.tree.map(lambda g: 8 * g, grads)
+            updates, opt_state = update(scaled, opt_state, params)
+            params = optax.apply_updates(params, updates)
+            updates, inner_state = plain(grads, inner_state, wanted)
+            wanted = optax.apply_updates(wanted, updates)
+            jax.tree.map(
+                functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
+                (params, opt_state.inner_state),
+                (wanted, inner_state),
+            )
+        assert update._cache_size() == 1
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16])
+def test_lookahead_whose_updates_are_no_tree_of_gradients(dtype):
+    tx = mpjax.static_loss_scaling(optax.lookahead(optax.sgd(1.0), 2, 0.5), 2.0)
+    start = optax.LookaheadParams.init_synced({"w": jnp.ones((2, 2), dtype)})
+    for transform in (jax.jit, lambda f: f):
+        params, opt_state, update = start, tx.init(start), transform(tx.update)
+        for kind in ".xn.":
+            grads = gradients(params.fast, kind)
+            with standard_promotion():
+                updates, opt_state = update(grads, opt_state, params)
+            params = optax.apply_updates(params, updates)
+        # Two steps of 1/2, then half of the way from 1 to 0.
+        np.testing.assert_array_equal(params.fast["w"], 0.5)
+        np.testing.assert_array_equal(params.slow["w"], 0.5)
+
+
+def test_linesearch_with_a_function_among_the_arguments():
+    def loss_fn(params):
+        return jnp.sum((params.astype(jnp.float32) - 2) ** 2)
+
+    tx = mpjax.dynamic_loss_scaling(optax.lbfgs(), init_scale=4.0)
+
+    @jax.jit
+    def step(params, opt_state):
+        loss, grads = mpjax.value_and_grad(loss_fn, opt_state)(params)
+        true = jax.grad(loss_fn)(params)
+        updates, opt_state = tx.update(
+            grads, opt_state, params, value=loss, grad=true, value_fn=loss_fn
+        )
+        return optax.apply_updates(params, updates), opt_state
+
+    with standard_promotion():
+        params = jnp.ones((2, 3), jnp.float16)
+        opt_state = tx.init(params)
+        for _ in range(4):
+            params, opt_state = step(params, opt_state)
+        np.testing.assert_allclose(params, 2.0, atol=2.0**-9)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_injected_hyperparameters_of_16_bits_cannot_hold_a_scale(dtype):
+    wrap = functools.partial(optax.inject_hyperparams, mpjax.dynamic_loss_scaling)
+    params = jnp.ones(2, dtype)
+    with standard_promotion(), np.errstate(over="ignore"):
+        with pytest.raises(TypeError, match="hyperparam_dtype"):
+            wrap()(optax.sgd(0.5)).init(params)
+    tx = wrap(hyperparam_dtype=jnp.float32)(optax.sgd(0.5), growth_interval=2)
+    scales = [float(mpjax.loss_scale(s)) for s in run(tx, ".n..x", params)]
+    assert scales == [2.0**k for k in (16, 15, 15, 16, 15)]
+
+
+def test_apply_if_finite_outside_is_refused_because_it_never_backs_off():
+    tx = optax.apply_if_finite(mpjax.dynamic_loss_scaling(optax.sgd(1.0)), 10)
+    opt_state = run(tx, "xxx", jnp.ones(2))[-1]
+    assert opt_state.inner_state.scale == 2.0**16
+    with pytest.raises(ValueError, match=r"leave .*apply_if_finite out"):
+        mpjax.loss_scale(opt_state)
+
+
 def test_extra_arguments_reach_the_inner_transformation():
     def update(updates, state, params=None, *, value, name, **extra_args):
         assert name == "loss"
@@ -542,7 +650,29 @@ def test_checkpoint_round_trip(dtype):
     )
 
 
+def test_orbax_round_trip(tmp_path):
+    tx = mpjax.dynamic_loss_scaling(optax.sgd(0.5, momentum=0.9), growth_interval=3)
+    params = {"w": jnp.ones((2, 3), jnp.float16)}
+    opt_state = run(tx, "..x.", params)[-1]
+    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", opt_state)
+        checkpointer.wait_until_finished()
+        shapes = jax.eval_shape(tx.init, params)
+        restored = checkpointer.restore(tmp_path / "state", shapes)
+    assert_identical(restored, opt_state)
+
+
 # Compiled programs.
+
+
+def test_export_for_a_cpu_as_the_docstring_has_it():
+    tx = mpjax.static_loss_scaling(optax.sgd(1.0), 2.0)
+    params = jnp.ones((2, 3))
+    opt_state = tx.init(params)
+    update = jax.jit(lambda grads: tx.update(grads, opt_state)[0])
+    pinned = jax.export.DisabledSafetyCheck.custom_call("LayoutConstraint")
+    exported = jax.export.export(update, disabled_checks=[pinned])(params)
+    np.testing.assert_array_equal(exported.call(params), -0.5)
 
 
 @pytest.mark.parametrize(("platform", "cpu"), [("cpu", 1), ("tpu", 0), ("cuda", 0)])
@@ -600,6 +730,28 @@ def test_scan_and_vmap():
     np.testing.assert_array_equal(opt_state.scale, [1.0, 0.5])
     np.testing.assert_array_equal(opt_state.total_notfinite, [1, 2])
     np.testing.assert_array_equal(params, [-3.0, -8.0])
+
+
+def test_replicas_with_matrices():
+    tx = mpjax.dynamic_loss_scaling(optax.sgd(0.1, momentum=0.9))
+    params = jnp.ones((4, 2, 3))
+    opt_state = jax.vmap(tx.init)(params)
+    grads = params.at[1, 0, 0].set(np.nan)
+    for update in (jax.vmap(tx.update), jax.jit(jax.vmap(tx.update, 0))):
+        updates, new = update(grads, opt_state, params)
+        np.testing.assert_array_equal(new.total_notfinite, [0, 1, 0, 0])
+        np.testing.assert_array_equal((updates == 0).all((1, 2)), [0, 1, 0, 0])
+
+
+def test_differentiable_for_learned_optimizers():
+    tx = mpjax.static_loss_scaling(optax.sgd(0.1), 2.0)
+    params = jnp.ones((2, 2))
+
+    def total(grads):
+        return jnp.sum(tx.update(grads, tx.init(params), params)[0])
+
+    for gradient in (jax.grad(total), jax.jit(jax.grad(total))):
+        np.testing.assert_allclose(gradient(params), -0.05, rtol=1e-6)
 
 
 # Devices.
@@ -660,6 +812,25 @@ def test_shard_map_data_parallel_gradient_is_not_reduced_twice():
     _, updates, opt_state = step(params, opt_state, x.at[7, 0].set(np.nan))
     np.testing.assert_array_equal(updates, 0)
     assert mpjax.loss_scale(opt_state) == 2.0**15
+
+
+def test_shard_map_over_more_axes_than_the_gradients_vary_over():
+    axes = ("data", "model")
+    tx = mpjax.dynamic_loss_scaling(optax.sgd(1.0), init_scale=2.0, axis_name=axes)
+    params = jnp.ones((8, 3))
+    step = jax.jit(
+        jax.shard_map(
+            lambda grads, state: tx.update(lax.pmean(grads, "model"), state),
+            mesh=mesh(),
+            in_specs=(P("data"), P()),
+            out_specs=(P("data"), P()),
+        )
+    )
+    updates, opt_state = step(params, tx.init(params))
+    np.testing.assert_array_equal(updates, -0.5)
+    updates, opt_state = step(params.at[7, 0].set(np.nan), opt_state)
+    np.testing.assert_array_equal(updates, 0)
+    assert opt_state.scale == 1.0
 
 
 def test_pmap_and_vmap_axes_agree():

@@ -135,6 +135,9 @@ def test_nnx_optimizer():
         assert not step(model, optimizer, x * np.inf)[1]
         jax.tree.map(np.testing.assert_array_equal, nnx.state(model), before)
         assert mpjax.loss_scale(optimizer.opt_state) == 2.0**15
+        # The optimizer itself will do, as any tree that holds the state.
+        assert mpjax.loss_scale(optimizer) == 2.0**15
+        assert mpjax.skipped_steps(optimizer) == 1
 
 
 def test_state_without_a_loss_scale():

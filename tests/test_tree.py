@@ -39,6 +39,12 @@ def test_cast_floating_touches_real_floating_arrays_only():
     assert mpjax.cast_floating(tree, jnp.float16)["half"] is tree["half"]
 
 
+@pytest.mark.parametrize("dtype", [jnp.int32, bool, jnp.complex64])
+def test_cast_floating_to_what_is_not_floating(dtype):
+    with pytest.raises(TypeError, match="casts to floating dtypes, got"):
+        mpjax.cast_floating(mixed_tree(), dtype)
+
+
 def test_widen_leaves_wide_floats_alone():
     tree = mixed_tree() | {"fp8": jnp.ones(2, jnp.float8_e4m3fn)}
     wide = widen(tree)
