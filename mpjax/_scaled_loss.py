@@ -141,7 +141,7 @@ def last_step_finite(opt_state: ArrayTree) -> Array:
 
     Example:
       >>> import jax.numpy as jnp, mpjax, optax
-      >>> tx = mpjax.dynamic_loss_scaling(optax.adam(1e-3))
+      >>> tx = mpjax.dynamic_loss_scaling(optax.sgd(0.1))
       >>> params = jnp.ones(3)
       >>> updates, opt_state = tx.update(params * jnp.nan, tx.init(params), params)
       >>> print(mpjax.last_step_finite(opt_state))
@@ -157,7 +157,7 @@ def skipped_steps(opt_state: ArrayTree) -> Array:
 
     Example:
       >>> import jax.numpy as jnp, mpjax, optax
-      >>> tx = mpjax.dynamic_loss_scaling(optax.adam(1e-3))
+      >>> tx = mpjax.dynamic_loss_scaling(optax.sgd(0.1))
       >>> params = jnp.ones(3)
       >>> updates, opt_state = tx.update(params * jnp.nan, tx.init(params), params)
       >>> print(mpjax.skipped_steps(opt_state))
