@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mpjax._conv import observed_conv_general_dilated
+from mpjax._cpu_faults import conv_general_dilated
 from mpjax._dot_general import observed_dot_general
 from mpjax._einsum import observed_einsum
 from mpjax._product import DimensionNumbers
@@ -74,7 +75,7 @@ class LayerProducts:
         self, subscripts: str, lhs: Array, rhs: Array, *, name="kernel", **options
     ) -> Array:
         """``jnp.einsum`` of two operands; the products of attention have no kernel."""
-        if name == "kernel" and self._is_small(*_einsum_sizes(subscripts, rhs)):
+        if name == "kernel" and self._is_small(*einsum_sizes(subscripts, rhs.shape)):
             return jnp.einsum(subscripts, lhs, rhs, **options)
         return self._observe(
             name,
@@ -96,6 +97,8 @@ class LayerProducts:
         batch_group_count: int = 1,
         precision: Any = None,
         preferred_element_type: DType | None = None,
+        *,
+        out_sharding: Any = None,
     ) -> Array:
         """``lax.conv_general_dilated`` of images and a kernel."""
         arguments = (
@@ -112,15 +115,14 @@ class LayerProducts:
         spec = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
         features = rhs.shape[spec.rhs_spec[0]]
         if self._is_small(math.prod(rhs.shape) // features, features):
-            return lax.conv_general_dilated(lhs, rhs, *arguments)
-        if any(
-            isinstance(scaling, BlockScaling)
-            for scaling in (self.recipe.lhs, self.recipe.rhs, self.recipe.grad)
-        ):
+            options = {} if out_sharding is None else {"out_sharding": out_sharding}
+            return conv_general_dilated(lhs, rhs, *arguments, **options)
+        check_convolution(self.path, self.recipe)
+        if out_sharding is not None:
             raise ValueError(
-                f"Module {self.path!r} is a convolution, which cannot be scaled by "
-                "block. Give it a rule of its own, before the one that matches it, "
-                "with current_scaling() or without a recipe."
+                f"Module {self.path!r} is a convolution, which takes no out_sharding "
+                "under a recipe. Leave out_sharding out, or give the module a rule "
+                "without a recipe, before the one that matches it."
             )
         return self._observe(
             "kernel",
@@ -180,12 +182,25 @@ class LayerProducts:
         return out
 
 
-def _einsum_sizes(subscripts: str, rhs: Array) -> tuple[int, int]:
+def check_convolution(path: str, recipe: Recipe) -> None:
+    """Raises ValueError where no convolution can be scaled so."""
+    if any(
+        isinstance(scaling, BlockScaling)
+        for scaling in (recipe.lhs, recipe.rhs, recipe.grad)
+    ):
+        raise ValueError(
+            f"Module {path!r} is a convolution, which cannot be scaled by block. Give "
+            "it a rule of its own, before the one that matches it, with "
+            "current_scaling() or without a recipe."
+        )
+
+
+def einsum_sizes(subscripts: str, shape: Sequence[int]) -> tuple[int, int]:
     """Over how many elements of its second operand an einsum sums, and the rest."""
     inputs, _, out = subscripts.replace(" ", "").partition("->")
     one, two = inputs.split(",")
-    two = two.replace("...", "." * (rhs.ndim - len(two.replace("...", ""))))
-    sizes = [pair for pair in zip(two, rhs.shape, strict=True) if pair[0] != "."]
+    two = two.replace("...", "." * (len(shape) - len(two.replace("...", ""))))
+    sizes = [pair for pair in zip(two, shape, strict=True) if pair[0] != "."]
     sums = math.prod(size for index, size in sizes if index not in out)
     gives = math.prod(
         size for index, size in sizes if index in out and index not in one

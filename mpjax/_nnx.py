@@ -10,7 +10,8 @@ import inspect
 import operator
 import types
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +19,18 @@ import numpy as np
 from flax import nnx
 
 from mpjax import _table
-from mpjax._attention import dot_product_attention
 from mpjax._cpu_faults import conv_general_dilated
 from mpjax._nnx_params import map_params, own_params, read
-from mpjax._policy import Policy
-from mpjax._rules import Rules, expand_rules, matcher
+from mpjax._nnx_recipes import (
+    HOOKS,
+    attention,
+    products_of,
+    set_states,
+    stand_in,
+    stand_in_method,
+)
+from mpjax._policy import Policy, get_policy
+from mpjax._rules import Rule, Rules, expand_rules, matcher
 from mpjax._tree import cast_floating
 
 # The policy of the module whose method runs; None outside of models. JAX has it in the
@@ -49,6 +57,11 @@ def mixed_precision(model: M, rules: Rules) -> M:
     float32 outputs flows in bfloat16. Stock attention computes its softmax in float32.
     Batch statistics and other state than ``nnx.Param`` are left alone.
 
+    Under a rule with a recipe Linear, Einsum and convolution layers, the projections of
+    attention, ``Embed.attend`` and modules with a ``dot_general`` that is stock or None
+    multiply in its formats. Delayed scaling adds `Scaling` variables to them, which
+    `update_scaling` keeps.
+
     Args:
       model: an NNX module; its parameters may be ``jax.ShapeDtypeStruct``.
       rules: a policy, its name, or a list of ``mpjax.Rule``, the first match of which
@@ -58,8 +71,9 @@ def mixed_precision(model: M, rules: Rules) -> M:
       A model of the same kind (``isinstance`` holds).
 
     Raises:
-      ValueError: a rule decides for no module, or a layer cannot follow its policy
-        (complex parameters, a Linen module inside); the message has the path.
+      ValueError: a rule decides for no module or its recipe serves none, or a layer
+        cannot follow its rule (complex parameters, a Linen module inside, a
+        ``dot_general`` of its own); the message has the path.
       TypeError: ``model`` is no NNX module.
 
     Example:
@@ -79,24 +93,37 @@ def mixed_precision(model: M, rules: Rules) -> M:
     model = nnx.clone(model)
     layers = _layers(model)
     seen = {path: _bare_type(layer) for path, (layer, *_) in layers.items()}
-    lookup.check_all_used(seen)
-    policies = {path: lookup.policy(path, kind) for path, kind in seen.items()}
+    found = {path: lookup.rule(path, kind) for path, kind in seen.items()}
+    modules = {path: nodes[0] for path, nodes in layers.items()}
+    served = {
+        path: products_of(path, module, seen[path], found[path])
+        for path, module in modules.items()
+    }
+    lookup.check_all_used(seen, served=served)
+    set_states(modules, found, served)
     owners: dict[int, tuple[str, Policy]] = {}
     for path, nodes in layers.items():
-        policy = policies[path]
-        if policy is None:
-            below = (policies[inner] for inner in layers if _is_inside(inner, path))
-            if any(below) and _policy(nodes[0]) is None:
+        rule = found[path]
+        if rule is None:
+            below = (found[inner] for inner in layers if _is_inside(inner, path))
+            if any(below) and _rule(nodes[0]) is None:
                 _set_type(nodes[0], None)  # left alone, it ends the region around it
             continue
+        rule, policy = _essence(rule, served[path]), get_policy(rule.policy)
         for node in nodes:
             _check(path, node)
             _store_params(path, node, policy, owners)
             # These two write what they normalize into the layer inside them.
             if not isinstance(node, nnx.WeightNorm | nnx.SpectralNorm):
                 _set_dtype(path, node, policy)
-                _set_type(node, policy)
+                _set_type(node, rule)
     return model
+
+
+def _essence(rule: Rule, served: set[str]) -> Rule:
+    """What a class needs of a rule: classes of equal essence are one class."""
+    rule = replace(rule, path=".*", module_type=None, optional=False)
+    return rule if served else replace(rule, recipe=None, min_size=0, attention=False)
 
 
 def _layers(model: nnx.Module) -> dict[str, list[nnx.Pytree]]:
@@ -127,7 +154,7 @@ def _is_inside(inner: str, outer: str) -> bool:
 
 
 def _check(path: str, module) -> None:
-    """Raises for what could only be left in float32 without a word."""
+    """Raises for what could only be left as it is without a word."""
     if isinstance(module, nnx.bridge.ToNNX):
         raise ValueError(
             f"Module {path!r} holds a Linen module, whose layers NNX does not see. "
@@ -174,7 +201,7 @@ def _set_dtype(path: str, module, policy: Policy) -> None:
             module.dtype = dtype
     for name, value in list(vars(module).items()):
         if value is nnx.dot_product_attention and dtype.itemsize == 2:
-            setattr(module, name, _attention)
+            setattr(module, name, attention)
         if value is jax.lax.conv_general_dilated:
             setattr(module, name, conv_general_dilated)
     if isinstance(module, nnx.MultiHeadAttention):
@@ -194,40 +221,41 @@ def _has_dtype(module) -> bool:
         return False
 
 
-def _policy(module) -> Policy | None:
-    return getattr(type(module), "_mpjax_policy", None)
+def _rule(module) -> Rule | None:
+    return getattr(type(module), "_mpjax_rule", None)
 
 
 def _bare_type(module) -> type:
     return getattr(type(module), "_mpjax_bare_type", type(module))
 
 
-def _set_type(module, policy: Policy | None) -> None:
+def _set_type(module, rule: Rule | None) -> None:
     is_pytree = not jax.tree_util.all_leaves([module])
     dtype = None
-    if policy is not None and "dtype" not in vars(module) and _has_dtype(module):
-        dtype = policy.compute_dtype  # in place of a property, or of the class's dtype
-    module.__class__ = _mixed_type(_bare_type(module), policy, is_pytree, dtype)
+    if rule is not None and "dtype" not in vars(module) and _has_dtype(module):
+        # In place of a property, or of the class's dtype.
+        dtype = get_policy(rule.policy).compute_dtype
+    module.__class__ = _mixed_type(_bare_type(module), rule, is_pytree, dtype)
 
 
 @functools.cache
-def _mixed_type(bare: type, policy: Policy | None, is_pytree: bool, dtype) -> type:
-    """The subclass of a module class that follows a policy; None: that leaves it."""
+def _mixed_type(bare: type, rule: Rule | None, is_pytree: bool, dtype) -> type:
+    """The subclass of a module class that follows a rule; None: that leaves it."""
     namespace = {
         "__module__": bare.__module__,
         "__qualname__": bare.__qualname__,
         "__doc__": bare.__doc__,
         "__reduce__": _reduce,
-        "_mpjax_key": (bare, policy, is_pytree, dtype),
+        "_mpjax_key": (bare, rule, is_pytree, dtype),
         "_mpjax_bare_type": bare,
-        "_mpjax_policy": policy,
+        "_mpjax_rule": rule,
     }
     for name in _public_methods(bare):
-        namespace[name] = _method(getattr(bare, name), policy)
-    if policy is not None and issubclass(bare, nnx.SimpleCell):
-        namespace["initialize_carry"] = _initialize_carry
-    if policy is not None:
-        namespace["__getattribute__"] = _getattribute(bare, policy)
+        namespace[name] = _method(getattr(bare, name), rule)
+    if rule is not None:
+        namespace["__getattribute__"] = _getattribute(bare, rule)
+        if issubclass(bare, nnx.SimpleCell):
+            namespace["initialize_carry"] = _initialize_carry
         if issubclass(bare, nnx.MultiHeadAttention):
             namespace["init_cache"] = _init_cache
     if dtype is not None:
@@ -260,14 +288,17 @@ def _public_methods(bare: type) -> Iterator[str]:
             yield name
 
 
-def _getattribute(bare: type, policy: Policy) -> Callable:
+def _getattribute(bare: type, rule: Rule) -> Callable:
     inherited: Callable = bare.__getattribute__
-    show = functools.partial(read, policy)
+    show = functools.partial(read, get_policy(rule.policy))
+    hooks = () if rule.recipe is None else HOOKS
 
     def getattribute(self, name):
         value = inherited(self, name)
         if _region.value is None or name == "__dict__":
             return value
+        if name in hooks:
+            return stand_in(self, name, value)
         return map_params(show, value)
 
     return getattribute
@@ -275,27 +306,36 @@ def _getattribute(bare: type, policy: Policy) -> Callable:
 
 def _init_cache(self, input_shape, dtype=None):
     del dtype  # keys and values come in the compute dtype
-    policy = type(self)._mpjax_policy
-    type(self)._mpjax_bare_type.init_cache(self, input_shape, policy.compute_dtype)
+    type(self)._mpjax_bare_type.init_cache(self, input_shape, _compute_dtype(self))
 
 
 def _initialize_carry(self, *args, **kwargs):
     # This cell answers in its compute dtype, which a scan wants of the first carry too.
     carry = type(self)._mpjax_bare_type.initialize_carry(self, *args, **kwargs)
-    return _cast(carry, type(self)._mpjax_policy.compute_dtype)
+    return _cast(carry, _compute_dtype(self))
 
 
-def _method(function: Callable, policy: Policy | None) -> Callable:
+def _compute_dtype(module):
+    return get_policy(type(module)._mpjax_rule.policy).compute_dtype
+
+
+def _method(function: Callable, rule: Rule | None) -> Callable:
+    policy = None if rule is None else get_policy(rule.policy)
+    run = function
+    if rule is not None and rule.recipe is not None:
+        run = stand_in_method(function)
+
     @functools.wraps(function)
     def method(self, *args, **kwargs):
         if _region.value == policy:
-            return function(self, *args, **kwargs)
-        if policy is None:
+            return run(self, *args, **kwargs)
+        if rule is None or policy is None:
             with _region(None):
-                return function(self, *args, **kwargs)
-        args, kwargs = _cast((args, kwargs), policy.compute_dtype)
+                return run(self, *args, **kwargs)
+        if rule.cast_inputs:
+            args, kwargs = _cast((args, kwargs), policy.compute_dtype)
         with _region(policy):
-            outputs = function(self, *args, **kwargs)
+            outputs = run(self, *args, **kwargs)
         return _cast(outputs, policy.output_dtype)
 
     return method
@@ -314,50 +354,6 @@ def _is_node(value) -> bool:
     return isinstance(value, nnx.Pytree | nnx.Variable)
 
 
-def _attention(
-    query,
-    key,
-    value,
-    bias=None,
-    mask=None,
-    broadcast_dropout=True,
-    dropout_rng: Any = None,
-    dropout_rate=0.0,
-    deterministic=False,
-    dtype=None,
-    precision=None,
-    module=None,
-    promote_dtype=None,
-    is_causal=False,
-):
-    """Stands in for ``nnx.dot_product_attention``, whose softmax may be 16-bit."""
-    del promote_dtype
-
-    def edit(weights):
-        if module is not None:
-            module.sow(nnx.Intermediate, "attention_weights", weights)
-        if deterministic or dropout_rate == 0.0:
-            return weights
-        shape = weights.shape
-        if broadcast_dropout:
-            shape = (1,) * (weights.ndim - 2) + shape[-2:]
-        keep = jax.random.bernoulli(dropout_rng, 1.0 - dropout_rate, shape)
-        scale = jnp.asarray(1.0 - dropout_rate, weights.dtype)
-        return weights * (keep.astype(weights.dtype) / scale)
-
-    query, key, value = cast_floating((query, key, value), dtype or query.dtype)
-    return dot_product_attention(
-        query,
-        key,
-        value,
-        bias,
-        mask,
-        is_causal=is_causal,
-        edit_weights=edit,
-        precision=precision,
-    )
-
-
 def tabulate(model: nnx.Module) -> str:
     """Shows what each layer of a model will do, before a step is run.
 
@@ -366,8 +362,9 @@ def tabulate(model: nnx.Module) -> str:
         ``jax.ShapeDtypeStruct``, from ``nnx.eval_shape``.
 
     Returns:
-      A table with a row a module: path, type, policy ("-": left alone) and the dtypes
-      and number of the parameters of its own.
+      A table with a row a module: path, type, policy ("-": left alone), the recipe of
+      its products ("-": none uses it) and the dtypes and number of the parameters of
+      its own.
 
     Example:
       >>> from flax import nnx
@@ -375,13 +372,15 @@ def tabulate(model: nnx.Module) -> str:
       >>> model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
       >>> print(mpjax.nnx.tabulate(mpjax.nnx.mixed_precision(model, "mixed_bfloat16")))
       1 layers, 15 parameters in 60 bytes
-        path   type     policy               dtypes   params
-       ──────────────────────────────────────────────────────
-               Linear   p=f32,c=bf16,o=f32   f32          15
+        path   type     policy               recipe   dtypes   params
+       ───────────────────────────────────────────────────────────────
+               Linear   p=f32,c=bf16,o=f32        -   f32          15
     """
     rows = []
     for path, nodes in _layers(model).items():
         values = [p.get_raw_value() for node in nodes for _, p in own_params(node)]
         arrays = [leaf for leaf in jax.tree.leaves(values) if hasattr(leaf, "shape")]
-        rows.append((path, type(nodes[0]), _policy(nodes[0]), None, arrays))
+        rule = _rule(nodes[0])
+        policy, recipe = (rule.policy, rule.recipe) if rule else (None, None)
+        rows.append((path, type(nodes[0]), policy, recipe, arrays))
     return _table.layers(rows)

@@ -14,7 +14,7 @@ LADDER = [
     ["_census", "_lowering"],
     ["_operand", "_product", "_dot_general", "_einsum", "_conv"],
     ["_rules", "_layer_products", "_layers", "_scaling_states"],
-    ["_linen_recipes", "_nnx_params"],
+    ["_linen_recipes", "_nnx_recipes", "_nnx_params", "_serialization"],
     ["_linen", "_nnx"],
     ["linen", "nnx", "lowering", "__init__", "__main__"],
 ]

@@ -18,7 +18,7 @@ import mpjax
 import mpjax.linen
 import mpjax.nnx
 from mpjax._cpu_faults import conv_general_dilated
-from mpjax._nnx import _attention
+from mpjax._nnx_recipes import attention as _attention
 from mpjax.nnx import mixed_precision
 
 BF16 = jnp.dtype(jnp.bfloat16)
@@ -904,10 +904,10 @@ def test_tabulate():
     assert lines[0] == "5 layers, 123 parameters in 492 bytes"
     rows = [line.split() for line in lines[3:]]
     assert rows[1:] == [
-        ["dropout", "Dropout", "p=f32,c=bf16,o=f32", "0"],
-        ["head", "Linear", "-", "f32", "27"],
-        ["linear", "Linear", "p=f32,c=bf16,o=f32", "f32", "72"],
-        ["norm", "BatchNorm", "p=f32,c=f32,o=bf16", "f32", "16"],
+        ["dropout", "Dropout", "p=f32,c=bf16,o=f32", "-", "0"],
+        ["head", "Linear", "-", "-", "f32", "27"],
+        ["linear", "Linear", "p=f32,c=bf16,o=f32", "-", "f32", "72"],
+        ["norm", "BatchNorm", "p=f32,c=f32,o=bf16", "-", "f32", "16"],
     ]
     assert rows[0][-4:] == ["MLP", "p=f32,c=bf16,o=f32", "f32", "8"]
     table = mpjax.nnx.tabulate(mixed_precision(OwnParams(None, rngs()), "bf16"))
