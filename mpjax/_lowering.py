@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import html
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -11,12 +10,13 @@ from typing import Any, Literal, TypeAlias
 
 import jax
 
-from mpjax._compile import Compiled, Gemm, compile_for, trace
+from mpjax._compile import Compiled, Gemm, Traced, compile_for, trace
 from mpjax._hlo import CompiledProduct, Module, bits
-from mpjax._jaxpr import steps, tag
+from mpjax._jaxpr import Step, steps, tag
 from mpjax._products import Product, is_product, product
 from mpjax._table import render
 from mpjax._targets import Target, get_target
+from mpjax._text import brief, html_table, short
 
 Verdict: TypeAlias = Literal[
     "native", "block-scaled", "narrowed", "upcast", "vector", "removed", "unknown"
@@ -164,36 +164,28 @@ class Report:
         return json.dumps(self.to_dict(), **options)
 
     def __str__(self):
-        return render(self._rows(), _COLUMNS, "\n".join(self._title()))
+        return render(self._rows(), _COLUMNS, self._title())
 
     def _repr_html_(self):
-        def row(cells, tag):
-            return "<tr>" + "".join(f"<{tag}>{c}</{tag}>" for c in cells) + "</tr>"
+        return html_table(self._rows(), _COLUMNS, self._title())
 
-        body = [
-            row(("" if c is None else html.escape(str(c)) for c in r), "td")
-            for r in self._rows()
-        ]
-        title = "<br>".join(map(html.escape, self._title()))
-        return f"<p>{title}</p><table>{row(_COLUMNS, 'th')}{''.join(body)}</table>"
-
-    def _title(self) -> list[str]:
+    def _title(self) -> str:
         units = ", ".join(
-            f"{flops / max(self.flops, 1):.1%} {_brief(unit)}"
+            f"{flops / max(self.flops, 1):.1%} {brief(unit)}"
             for unit, flops in self.flops_by_unit().items()
         )
         memory = self.memory
         gemm = f" ({self.gemm})" if self.gemm == "triton" else ""
-        lines = [
+        title = (
             f"{self.target}{gemm}: {len(self.products)} products, "
-            f"{_short(self.flops)}FLOP, {self.native:.1%} of it native: {units}",
-            f"a device: arguments {_short(memory.argument)}B, results "
-            f"{_short(memory.output)}B, temporary {_short(memory.temporary)}B, "
-            f"accessed {_short(self.bytes_accessed)}B",
-        ]
-        if self.cycles is not None:
-            lines[1] += f", estimated {_short(self.cycles)}cycles"
-        return lines
+            f"{short(self.flops)}FLOP, {self.native:.1%} of it native: {units}\n"
+            f"On a device: arguments {short(memory.argument)}B, results "
+            f"{short(memory.output)}B, temporary {short(memory.temporary)}B, "
+            f"accessed {short(self.bytes_accessed)}B"
+        )
+        if self.cycles is None:
+            return title
+        return f"{title}, estimated {short(self.cycles)}cycles"
 
     def _rows(self) -> list[tuple]:
         """One row for products that are alike, such as those of the two gradients."""
@@ -212,10 +204,10 @@ class Report:
                     path or where,
                     "backward" if backward else "forward",
                     len(alike),
-                    f"{_brief(operands)} -> {_brief(out)}",
-                    _brief(unit) or None,
+                    f"{brief(operands)} -> {brief(out)}",
+                    brief(unit) or None,
                     verdict,
-                    f"{_short(flops)}FLOP",
+                    f"{short(flops)}FLOP",
                     share,
                     alike[0].evidence or None,
                 )
@@ -282,14 +274,31 @@ def report(
       >>> report.flops_by_dtype()
       {'bfloat16': 33554432}
     """
-    target = get_target(target)
-    traced = trace(fn, args, kwargs)
-    traced = dataclasses.replace(traced, jaxpr=tag(traced.jaxpr))
+    device = get_target(target)
+    traced = tagged(trace(fn, args, kwargs))
+    program = list(steps(traced.jaxpr, device.platform))
+    return compiled_report(device, traced, program, topology, gemm, compiler_options)
+
+
+def tagged(traced: Traced) -> Traced:
+    """The same program with its products numbered."""
+    return dataclasses.replace(traced, jaxpr=tag(traced.jaxpr))
+
+
+def compiled_report(
+    target: Target,
+    traced: Traced,
+    program: list[Step],
+    topology: str | None,
+    gemm: Gemm,
+    compiler_options: Mapping[str, Any] | None,
+) -> Report:
+    """The report on a program that has been tagged and read."""
     compiled = compile_for(target, traced, topology, gemm, compiler_options)
     module = Module(compiled.text)
     written = {
         step.tag: product(step)
-        for step in steps(traced.jaxpr, target.platform)
+        for step in program
         if is_product(step) and step.tag is not None
     }
     figures = compiled.figures
@@ -405,16 +414,3 @@ def _ptx_unit(operands, kernel) -> tuple[str, str, bool]:
             unit = " x ".join(dict.fromkeys(_DTYPES[d] for d in pair))
             return unit, "mma " + ".".join(pair), False
     return "", "no mma", False
-
-
-def _brief(dtypes: str) -> str:
-    """Shortens "float8_e4m3fn x bfloat16" to "e4m3fn x bf16"."""
-    return re.sub(r"float\d_(?=e)", "", dtypes).replace("float", "f")
-
-
-def _short(number: int) -> str:
-    """Shortens 1234567 to "1.23 M"."""
-    power = 0
-    while number >= 999.5 * 1000**power and power < 5:
-        power += 1
-    return f"{number / 1000**power:.3g} {['', 'k', 'M', 'G', 'T', 'P'][power]}"

@@ -7,11 +7,12 @@ import mpjax
 
 ROOT = pathlib.Path(mpjax.__file__).parent
 LADDER = [
-    ["_typing", "_numerics", "_tree", "_targets", "_jaxpr", "_compile_worker"],
+    ["_typing", "_numerics", "_tree", "_targets", "_jaxpr", "_text", "_compile_worker"],
     ["_qarray", "_scaling", "_policy", "_loss_scaling", "_attention", "_cpu_faults"],
-    ["_products", "_hlo", "_compile"],
+    ["_products", "_hlo", "_compile", "_findings"],
     ["_recipe", "_named_recipes", "_scaled_loss", "_table"],
     ["_census", "_lowering"],
+    ["_native"],
     ["_operand", "_product", "_dot_general", "_einsum", "_conv"],
     ["_rules", "_layer_products", "_layers", "_scaling_states"],
     ["_linen_recipes", "_nnx_recipes", "_nnx_params", "_serialization"],

@@ -1,0 +1,208 @@
+"""Looks in a traced program for what mixed precision rarely means."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal, TypeAlias
+
+import jax.numpy as jnp
+
+from mpjax._jaxpr import MOVES, Step
+from mpjax._products import is_product
+
+Kind: TypeAlias = Literal[
+    "promotion",
+    "dequantized",
+    "reduction",
+    "exponential",
+    "statistics",
+    "accumulation",
+    "round trip",
+]
+Found: TypeAlias = tuple[int, Kind, str]  # which step, and what happens there
+
+REMEDIES: dict[Kind, str] = {
+    "promotion": "Cast the float32 operand down, or the result at once; parameters "
+    "that a module reads itself follow its policy under MixedPrecision.",
+    "dequantized": "Multiply the float8 values and apply their scales to the result, "
+    "as mpjax.scaled_dot_general does.",
+    "reduction": "Sum in float32: jnp.sum(x, dtype=jnp.float32).",
+    "exponential": "Cast to float32 before exp or log, and back after the softmax.",
+    "statistics": "Compute means, variances and their roots in float32; policies with "
+    "a name do so for normalization layers.",
+    "accumulation": "Ask for the sum: preferred_element_type=jnp.float32, or int32.",
+    "round trip": "Leave the value in its dtype: both casts are for nothing.",
+}
+
+_CAST = "convert_element_type"
+_EXPONENTIALS = ("exp", "exp2", "expm1", "log", "log1p", "cumlogsumexp")
+_SUMS = ("reduce_sum", "cumsum", "reduce_prod", "cumprod", "psum", "psum_invariant")
+_ENDS_A_STREAM = ("reduce_", "argm", "cum", "gather", "iota", "random", "sort")
+_SHORT_ACCUMULATION = ("F16_F16_F16", "BF16_BF16_BF16")
+
+
+def find(program: list[Step]) -> Iterator[Found]:
+    """Yields the indices of suspicious steps, their kind, and what happens there."""
+    made = {output: step for step in program for output in step.outputs}
+    yield from _promotions(program)
+    for index, step in enumerate(program):
+        if not step.eqn.invars:
+            continue
+        if is_product(step):
+            yield from _product(index, step, made)
+        elif step.eqn.primitive.name == _CAST:
+            yield from _round_trip(index, step, made)
+        else:
+            yield from _half(index, step)
+
+
+def _in(step: Step, i: int = 0) -> Any:
+    return step.eqn.invars[i].aval
+
+
+def _out(step: Step) -> Any:
+    return step.eqn.outvars[0].aval
+
+
+def _bits(aval: Any) -> int:
+    """Bits of a floating-point value, 0 of any other."""
+    dtype = getattr(aval, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        return 0
+    return jnp.finfo(dtype).bits
+
+
+def _widens(step: Step, low: int, high: int) -> bool:
+    """Whether it casts an array of at most `low` bits to at least `high` bits."""
+    if step.eqn.primitive.name != _CAST or _in(step).size < 2:
+        return False
+    return 0 < _bits(_in(step)) <= low and _bits(_out(step)) >= high
+
+
+def _promotions(program: list[Step]) -> Iterator[Found]:
+    """16-bit arrays that become float32 and, still so, meet a product or a module.
+
+    Every cast has a bit. `streams` maps a value to the bits of the casts that it comes
+    from without a sum, a product or a cast down between.
+    """
+    feeds = _feeding_products(program)
+    casts: list[int] = []  # indices of steps
+    sources: dict[int, int] = {}  # a value of 16 bits -> the bits of its casts
+    streams: dict[int, int] = {}
+    guilty: dict[int, str] = {}  # a bit -> what comes of it
+    for index, step in enumerate(program):
+        name = step.eqn.primitive.name
+        if _widens(step, 16, 32):
+            bit = 1 << len(casts)
+            casts.append(index)
+            sources[step.inputs[0]] = sources.get(step.inputs[0], 0) | bit
+            streams[step.outputs[0]] = bit
+            continue
+        carried = [streams.get(value, 0) for value in step.inputs]
+        if not any(carried) or (name == _CAST and _bits(_out(step)) < 32):
+            continue
+        joint = 0
+        for bits in carried:
+            joint |= bits
+        if is_product(step):
+            guilty |= dict.fromkeys(_ones(joint), "is multiplied in float32")
+            continue
+        forward = not step.backward and any(feeds[value] for value in step.outputs)
+        for bit in _ones(joint) if forward and name not in MOVES else ():
+            cast = program[casts[bit]]
+            if cast.path and step.path and cast.path != step.path:
+                module = step.path.rpartition("/")[2]
+                guilty.setdefault(bit, f"enters {module} in float32")
+            elif not cast.path and name == "add" and _in(cast).size == _out(step).size:
+                own, size = sources[cast.inputs[0]], _in(cast).size
+                others = _ones(joint & ~own) if all(carried) else ()
+                if any(_in(program[casts[other]]).size == size for other in others):
+                    guilty.setdefault(bit, "makes a sum float32")
+        if not name.startswith(_ENDS_A_STREAM):
+            for value, var in zip(step.outputs, step.eqn.outvars, strict=True):
+                if _bits(var.aval) >= 32:
+                    streams[value] = joint
+    for bit, what in guilty.items():
+        old, new = _in(program[casts[bit]]), _out(program[casts[bit]])
+        yield casts[bit], "promotion", f"{old.dtype} becomes {new.dtype} and {what}"
+
+
+def _ones(mask: int) -> Iterable[int]:
+    """The positions of the bits that are set."""
+    while mask:
+        low = mask & -mask
+        yield low.bit_length() - 1
+        mask ^= low
+
+
+class _Feeding(dict[int, bool]):
+    def __missing__(self, value):
+        return False
+
+
+def _feeding_products(program: list[Step]) -> _Feeding:
+    """The values that a product of the forward pass comes from."""
+    feeds = _Feeding()
+    for step in reversed(program):
+        if not step.backward:
+            if is_product(step) or any(feeds[value] for value in step.outputs):
+                feeds.update(dict.fromkeys(step.inputs, True))
+    feeds[-1] = False  # literals
+    return feeds
+
+
+def _product(index: int, step: Step, made: dict[int, Step]) -> Iterator[Found]:
+    for i in (0, 1):
+        wide = _in(step, i)
+        narrow = _narrow_source(step.inputs[i], made) if _bits(wide) > 8 else None
+        if narrow:
+            what = f"{narrow} becomes {wide.dtype} before the product"
+            yield index, "dequantized", what
+    asked = str(step.eqn.params.get("precision")).rpartition(".")[2]
+    result = _out(step).dtype
+    if asked in _SHORT_ACCUMULATION:
+        yield index, "accumulation", f"adds up in {asked}"
+    elif result.itemsize == 1:
+        yield index, "accumulation", f"{_in(step).dtype} with a result of {result}"
+
+
+def _narrow_source(value: int, made: dict[int, Step], depth: int = 16) -> str | None:
+    """The 8-bit dtype that a value is a scaled copy of."""
+    step = made.get(value)
+    if step is None or depth == 0:
+        return None
+    if _widens(step, 8, 16):
+        return _in(step).dtype.name
+    if step.eqn.primitive.name in MOVES:
+        return _narrow_source(step.inputs[0], made, depth - 1)
+    if step.eqn.primitive.name in ("mul", "div"):
+        found = (_narrow_source(i, made, depth - 1) for i in step.inputs)
+        return next(filter(None, found), None)
+    return None
+
+
+def _round_trip(index: int, step: Step, made: dict[int, Step]) -> Iterator[Found]:
+    first = made.get(step.inputs[0])
+    while first and first.eqn.primitive.name in MOVES:
+        if first.eqn.primitive.name == _CAST:
+            break
+        first = made.get(first.inputs[0])
+    if first and first.eqn.primitive.name == _CAST and _in(step).size > 1:
+        old, between, new = _in(first), _in(step), _out(step)
+        if old.dtype == new.dtype and 0 < _bits(old) < _bits(between):
+            yield index, "round trip", f"{old.dtype} to {between.dtype} and back"
+
+
+def _half(index: int, step: Step) -> Iterator[Found]:
+    """What 16 bits are too few for."""
+    name, value = step.eqn.primitive.name, _in(step)
+    if _bits(value) != 16 or value.size < 2:
+        return
+    if name in _SUMS:
+        terms = value.size // max(_out(step).size, 1)
+        if terms > 1:
+            yield index, "reduction", f"{name} in {value.dtype} of {terms} terms"
+        elif not name.startswith("reduce"):
+            yield index, "reduction", f"{name} in {value.dtype}"
+    elif name in _EXPONENTIALS:
+        yield index, "exponential", f"{name} in {value.dtype}"
+    elif name in ("rsqrt", "sqrt"):
+        yield index, "statistics", f"{name} in {value.dtype}"

@@ -1,0 +1,145 @@
+"""An assertion for test suites: this program runs in that dtype on that device."""
+
+import collections
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from mpjax._census import Finding, take
+from mpjax._compile import Gemm, trace
+from mpjax._hlo import bits
+from mpjax._jaxpr import steps
+from mpjax._lowering import LoweredProduct, Report, compiled_report, tagged
+from mpjax._table import render
+from mpjax._targets import Target, get_target
+from mpjax._text import brief
+
+
+def assert_native(
+    fn: Callable,
+    *args: Any,
+    target: str | Path | Target,
+    dtype: Any,
+    at_least: float = 1.0,
+    topology: str | None = None,
+    gemm: Gemm = "library",
+    compiler_options: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> Report:
+    """Fails unless a share of a function's operations runs natively in a dtype.
+
+    A product counts if it is written with both operands in this dtype or in one of
+    fewer bits, and the device multiplies them as they are. All float8 formats count as
+    one.
+
+    Args:
+      fn: any function ``jax.jit`` takes, jitted or not.
+      *args: its arguments, pytrees of arrays or ``jax.ShapeDtypeStruct``.
+      target: as of ``report``.
+      dtype: such as ``jnp.bfloat16`` or ``jnp.float8_e4m3fn``.
+      at_least: share of all floating-point operations of products, from 0 to 1.
+      topology: as of ``report``.
+      gemm: as of ``report``.
+      compiler_options: as of ``report``.
+      **kwargs: arguments of the function by name.
+
+    Returns:
+      The report.
+
+    Raises:
+      AssertionError: it is less; the message lists the products that do not count, with
+        their paths, their lines, and what to do.
+      ImportError: the compiler is not installed.
+      LoweringError: JAX or the compiler refuses the program.
+      ValueError: the target is unknown, the share is none, or the program calls back
+        into Python.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, mpjax.lowering
+      >>> x = jax.ShapeDtypeStruct((256, 256), jnp.float32)
+      >>> f = lambda x: jnp.dot(x, x)
+      >>> report = mpjax.lowering.assert_native(f, x, target="cpu", dtype=jnp.float32)
+    """
+    if not 0 <= at_least <= 1:
+        raise ValueError(f"at_least is a share from 0 to 1, got {at_least!r}.")
+    dtype = jnp.dtype(dtype)
+    device = get_target(target)
+    traced = tagged(trace(fn, args, kwargs))
+    program = list(steps(traced.jaxpr, device.platform))
+    report = compiled_report(device, traced, program, topology, gemm, compiler_options)
+    running = [p for p in report.products if p.verdict != "removed"]
+    offenders = [p for p in running if not _counts(p, dtype)]
+    lost = sum(p.traced.flops for p in offenders)
+    share = 1 - lost / max(report.flops, 1)
+    if share < at_least:
+        title = (
+            f"{share:.1%} of the operations of this program run natively in {dtype} or "
+            f"narrower on {report.target}, {at_least:.1%} should:"
+        )
+        findings = [
+            f for f in take(program).findings if f.kind in ("promotion", "dequantized")
+        ]
+        raise AssertionError(_message(title, report, offenders, findings, dtype))
+    return report
+
+
+def _counts(p: LoweredProduct, dtype) -> bool:
+    return p.native and all(_at_most(d, dtype) for d in (p.traced.lhs, p.traced.rhs))
+
+
+def _at_most(name: str, dtype) -> bool:
+    """Whether a dtype has fewer bits than another, or is of its kind."""
+    size = bits(dtype.name)
+    if bits(name) == size == 8:
+        return ("float" in name) == ("float" in dtype.name)
+    return bits(name) < size or name == dtype.name
+
+
+def _message(title, report: Report, offenders, findings: list[Finding], dtype) -> str:
+    groups: dict[tuple, int] = collections.defaultdict(int)
+    for p in offenders:
+        why, remedy = _why(p, report, dtype, findings)
+        key = p.traced.path or None, p.traced.where or None, why, remedy
+        groups[key] += p.traced.flops
+    largest = sorted(groups.items(), key=lambda item: -item[1])
+    rows = [
+        (path, f"{flops / max(report.flops, 1):.1%}", why, where)
+        for (path, where, why, _), flops in largest
+    ]
+    lines = [render(rows, ("path", "share", "why", "where"), title), "What to do:"]
+    lines += dict.fromkeys(f"- {remedy}" for (*_, remedy), _ in largest)
+    for f in findings:
+        if f.kind == "promotion" and not f.backward:
+            lines.append(
+                f"- At {f.where or f.path} ({f.path}): {brief(f.detail)}. {f.remedy}"
+            )
+    return "\n".join(lines)
+
+
+def _why(p: LoweredProduct, report: Report, dtype, findings) -> tuple[str, str]:
+    """Why a product does not count, and what to do about it."""
+    written = brief(p.traced.operands)
+    place = p.traced.path, p.traced.where, p.traced.backward
+    for f in findings:
+        if f.kind == "dequantized" and (f.path, f.where, f.backward) == place:
+            return brief(f.detail), f.remedy
+    if not all(_at_most(d, dtype) for d in (p.traced.lhs, p.traced.rhs)):
+        return f"written in {written}", (
+            f"Products written in {written} run in it or wider: give their modules a "
+            f"rule whose policy or recipe is in {dtype}, or lower at_least."
+        )
+    if p.verdict == "upcast":
+        return f"{written} runs as {brief(p.unit)}", (
+            f"{report.target} has no unit for {written}: take formats it multiplies, "
+            "which Recipe.is_supported and python -m mpjax targets know."
+        )
+    if p.verdict == "narrowed":
+        return f"{written} runs as {brief(p.unit)}", (
+            "Ask for all bits with precision='highest', or for fewer in `dtype`."
+        )
+    return f"{written} runs on no matrix unit", (
+        "Products of vectors or of small batches are done by ordinary arithmetic: make "
+        "them larger, or lower at_least."
+    )
