@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import functools
+import itertools
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TypeAlias
@@ -258,10 +259,19 @@ class Matcher:
 
     Attributes:
       rules: the expanded rules, in order.
+      model: the class of a model whose runs need not all show the same modules: a rule
+        that it has used once is used.
+      number: tells it from every other matcher, those that are gone included.
     """
 
-    def __init__(self, rules: tuple[Rule, ...]):
+    _numbers = itertools.count()
+
+    def __init__(self, rules: tuple[Rule, ...], model: type | None = None):
         self.rules = rules
+        self.model = model
+        self.number = next(self._numbers)
+        self._used: set[int] = set()
+        self._serving: set[int] = set()
         self._found: dict[tuple[str, type], int | None] = {}
         self._path_matters = any(rule.path != ".*" for rule in rules)
 
@@ -297,14 +307,14 @@ class Matcher:
 
     def check_all_used(
         self,
-        seen: Mapping[str, type],
+        seen: Mapping[str, type] | Iterable[tuple[str, type]],
         known: Callable[[], Iterable[str]] = tuple,
         served: Mapping[str, Collection[str]] | None = None,
     ) -> None:
         """Raises when a rule that is not optional does nothing.
 
         Args:
-          seen: the modules of the model, path to type.
+          seen: the modules of the model, path and type; two may share a path.
           known: gives further paths, of modules whose types are not known.
           served: by path, the products that use a recipe; None: not known.
 
@@ -312,57 +322,66 @@ class Matcher:
           ValueError: a rule decides for no module, or its recipe serves no product;
             names the rule and what it might have meant.
         """
-        used = {self.find(path, t) for path, t in seen.items()}
+        modules = list(seen.items() if isinstance(seen, Mapping) else seen)
+        if self.model is None:
+            self._used, self._serving = set(), set()
+        for path, module_type in modules:
+            index = self.find(path, module_type)
+            if index is not None:
+                self._used.add(index)
+                if served is not None and served.get(path):
+                    self._serving.add(index)
         for index, rule in enumerate(self.rules):
             if rule.optional:
                 continue
-            if index in used:
+            if index in self._used:
                 if rule.recipe is not None and served is not None:
-                    self._check_served(index, seen, known, served)
+                    self._check_serving(index, modules, known)
                 continue
             # A model of norms alone uses another of the rules of a policy's name.
             if rule.policy is not None and any(
-                self.rules[i] in _exceptions(rule) for i in used if i is not None
+                self.rules[i] in _exceptions(rule) for i in self._used
             ):
                 continue
-            others = set(known()) - seen.keys()
+            others = set(known()) - {path for path, _ in modules}
             if not any(map(rule.matches_path, others)):
-                why = self._why_unused(index, seen, sorted({*seen, *others}))
-                raise ValueError(f"{_describe(rule)} {why}")
+                raise ValueError(
+                    f"{_describe(rule)} {self._why_unused(index, modules, others)} A "
+                    "rule that may match nothing takes optional=True."
+                )
 
-    def _check_served(self, index, seen, known, served) -> None:
+    def _check_serving(self, index, modules, known) -> None:
         rule = self.rules[index]
-        mine = [path for path, t in seen.items() if self.find(path, t) == index]
-        others = set(known()) - seen.keys()
-        if any(map(served.get, mine)) or any(map(rule.matches_path, others)):
+        others = set(known()) - {path for path, _ in modules}
+        if index in self._serving or any(map(rule.matches_path, others)):
             return
-        types = sorted({seen[path].__name__ for path in mine})
+        types = {t.__name__ for path, t in modules if self.find(path, t) == index}
         small = f" Products below min_size={rule.min_size} go without it."
         raise ValueError(
             f"{_describe(rule)} has a recipe and serves no product: of what it matches "
-            f"({', '.join(types[:8])}) nothing multiplies as a layer of Flax does."
-            f"{small if rule.min_size else ''} Leave the recipe out, or let the rule "
-            "match Dense, Einsum, convolution or attention layers."
+            f"({', '.join(sorted(types)[:8])}) nothing multiplies as a layer of Flax "
+            f"does.{small if rule.min_size else ''} Leave the recipe out, or let the "
+            "rule match Dense, Einsum, convolution or attention layers."
         )
 
-    def _why_unused(self, index, seen, paths) -> str:
+    def _why_unused(self, index, modules, others) -> str:
         rule = self.rules[index]
-        for path in paths:
-            first = self.find(path, seen[path]) if path in seen else None
-            if first is not None and rule.matches(path, seen[path]):
+        for path, module_type in sorted(modules, key=lambda module: module[0]):
+            first = self.find(path, module_type)
+            if first is not None and rule.matches(path, module_type):
                 return (
                     f"decides for no module: {path!r}, which it matches, is taken by "
                     f"{_describe(self.rules[first])} first. Put the narrower rule "
                     "before the wider one."
                 )
-        near = [p for p in paths if rule.matches_path(p)]
+        near = sorted({t.__name__ for path, t in modules if rule.matches_path(path)})
         if near and rule.module_type is not None:
-            types = sorted({seen[p].__name__ for p in near if p in seen})
             return (
                 "matches no module: the types at the paths it matches are "
-                f"{', '.join(types[:8])}."
+                f"{', '.join(near[:8])}."
             )
         word = re.sub(r"[^\w/]+", "", re.sub(r"\\\w", "", rule.path))
+        paths = sorted({*others, *(path for path, _ in modules)})
         near = difflib.get_close_matches(word, paths, n=5, cutoff=0.0)
         return (
             "matches no module. It must match the whole path; the nearest paths are "

@@ -175,6 +175,36 @@ def test_unused_rules_name_what_they_may_have_meant():
     found.check_all_used(seen, lambda: ["encoder/dense"])
 
 
+def test_a_rule_once_used_is_used():
+    # A module may run in training only, or inside a trace that nn.jit has cached.
+    rules = expand_rules([mpjax.Rule("drop", "f32"), "c=bf16"])
+    found = Matcher(rules, Dense)
+    with pytest.raises(ValueError, match=r"'drop'.*takes optional=True"):
+        found.check_all_used({"": Dense})
+    found.check_all_used({"": Dense, "drop": Dense})
+    found.check_all_used({"": Dense})
+    # Another model, and one of whose modules all are known, are checked for themselves.
+    for other in (matcher(rules, LayerNorm), Matcher(rules)):
+        other.check_all_used({"drop": Dense, "": Dense})
+    with pytest.raises(ValueError, match="'drop'"):
+        other.check_all_used({"": Dense})
+
+
+def test_a_recipe_that_served_once_serves():
+    rules = expand_rules(mpjax.Rule(".*", "c=bf16", mpjax.current_scaling()))
+    found = Matcher(rules, Dense)
+    with pytest.raises(ValueError, match="serves no product"):
+        found.check_all_used({"a": Dense}, served={"a": set()})
+    found.check_all_used({"a": Dense}, served={"a": {"kernel"}})
+    found.check_all_used({"a": Dense}, served={"a": set()})
+
+
+def test_two_modules_may_share_a_path():
+    rules = [mpjax.Rule(module_type=LayerNorm, policy="f32"), "c=bf16"]
+    for seen in ([("a", LayerNorm), ("a", Dense)], [("a", Dense), ("a", LayerNorm)]):
+        Matcher(expand_rules(rules)).check_all_used(seen)
+
+
 def test_a_model_of_norms_uses_a_name_as_well():
     Matcher(expand_rules("mixed_float16")).check_all_used({"": LayerNorm})
     with pytest.raises(ValueError, match="matches no module"):
