@@ -297,7 +297,7 @@ def _products(module: Any) -> LayerProducts:
             pass
 
     name = type(module).__name__
-    return LayerProducts(name, rule.recipe, rule.min_size, read, write)
+    return LayerProducts(name, rule.recipe, rule.min_size, read, write, set())
 
 
 def _attend(embed: nnx.Embed, query, out_sharding=None):

@@ -1,5 +1,6 @@
 """Mixed precision for Flax NNX: ``import mpjax.nnx``."""
 
+from mpjax import _serialization as _serialization
 from mpjax._nnx import mixed_precision as mixed_precision
 from mpjax._nnx import tabulate as tabulate
 from mpjax._nnx_recipes import Scaling as Scaling

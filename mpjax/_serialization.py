@@ -1,0 +1,42 @@
+"""Quantized arrays and scaling states for ``flax.serialization``.
+
+What is static, a block or a recipe, belongs to the program: it is not written, and is
+that of the target that is read into.
+"""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from flax import serialization
+
+from mpjax._qarray import QArray
+from mpjax._recipe import ScalingState
+
+
+def _to_state_dict(fields: tuple[str, ...], node: Any) -> dict[str, Any]:
+    return {name: serialization.to_state_dict(getattr(node, name)) for name in fields}
+
+
+def _from_state_dict(fields: tuple[str, ...], node: Any, state: dict[str, Any]) -> Any:
+    if state.keys() != set(fields):
+        raise ValueError(
+            f"A {type(node).__name__} is read from {', '.join(fields)}, got "
+            f"{', '.join(state)}."
+        )
+    return replace(
+        node,
+        **{
+            name: serialization.from_state_dict(getattr(node, name), state[name], name)
+            for name in fields
+        },
+    )
+
+
+for _kind, _fields in (
+    (QArray, ("qvalue", "scale")),
+    (ScalingState, ("scale", "history", "loss_scale")),
+):
+    serialization.register_serialization_state(
+        _kind, partial(_to_state_dict, _fields), partial(_from_state_dict, _fields)
+    )
