@@ -25,6 +25,8 @@ Gemm: TypeAlias = Literal["library", "triton"]
 _WORKER = pathlib.Path(__file__).with_name("_compile_worker.py")
 _INSTALL = "Install the compilers with pip install 'mpjax[lowering]' (Linux x86-64)."
 _CUSTOM_CALL = re.compile(r"custom_call @([\w.$]+)")
+_RAISED = re.compile(r"[A-Za-z][\w.]*(Error|Exception)\b: ")
+_LONGEST = 2000  # characters of an error message
 _DUMPS = re.compile(r"^\d+-(.*?)-\d+-final_bundles\.txt$")
 _EQUIVALENT = re.compile(
     r"^key:(\S+)\n(?:.*\n)*?((?:  \S+\n)*)(?=key:|\Z)", re.MULTILINE
@@ -237,7 +239,7 @@ def _export(target: Target, traced: Traced) -> export.Exported:
         return exporter(*traced.args)
     except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         raise LoweringError(
-            f"JAX cannot lower this program for {target.name}: {error}"
+            f"JAX cannot lower this program for {target.name}: {str(error)[:_LONGEST]}"
         ) from error
 
 
@@ -267,9 +269,11 @@ def _run(target: Target, directory: pathlib.Path, devices: int) -> None:
     )
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
+        raised = [i for i, line in enumerate(lines) if _RAISED.match(line)]
+        said = lines[raised[-1] :][:20] if raised else lines[-20:]
         raise LoweringError(
-            f"The compiler for {target.name} ended with {done.returncode}:\n"
-            + "\n".join(lines[-20:])
+            f"The compiler for {target.name} refused this program (exit status "
+            f"{done.returncode}):\n" + "\n".join(said)[:_LONGEST]
         )
 
 

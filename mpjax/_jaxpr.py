@@ -39,6 +39,7 @@ MOVES = (
 )
 
 _TAG = "mpjax."
+_REMAT = ("checkpoint", "rematted_computation")
 # Their jaxprs say how two numbers become one.
 _COMBINERS = ("reduce", "scatter", "select_and", "argmax", "argmin", "sort", "cum")
 
@@ -134,8 +135,14 @@ def _opened(eqn, operands, platform) -> list[tuple[Any, list[int], int]]:
         return [(params["body_jaxpr"], operands[params["cond_nconsts"] :], 1)]
     if name.startswith(_COMBINERS):
         return []
-    times = params.get("length", 1) if name == "scan" else 1
-    if name == "pallas_call":
+    times = 1
+    if name == "scan":
+        times = params["length"]
+    elif name == "shard_map":  # what one device does
+        times = math.prod(
+            params["mesh"].shape[axis] for axis in params["newly_manual_axes"]
+        )
+    elif name == "pallas_call":
         times = math.prod(n for n in params["grid_mapping"].grid if isinstance(n, int))
     jaxprs = [v for v in jax.tree.leaves(list(params.values()), is_leaf=_is_jaxpr)]
     return [(v, operands, times) for v in jaxprs if _is_jaxpr(v)]
@@ -161,7 +168,7 @@ def _names(eqn) -> tuple[list[str], bool, int | None]:
             transposed |= entry.name == "transpose"
         elif entry.name.startswith(_TAG):
             tag = int(entry.name.removeprefix(_TAG))
-        else:
+        elif entry.name not in _REMAT:
             names.append(entry.name)
     return names, transposed, tag
 
