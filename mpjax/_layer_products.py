@@ -38,7 +38,7 @@ class LayerProducts:
     min_size: int
     read: Callable[[str], Array] = field(compare=False)
     write: Callable[[str, Array], None] = field(compare=False)
-    served: set[str] = field(default_factory=set, compare=False)
+    served: set[str] = field(compare=False)
 
     def dot_general(
         self,

@@ -22,8 +22,17 @@ from mpjax._typing import Array
 SCALING = "scaling"
 
 
-def make_products(module: nn.Module, path: str, rule: Rule) -> LayerProducts | None:
-    """The products of a bound module; None: its rule has no recipe."""
+def make_products(
+    module: nn.Module, path: str, rule: Rule, served: set[str]
+) -> LayerProducts | None:
+    """The products of a bound module; None: its rule has no recipe.
+
+    Args:
+      module: bound, at the present level of transformations.
+      path: of the module in the model.
+      rule: of the module.
+      served: is given the names of the products that use the recipe.
+    """
     recipe = rule.recipe
     if recipe is None:
         return None
@@ -41,11 +50,11 @@ def make_products(module: nn.Module, path: str, rule: Rule) -> LayerProducts | N
         return module.get_variable(SCALING, name).scale
 
     def write(name: str, scales: Array) -> None:
-        if module.is_mutable_collection(SCALING):
+        if module.is_mutable_collection(SCALING) and not module.is_initializing():
             state = module.get_variable(SCALING, name)
             module.put_variable(SCALING, name, replace(state, scale=scales))
 
-    return LayerProducts(path, recipe, rule.min_size, read, write)
+    return LayerProducts(path, recipe, rule.min_size, read, write, served)
 
 
 def stand_ins(module: nn.Module, products: LayerProducts, rule: Rule) -> dict[str, Any]:
@@ -65,7 +74,9 @@ def stand_ins(module: nn.Module, products: LayerProducts, rule: Rule) -> dict[st
             raise _unserved(module, products, f"has a {field} of its own")
         lent[field] = getattr(products, field)
     if isinstance(module, nn.RNN) and products.recipe.stateful:
-        lent["variable_carry"] = module.variable_carry or SCALING
+        # A loop makes variables that all steps share, and carries what has been made.
+        field = "variable_broadcast" if module.is_initializing() else "variable_carry"
+        lent[field] = _with_scaling(own[field])
     return lent
 
 
@@ -117,6 +128,14 @@ _METHODS: dict[Any, Callable] = {
     nn.Einsum.__call__: _einsum,
     nn.ConvTranspose.__call__: _conv_transpose,
 }
+
+
+def _with_scaling(collections: Any) -> Any:
+    """A filter of collections that lets the states through as well."""
+    if collections is True:
+        return True
+    names = [collections] if isinstance(collections, str) else collections or []
+    return [name for name in names if name != SCALING] + [SCALING]
 
 
 def _unserved(module: nn.Module, products: LayerProducts, why: str) -> ValueError:

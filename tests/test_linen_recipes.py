@@ -1,0 +1,522 @@
+"""Recipes in rules of ``mpjax.linen``: layers that multiply in fp8."""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference
+from jaxprs import dots
+
+import mpjax
+import mpjax.linen
+from mpjax.linen import MixedPrecision
+
+BF16 = jnp.dtype(jnp.bfloat16)
+E4M3, E5M2 = jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e5m2)
+MATMUL = (((1,), (0,)), ((), ()))
+DELAYED = mpjax.delayed_scaling(4)
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def rule(recipe, **kwargs):
+    return mpjax.Rule(".*", "mixed_bfloat16", recipe, **kwargs)
+
+
+def is_state(node):
+    return isinstance(node, mpjax.ScalingState)
+
+
+def scales(states):
+    """What stands in place of the scales, as {path: [lhs, rhs, grad]}."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(states, is_leaf=is_state)
+    return {"/".join(k.key for k in path): state.scale for path, state in flat}
+
+
+def loss_and_gradients(model, variables, x, **kwargs):
+    """The loss, and its gradients for params and scaling states."""
+
+    def loss_fn(params, scaling):
+        collections = {"params": params} | ({"scaling": scaling} if scaling else {})
+        out = model.apply(collections, x, **kwargs)
+        weights = jnp.linspace(-1, 1, out.size, dtype=out.dtype).reshape(out.shape)
+        return jnp.sum(out * weights)
+
+    arguments = variables["params"], variables.get("scaling", {})
+    return jax.value_and_grad(loss_fn, argnums=(0, 1))(*arguments)
+
+
+class Attend(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Embed(24, 32).attend(x)
+
+
+LAYERS = {
+    "Dense": (nn.Dense(24), (3, 32)),
+    "Dense without bias": (nn.Dense(24, use_bias=False), (32,)),
+    "DenseGeneral": (nn.DenseGeneral((4, 6), axis=(-2, -1)), (3, 4, 8)),
+    "DenseGeneral with batch": (nn.DenseGeneral(6, batch_dims=(0,)), (3, 5, 8)),
+    "Einsum": (nn.Einsum((4, 8, 6), "bsd,ndh->bnsh"), (3, 5, 8)),
+    "Einsum with dots": (nn.Einsum((8, 6), "...d,dh->...h"), (3, 5, 8)),
+    "Einsum without bias": (nn.Einsum((8, 6), "...d,dh->h...", False), (3, 5, 8)),
+    "Conv": (nn.Conv(12, (3, 3)), (2, 8, 8, 16)),
+    "Conv circular": (nn.Conv(12, (3,), 2, "CIRCULAR", kernel_dilation=2), (8, 16)),
+    "Conv in groups": (nn.Conv(12, (3,), feature_group_count=4), (2, 3, 8, 16)),
+    "ConvTranspose": (nn.ConvTranspose(12, (3, 4), (2, 1)), (2, 8, 8, 16)),
+    "ConvTranspose valid": (nn.ConvTranspose(12, (2,), (3,), "VALID"), (8, 16)),
+    "ConvTranspose of a gradient": (
+        nn.ConvTranspose(12, (3, 2), (2, 3), transpose_kernel=True, use_bias=False),
+        (2, 3, 8, 5, 16),
+    ),
+    "ConvTranspose dilated": (
+        nn.ConvTranspose(12, (3,), padding=[(2, 1)], kernel_dilation=(2,)),
+        (2, 8, 16),
+    ),
+    "ConvTranspose padded": (nn.ConvTranspose(12, 3, (2,), 1), (2, 8, 16)),
+    "ConvTranspose masked": (
+        nn.ConvTranspose(12, (3,), mask=jnp.ones((3, 16, 12)).at[0].set(0)),
+        (2, 8, 16),
+    ),
+    "attend": (Attend(), (3, 32)),
+    "attention": (nn.MultiHeadDotProductAttention(4), (2, 5, 16)),
+}
+
+
+@pytest.fixture(params=LAYERS)
+def layer(request):
+    module, shape = LAYERS[request.param]
+    return module, normal(0, *shape)
+
+
+def test_a_recipe_that_quantizes_nothing_changes_nothing(layer):
+    """The stand-ins for what a layer multiplies with are the layer's own products."""
+    module, x = layer
+    recipe = dataclasses.replace(mpjax.current_scaling(), quantized=())
+    plain = MixedPrecision(module, "mixed_bfloat16")
+    mixed = MixedPrecision(module, rule(recipe, attention=True))
+    variables = plain.init(jax.random.key(1), x)
+    initial = mixed.init(jax.random.key(1), x)
+    jax.tree.map(np.testing.assert_array_equal, initial, variables)
+    expected = loss_and_gradients(plain, variables, x)
+    actual = loss_and_gradients(mixed, variables, x)
+    # Axes of a product may come in another order, and with them those of its sums.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(
+            a, b, rtol=0, atol=2**-6 * np.abs(b).max()
+        ),
+        actual,
+        expected,
+    )
+
+
+@pytest.mark.parametrize("recipe", [mpjax.current_scaling(), DELAYED], ids=str)
+def test_every_product_of_a_layer_has_the_formats_of_its_recipe(layer, recipe):
+    module, x = layer
+    model = MixedPrecision(module, rule(recipe, attention=True))
+    variables = model.init(jax.random.key(1), x)
+    bare = module.init(jax.random.key(1), x)
+    jax.tree.map(np.testing.assert_array_equal, variables["params"], bare["params"])
+    assert ("scaling" in variables) == recipe.stateful
+    step = functools.partial(loss_and_gradients, model)
+    found = dots(jax.make_jaxpr(step)(variables, x))
+    if not any(dot.name == "conv_general_dilated" for dot in found):
+        narrow = [dot[1:] for dot in found if dot.lhs.itemsize == 1]
+        forward = narrow.count((E4M3, E4M3, jnp.float32))
+        backward = [{dot[0], dot[1]} for dot in narrow].count({E4M3, E5M2})
+        assert forward >= 1 and len(narrow) == forward + backward
+        # The branch for processors without fp8 has as many, of bfloat16.
+        assert len(found) == 2 * len(narrow)
+    (loss, (grads, observed)) = step(variables, x)
+    (exact, (exact_grads, _)) = loss_and_gradients(
+        MixedPrecision(module, "float32"), bare, x
+    )
+    assert abs(loss - exact) < 0.1 * abs(exact) + 1
+    flat, _ = jax.tree_util.tree_flatten_with_path(grads)
+    for (path, actual), expected in zip(
+        flat, jax.tree.leaves(exact_grads), strict=True
+    ):
+        if path[-1].key != "bias":
+            # The threshold for a layer; behind attention stand five products.
+            threshold = 15 if "query" in grads else 17
+            assert reference.sqnr(expected, actual) > threshold, path
+    for seen in scales(observed).values():
+        assert np.all(np.isfinite(seen)) and np.all(seen > 0)
+
+
+def test_dense_is_the_scaled_product():
+    recipe, x = mpjax.per_channel_scaling(), normal(0, 16, 32)
+    model = MixedPrecision(nn.Dense(24), rule(recipe))
+    variables = model.init(jax.random.key(1), x)
+    kernel = variables["params"]["kernel"].astype(BF16)
+    expected = mpjax.scaled_dot_general(x.astype(BF16), kernel, MATMUL, recipe=recipe)
+    actual = model.apply(variables, x)
+    np.testing.assert_array_equal(actual, expected.astype(jnp.float32))
+
+
+def test_small_products_stay_in_the_compute_dtype():
+    model = MixedPrecision(
+        nn.Sequential([nn.Dense(32), nn.Dense(8), nn.Dense(32)]),
+        rule(mpjax.current_scaling(), min_size=16),
+    )
+    x = normal(0, 4, 16)
+    variables = model.init(jax.random.key(0), x)
+    found = dots(jax.make_jaxpr(model.apply)(variables, x))
+    assert [dot.lhs for dot in found] == [BF16, E4M3, BF16, BF16]
+    table = mpjax.linen.tabulate(model, jax.random.key(0), x)
+    served = [line.split()[0] for line in table.splitlines() if "current" in line]
+    assert served == ["layers_0"]
+
+
+def test_attention_products_have_a_switch_of_their_own():
+    attention, x = nn.MultiHeadDotProductAttention(4), normal(0, 2, 5, 16)
+    numbers = []
+    for rules in (
+        rule(DELAYED),
+        [
+            mpjax.Rule(
+                ".*",
+                "mixed_bfloat16",
+                DELAYED,
+                module_type=nn.MultiHeadDotProductAttention,
+                attention=True,
+            ),
+            "mixed_bfloat16",
+        ],
+    ):
+        model = MixedPrecision(attention, rules)
+        variables = model.init(jax.random.key(0), x)
+        numbers.append(set(scales(variables["scaling"])))
+    assert numbers[0] == {f"{name}/kernel" for name in ("query", "key", "value", "out")}
+    assert numbers[1] == {"query_key", "weights_value"}
+
+
+# -------------------------------------------------------------------------- refusals
+
+
+class Scanned(nn.Module):
+    axes: tuple = ("params",)
+
+    @nn.compact
+    def __call__(self, x):
+        layers = nn.scan(
+            lambda layer, x, _: (layer(x), None),
+            variable_axes=dict.fromkeys(self.axes, 0),
+            split_rngs={"params": True},
+            length=3,
+        )
+        return layers(nn.Dense(16, name="dense"), x, None)[0]
+
+
+@pytest.mark.parametrize(
+    ("module", "rules", "match"),
+    [
+        (nn.ConvLocal(4, (3,)), rule(mpjax.current_scaling()), "ConvLocal"),
+        (nn.Conv(4, (3,)), rule(mpjax.mx_scaling()), "cannot be scaled by block"),
+        (
+            nn.ConvTranspose(4, (3,), padding="CIRCULAR"),
+            rule(mpjax.current_scaling()),
+            "circular padding",
+        ),
+        (
+            nn.Dense(4, dot_general=lambda *args, **kwargs: None),
+            rule(mpjax.current_scaling()),
+            "dot_general of its own",
+        ),
+        (
+            nn.MultiHeadDotProductAttention(
+                2, out_dot_general_cls=lambda: jax.lax.dot_general
+            ),
+            rule(mpjax.current_scaling()),
+            "'out' .*dot_general of its own",
+        ),
+        (nn.LayerNorm(), "mixed_float8", None),
+        (
+            nn.Dense(16),
+            mpjax.Rule(".*", "mixed_float8"),
+            r"serves no product.*\(Dense\).*min_size=128",
+        ),
+        (Scanned(), rule(DELAYED), "variable_axes={'params': 0, 'scaling': 0}"),
+        (
+            nn.Einsum((8, 8), "...d,...d->...d"),
+            rule(mpjax.current_scaling()),
+            "indices",
+        ),
+    ],
+)
+def test_what_cannot_be_served_is_refused_by_path(module, rules, match):
+    x = jnp.ones((2, 8, 8)) if not isinstance(module, Scanned) else jnp.ones((2, 16))
+    model = MixedPrecision(module, rules)
+    if match is None:
+        model.init(jax.random.key(0), x)
+        return
+    with pytest.raises(ValueError, match=match):
+        model.init(jax.random.key(0), x)
+
+
+def test_a_state_that_was_forgotten_is_asked_for():
+    model, x = MixedPrecision(nn.Dense(16), rule(DELAYED)), normal(0, 4, 8)
+    params = model.init(jax.random.key(0), x)["params"]
+    with pytest.raises(ValueError, match="finds no state\\. Give apply the collection"):
+        model.apply({"params": params}, x)
+
+
+# ------------------------------------------------------------------- delayed scaling
+
+
+class Twice(nn.Module):
+    """A layer that is called twice."""
+
+    lift: str = ""
+
+    @nn.compact
+    def __call__(self, x):
+        kind = {"": nn.Dense, "remat": nn.remat(nn.Dense), "jit": nn.jit(nn.Dense)}
+        dense = kind[self.lift](16, use_bias=False, name="dense")
+        return dense(4 * dense(x))
+
+
+@pytest.mark.parametrize("lift", ["", "remat", "jit"])
+def test_a_layer_called_twice_observes_the_maximum(lift):
+    x = normal(0, 4, 16)
+    model = MixedPrecision(Twice(lift), rule(DELAYED))
+    variables = model.init(jax.random.key(0), x)
+    _, (_, observed) = jax.jit(functools.partial(loss_and_gradients, model))(
+        variables, x
+    )
+    (seen,) = scales(observed).values()
+    kernel = variables["params"]["dense"]["kernel"].astype(BF16)
+    assert seen[1] == float(jnp.abs(kernel).max())
+
+    def second(x):
+        return 4 * mpjax.scaled_dot_general(
+            x.astype(BF16), kernel, MATMUL, recipe=mpjax.current_scaling()
+        )
+
+    inputs = jnp.abs(x.astype(BF16)).max(), jnp.abs(second(x)).max()
+    assert seen[0] == max(map(float, inputs))
+
+
+def test_layers_of_a_scan_have_states_of_their_own():
+    x = normal(0, 4, 16)
+    model = MixedPrecision(Scanned(("params", "scaling")), rule(DELAYED))
+    variables = model.init(jax.random.key(0), x)
+    assert variables["scaling"]["dense"]["kernel"].history.shape == (3, 3, 4)
+    step = jax.jit(functools.partial(loss_and_gradients, model))
+    _, (_, observed) = step(variables, x)
+    kernels = variables["params"]["dense"]["kernel"].astype(BF16)
+    seen = observed["dense"]["kernel"].scale
+    np.testing.assert_array_equal(seen[:, 1], jnp.abs(kernels).max((1, 2)))
+    states = mpjax.update_scaling(variables["scaling"], observed)
+    assert states["dense"]["kernel"].scale.shape == (3, 3)
+
+
+@jax.numpy_dtype_promotion("standard")  # the cell mixes dtypes
+def test_the_steps_of_a_recurrent_cell_observe_the_maximum():
+    x = jnp.concatenate([normal(0, 2, 6, 16), 50 * normal(1, 2, 1, 16)], 1)
+    model = MixedPrecision(nn.RNN(nn.GRUCell(16)), rule(DELAYED))
+    variables = model.init(jax.random.key(0), x)
+    _, (_, observed) = jax.jit(functools.partial(loss_and_gradients, model))(
+        variables, x
+    )
+    seen = scales(observed)
+    assert len(seen) == 6
+    kernels = variables["params"]["cell"]
+    for path, (lhs, rhs, grad) in seen.items():
+        gate = path.split("/")[-2]
+        assert rhs == float(jnp.abs(kernels[gate]["kernel"].astype(BF16)).max())
+        if gate.startswith("i"):
+            assert lhs == float(jnp.abs(x.astype(BF16)).max())
+        assert np.isfinite(grad)
+
+
+def test_microbatches_observe_what_one_batch_does():
+    x = normal(0, 8, 16)
+    model = MixedPrecision(nn.Dense(16), rule(DELAYED))
+    variables = model.init(jax.random.key(0), x)
+
+    @jax.jit
+    def observe(x):
+        def loss_fn(scaling):
+            out = model.apply({"params": variables["params"], "scaling": scaling}, x)
+            return jnp.sum(out**3)
+
+        return jax.grad(loss_fn)(variables["scaling"])
+
+    merged = jax.tree.map(jnp.maximum, observe(x[:4]), observe(x[4:]))
+    jax.tree.map(np.testing.assert_array_equal, merged, observe(x))
+
+
+def test_apply_returns_what_it_always_returns():
+    x = normal(0, 4, 8)
+    module = nn.Sequential([nn.Dense(8), nn.BatchNorm(use_running_average=False)])
+    model = MixedPrecision(module, rule(DELAYED))
+    variables = model.init(jax.random.key(0), x)
+    out, changed = model.apply(variables, x, mutable=["batch_stats"])
+    assert out.shape == (4, 8) and set(changed) == {"batch_stats"}
+    assert set(model.apply(variables, x, mutable="batch_stats")[1]) == {"batch_stats"}
+    both = model.apply(variables, x, mutable=["batch_stats", "scaling"])[1]
+    assert set(both) == {"batch_stats", "scaling"}
+    assert set(model.apply(variables, x, mutable=True)[1]) == set(variables)
+
+
+class Overflow(nn.Module):
+    """Its output, and the gradient of its kernel, can be made to overflow."""
+
+    @nn.compact
+    def __call__(self, x, factor):
+        out = nn.Dense(16, use_bias=False)(x)
+        return out.astype(jnp.float32) * factor.astype(jnp.float32)
+
+
+def make_step(model, tx, traces=None):
+    @jax.jit
+    def step(params, scaling, opt_state, x, factor):
+        if traces is not None:
+            traces.append(1)
+
+        def loss_fn(params, scaling):
+            out = model.apply({"params": params, "scaling": scaling}, x, factor)
+            return jnp.mean(out**2)
+
+        (_, (grads, observed)) = mpjax.value_and_grad(
+            loss_fn, opt_state, argnums=(0, 1)
+        )(params, scaling)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        scaling = mpjax.update_scaling(scaling, observed, opt_state)
+        return optax.apply_updates(params, updates), scaling, opt_state, observed
+
+    return step
+
+
+def test_loss_scaling_and_delayed_scaling_together():
+    """PEERS 1 and 4: neither divides, poisons nor saturates the other's numbers."""
+    x = normal(0, 4, 16)
+    fp16 = mpjax.Rule(".*", "mixed_float16", DELAYED)
+    model = MixedPrecision(Overflow(), fp16)
+    tx = mpjax.dynamic_loss_scaling(
+        optax.sgd(0.0), init_scale=2.0**4, growth_interval=2
+    )
+    variables = model.init(jax.random.key(0), x, jnp.float32(1))
+    params, scaling = variables["params"], variables["scaling"]
+    opt_state, traces = tx.init(params), []
+    step = make_step(model, tx, traces)
+
+    def state():
+        return scaling["Dense_0"]["kernel"]
+
+    history = []
+    for factor in (1.0, 1.0, 1.0, 1e30, 1.0, 1.0, 1.0):
+        before, loss_scale = state(), mpjax.loss_scale(opt_state)
+        params, scaling, opt_state, observed = step(
+            params, scaling, opt_state, x, jnp.float32(factor)
+        )
+        assert state().loss_scale == mpjax.loss_scale(opt_state)
+        if factor == 1e30:
+            assert not mpjax.last_step_finite(opt_state)
+            assert np.isinf(observed["Dense_0"]["kernel"].scale[2])
+            np.testing.assert_array_equal(state().history, before.history)
+        elif before.loss_scale > 0:
+            # What the history remembers is the gradient of the unscaled loss.
+            seen = observed["Dense_0"]["kernel"].scale[2] / loss_scale
+            history.append(float(state().history[2, -1]))
+            assert history[-1] == seen
+            # The scale of the next step maps it to the top of the format.
+            top = state().scale[2] * 57344
+            np.testing.assert_allclose(top, seen * state().loss_scale, rtol=1e-6)
+    # Loss scales were 16 (unknown), 16, 32, 32 (skipped), 16, 16, 32.
+    np.testing.assert_allclose(history, history[0], rtol=2e-3)
+    assert len(history) == 5 and len(traces) == 1
+
+
+def test_training_can_be_resumed_bit_for_bit():
+    x = normal(0, 8, 16)
+    model = MixedPrecision(Overflow(), rule(DELAYED))
+    tx = mpjax.dynamic_loss_scaling(optax.sgd(1e-2, momentum=0.9), growth_interval=2)
+    variables = model.init(jax.random.key(0), x, jnp.float32(1))
+    step = make_step(model, tx)
+    carry = variables["params"], variables["scaling"], tx.init(variables["params"])
+    for _ in range(3):
+        carry = step(*carry, x, jnp.float32(1))[:3]
+    leaves, structure = jax.tree.flatten(carry)
+    saved = structure.unflatten([np.array(leaf) for leaf in leaves])
+    for _ in range(3):
+        carry = step(*carry, x, jnp.float32(1))[:3]
+        saved = step(*saved, x, jnp.float32(1))[:3]
+    jax.tree.map(np.testing.assert_array_equal, carry, saved)
+
+
+def test_update_scaling_wants_the_gradient_of_the_states():
+    model, x = MixedPrecision(nn.Dense(16), rule(DELAYED)), normal(0, 4, 8)
+    variables = model.init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match="has their structure"):
+        mpjax.update_scaling(variables["scaling"], variables["params"])
+    with pytest.raises(ValueError, match="loss scale"):
+        mpjax.update_scaling(variables["scaling"], variables["scaling"], ())
+
+
+@pytest.mark.parametrize("bad", [jnp.inf, jnp.nan])
+def test_an_overflow_in_one_step_is_over_in_the_next(bad):
+    """PEERS 4: one bad step neither freezes the scale nor hides from the check."""
+    x = normal(0, 4, 16)
+    model = MixedPrecision(Overflow(), rule(mpjax.delayed_scaling(1024)))
+    variables = model.init(jax.random.key(0), x, jnp.float32(1))
+    tx = mpjax.static_loss_scaling(optax.sgd(0.0), 1.0)
+    params, scaling = variables["params"], variables["scaling"]
+    step, opt_state = make_step(model, tx), tx.init(params)
+    seen = []
+    for factor in (1.0, 1.0, 1.0, bad, 1.0):
+        params, scaling, opt_state, _ = step(
+            params, scaling, opt_state, x, jnp.float32(factor)
+        )
+        seen.append(scaling["Dense_0"]["kernel"].scale)
+        assert mpjax.last_step_finite(opt_state) == np.isfinite(factor)
+    np.testing.assert_array_equal(seen[2], seen[3])
+    np.testing.assert_array_equal(seen[2], seen[4])
+
+
+def test_a_recipe_belongs_to_a_model_and_not_to_the_process():
+    """PEERS 8 and 10: models of the same shapes, interleaved, each run as told."""
+    x = normal(0, 16, 32)
+    rules = {
+        "current": rule(mpjax.current_scaling()),
+        "mx": rule(mpjax.mx_scaling()),
+        "none": "mixed_bfloat16",
+    }
+    dense = nn.jit(nn.Dense)(24)
+    variables = dense.init(jax.random.key(0), x)
+    models = {name: MixedPrecision(dense, r) for name, r in rules.items()}
+
+    def run(name):
+        return jax.jit(models[name].apply)(variables, x)
+
+    alone = {}
+    for name in models:
+        jax.clear_caches()
+        alone[name] = run(name)
+    jax.clear_caches()
+    for name in ("none", "current", "mx", "current", "none", "mx"):
+        np.testing.assert_array_equal(run(name), alone[name])
+    assert len({float(out.sum()) for out in alone.values()}) == 3
+
+
+def test_arguments_may_stay_as_they_are():
+    class Time(nn.Module):
+        @nn.compact
+        def __call__(self, x, time):
+            assert time.dtype == jnp.float32
+            return nn.Dense(8)(x) + jnp.sin(1e3 * time)[:, None].astype(BF16)
+
+    x, time = normal(0, 4, 8), jnp.linspace(0.001, 1.0, 4)
+    rules = mpjax.Rule(".*", "mixed_bfloat16", cast_inputs=False)
+    model = MixedPrecision(Time(), rules)
+    variables = model.init(jax.random.key(0), x, time)
+    found = dots(jax.make_jaxpr(model.apply)(variables, x, time))
+    assert [(dot.lhs, dot.rhs) for dot in found] == [(BF16, BF16)]
