@@ -1,8 +1,10 @@
-"""What dynamic loss scaling costs: one train step with it against the same without.
+r"""What dynamic loss scaling costs: one train step with it against the same without.
 
     python benchmarks/loss_scaling.py                     # CPU time and all targets
     python benchmarks/loss_scaling.py --targets cpu --rounds 60
     python benchmarks/loss_scaling.py --no-clip
+    python benchmarks/loss_scaling.py --targets tpu7x --models mlp,transformer \
+        --methods mpjax                                   # over all eight models
 
 Beside mpjax stand Flax's DynamicScale, jmp (``pip install jmp``; left out if it is not
 there) and optax.apply_if_finite under a constant scale, each as its documentation has
@@ -14,11 +16,14 @@ the base in the same round, first of wall time, then of processor time, which ot
 processes disturb less. There are two bases: the plain step, and the plain step with its
 gradients pinned row-major, which XLA by itself leaves transposed. For other targets
 the programs are compiled ahead of time (see _aot.py): estimated cycles and bytes
-accessed on TPUs; on GPUs, bytes that kernels read and write.
+accessed on TPUs; on GPUs, bytes that kernels read and write. A TPU compiler's choice of
+what to keep in fast memory moves cycles and bytes of one model by several percent: see
+the geometric mean over models.
 """
 
 import argparse
 import functools
+import math
 import statistics
 import time
 
@@ -108,8 +113,13 @@ def transformer(width, heads, layers, vocab, sequences, length):
 
 MODELS = {
     "mlp 512x2048, 4 layers": mlp(512, 2048, 4, 256),
+    "mlp 768x3072, 2 layers": mlp(768, 3072, 2, 512),
     "mlp 1024x4096, 1 layer": mlp(1024, 4096, 1, 512),
+    "mlp 2048x4096, 2 layers": mlp(2048, 4096, 2, 1024),
     "transformer 320, 4 layers": transformer(320, 5, 4, 4096, 2, 256),
+    "transformer 512, 2 layers": transformer(512, 8, 2, 4096, 4, 256),
+    "transformer 768, 2 layers": transformer(768, 12, 2, 8192, 4, 512),
+    "transformer 1024, 1 layer": transformer(1024, 16, 1, 8192, 4, 512),
 }
 
 
@@ -208,11 +218,11 @@ METHODS = {
 } | ({"jmp": jmp_select_tree} if jmp else {})
 
 
-def programs(target, model, inner):
+def programs(target, model, methods, inner):
     """The compiled step of every method, with its parameters' and state's shapes."""
     init, batch, loss_fn = MODELS[model]
     params = jax.eval_shape(init, jax.random.key(0))
-    for name, method in METHODS.items():
+    for name, method in methods.items():
         if "pinned" in name and target != "cpu":
             continue
         init_state, step = method(loss_fn, inner)
@@ -224,7 +234,7 @@ def programs(target, model, inner):
         )
 
 
-def time_on_cpu(model, inner, rounds):
+def time_on_cpu(model, methods, inner, rounds):
     init, batch, _ = MODELS[model]
     key = jax.random.key(1)
     batch = (
@@ -233,7 +243,7 @@ def time_on_cpu(model, inner, rounds):
         else jax.random.normal(key, batch.shape)
     )
     steps, trees, wall, processor = {}, {}, {}, {}
-    for name, program, init_state in programs("cpu", model, inner):
+    for name, program, init_state in programs("cpu", model, methods, inner):
         params = init(jax.random.key(0))
         steps[name], wall[name], processor[name] = program.compiled, [], []
         trees[name] = (params, init_state(params))
@@ -263,39 +273,59 @@ def ratio(taken, base):
     return statistics.median(a / b for a, b in zip(taken, base, strict=True))
 
 
-def count_for(target, model, inner):
+def count_for(target, model, methods, inner):
+    """Prints cycles and bytes, and returns their ratios to the base."""
     print(f"\n{model}: {target}{'cycles':>16}{'ratio':>8}{'MB':>10}{'ratio':>8}")
-    base = None
-    for name, program, _ in programs(target, model, inner):
+    base, ratios = None, {}
+    for name, program, _ in programs(target, model, methods, inner):
         base = base or program
-        cycles = f"{program.cycles:>12}{program.cycles / max(base.cycles, 1):8.3f}"
+        by_cycles = program.cycles / base.cycles if base.cycles else math.nan
+        by_bytes = program.bytes / base.bytes
+        ratios[name] = by_cycles, by_bytes
         print(
-            f"  {name:24}{cycles if base.cycles else ' ' * 20}"
-            f"{program.bytes / 1e6:10.1f}{program.bytes / base.bytes:8.3f}",
+            f"  {name:24}{program.cycles:>12}{by_cycles:8.3f}"
+            f"{program.bytes / 1e6:10.1f}{by_bytes:8.3f}",
             flush=True,
         )
+    return ratios
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--targets", default="cpu,tpu7x,v5e,h100")
-    parser.add_argument("--models", default=",".join(MODELS), help="a part of a name")
+    parser.add_argument(
+        "--models",
+        default="mlp 512,mlp 1024,transformer 320",
+        help="parts of names; mlp,transformer are all",
+    )
+    parser.add_argument("--methods", default="", help="parts of names; all by default")
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--clip", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()
     inner = optax.adamw(3e-4)
     if args.clip:
         inner = optax.chain(optax.clip_by_global_norm(1.0), inner)
-    chosen = [m for m in MODELS if any(part in m for part in args.models.split(","))]
+    models = [m for m in MODELS if any(part in m for part in args.models.split(","))]
+    parts = ["no loss scaling", *args.methods.split(",")]
+    methods = {
+        name: method
+        for name, method in METHODS.items()
+        if any(part in name for part in parts)
+    }
     for target in args.targets.split(","):
         if target != "cpu" and (package := _aot.missing(target)):
             print(f"\n{target}: left out, for want of: pip install {package}")
             continue
-        for model in chosen:
-            if target == "cpu":
-                time_on_cpu(model, inner, args.rounds)
-            else:
-                count_for(target, model, inner)
+        if target == "cpu":
+            for model in models:
+                time_on_cpu(model, methods, inner, args.rounds)
+            continue
+        counts = [count_for(target, model, methods, inner) for model in models]
+        print(f"\n{target}, geometric mean of {len(models)} models: cycles, bytes")
+        for name in counts[0]:
+            columns = zip(*(ratios[name] for ratios in counts), strict=True)
+            means = map(statistics.geometric_mean, columns)
+            print(f"  {name:24}" + "".join(f"{mean:8.3f}" for mean in means))
 
 
 if __name__ == "__main__":
