@@ -1,15 +1,18 @@
-"""Trains a small transformer on Python's documentation, in 16 bits and in float32.
+"""Trains a small transformer on Python's documentation, in 8, 16 and 32 bits.
 
     python examples/train_lm.py --policy mixed_float16 --steps 1000
+    python examples/train_lm.py --policy mixed_bfloat16 mixed_float8 --recipe delayed mx
 
-Mixed precision takes the three lines of `train` that mention mpjax. The model is an
-ordinary Flax model, the optimizer an ordinary optax optimizer. A float32 run from the
-same seed, with the same batches in the same order, stands beside the others.
+Mixed precision takes the three lines of `train` that mention mpjax; a recipe that
+remembers amaxes, a fourth. The model is an ordinary Flax model, the optimizer an
+ordinary optax optimizer. A float32 run from the same seed, with the same batches in the
+same order, stands beside the others.
 """
 
 import argparse
 import dataclasses
 import functools
+import pathlib
 import pydoc_data.topics
 import time
 
@@ -26,6 +29,13 @@ from rich.table import Table
 import mpjax
 import mpjax.linen
 
+RECIPES = {
+    "current": mpjax.current_scaling(),
+    "delayed": mpjax.delayed_scaling(history_length=16),
+    "per_channel": mpjax.per_channel_scaling(),
+    "block": mpjax.block_scaling(),
+    "mx": mpjax.mx_scaling(),
+}
 BATCH, LENGTH = 16, 64
 SMOOTH = 50  # steps over which the losses of the plot and of the table are averaged
 
@@ -63,7 +73,7 @@ class Transformer(nn.Module):
 class Run:
     """What a training run leaves for the table and the plot, each a number a step."""
 
-    policy: str
+    name: str
     losses: list[float] = dataclasses.field(default_factory=list)
     scales: list[float] = dataclasses.field(default_factory=list)
     seconds: list[float] = dataclasses.field(default_factory=list)
@@ -75,39 +85,47 @@ class Run:
         return np.mean(self.losses[-SMOOTH:])
 
 
-def train(policy: str, steps: int, seed: int) -> Run:
-    """Trains from scratch under a policy."""
+def train(name: str, rules, steps: int, seed: int) -> Run:
+    """Trains from scratch under a policy or rules."""
     schedule = optax.warmup_cosine_decay_schedule(0.0, 3e-3, steps // 10, steps)
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95)
     )
 
-    # The three lines; the third is in `train_step`. Only float16 needs the loss scale,
-    # and the others do not mind: multiplying by a power of two is exact. It may grow
-    # every 50 steps, where 2000 are usual, for the plot to show what it does.
-    model = mpjax.linen.MixedPrecision(Transformer(), policy)
+    # The lines; two are in `train_step`. Only float16 needs the loss scale, and the
+    # others do not mind: multiplying by a power of two is exact. It may grow every 50
+    # steps, where 2000 are usual, for the plot to show what it does.
+    model = mpjax.linen.MixedPrecision(Transformer(), rules)
     optimizer = mpjax.dynamic_loss_scaling(optimizer, growth_interval=50)
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def train_step(params, opt_state, tokens):
-        def loss_fn(params):
-            logits = model.apply(params, tokens[:, :-1])
+    @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
+    def train_step(params, scaling, opt_state, tokens):
+        def loss_fn(params, scaling):
+            variables = {"params": params, "scaling": scaling}
+            logits = model.apply(variables, tokens[:, :-1])
             return optax.softmax_cross_entropy_with_integer_labels(
                 logits, tokens[:, 1:]
             ).mean()
 
-        loss, grads = mpjax.value_and_grad(loss_fn, opt_state)(params)
+        grad_fn = mpjax.value_and_grad(loss_fn, opt_state, argnums=(0, 1))
+        loss, (grads, observed) = grad_fn(params, scaling)
         updates, opt_state = optimizer.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, loss
+        # Only delayed scaling has a state; for the others this is empty.
+        scaling = mpjax.update_scaling(scaling, observed, opt_state)
+        return optax.apply_updates(params, updates), scaling, opt_state, loss
 
-    params = model.init(jax.random.key(seed), jnp.zeros((1, LENGTH), jnp.int32))
+    tokens = jnp.zeros((1, LENGTH), jnp.int32)
+    variables = model.init(jax.random.key(seed), tokens)
+    params, scaling = variables["params"], variables.get("scaling", {})
     opt_state = optimizer.init(params)
-    run = Run(policy)
-    progress = tqdm.tqdm(batches(steps, seed), policy, steps)
+    run = Run(name)
+    progress = tqdm.tqdm(batches(steps, seed), name, steps)
     for tokens in progress:
         start = time.perf_counter()
         run.scales.append(float(mpjax.loss_scale(opt_state)))
-        params, opt_state, loss = train_step(params, opt_state, tokens)
+        params, scaling, opt_state, loss = train_step(
+            params, scaling, opt_state, tokens
+        )
         run.losses.append(float(loss))
         run.seconds.append(time.perf_counter() - start)
         progress.set_postfix(loss=f"{loss:.3f}", scale=f"{run.scales[-1]:g}")
@@ -126,14 +144,17 @@ def batches(steps: int, seed: int):
 
 
 def table(runs: list[Run]) -> Table:
-    """The runs, compared with the first."""
-    columns = "policy", "final loss", "to float32", "tokens/s", "skipped", "last scale"
-    result = Table(*columns, title=f"Mean loss of the last {SMOOTH} steps, nats a byte")
+    """The runs, compared with those in float32 and in bfloat16."""
+    bases = [run for run in runs if run.name in ("float32", "mixed_bfloat16")]
+    result = Table(title=f"Mean loss of the last {SMOOTH} steps, nats a byte")
+    comparisons = [f"to {base.name.removeprefix('mixed_')}" for base in bases]
+    for column in "policy", "loss", *comparisons, "tokens/s", "skipped", "scale":
+        result.add_column(column, no_wrap=True)
     for run in runs:
         result.add_row(
-            run.policy,
+            run.name,
             f"{run.final_loss:.4f}",
-            f"{run.final_loss / runs[0].final_loss - 1:+.2%}",
+            *(f"{run.final_loss / base.final_loss - 1:+.2%}" for base in bases),
             f"{BATCH * LENGTH / np.median(run.seconds):,.0f}",
             f"{run.skipped}",
             f"2**{np.log2(run.scales[-1]):g}",
@@ -148,7 +169,7 @@ def plot(runs: list[Run], path: str) -> None:
     for index, run in enumerate(runs):
         window = min(SMOOTH, len(run.losses))
         smooth = np.convolve(run.losses, np.ones(window) / window, "valid")
-        style = {"label": run.policy, "linewidth": 1.5 if index else 5, "alpha": 0.7}
+        style = {"label": run.name, "linewidth": 1.5 if index else 5, "alpha": 0.7}
         top.plot(np.arange(len(smooth)) + window, smooth, **style)
         bottom.step(range(1, len(run.scales) + 1), run.scales, where="post", **style)
     top.set(ylabel=f"loss, mean of {SMOOTH} steps", title="Python's documentation")
@@ -165,21 +186,36 @@ def main(args=None) -> list[Run]:
         "--policy",
         nargs="+",
         default=["mixed_bfloat16", "mixed_float16"],
-        help="one or more policies, as mixed_float16 or p=f32,c=bf16,o=f32",
+        help="one or more policies, as mixed_float8 or p=f32,c=bf16,o=f32",
+    )
+    parser.add_argument(
+        "--recipe",
+        nargs="+",
+        choices=RECIPES,
+        default=["current"],
+        help="how mixed_float8 scales; a run for each",
     )
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plot", default="train_lm.png", help="where the plot goes")
     args = parser.parse_args(args)
+    if args.steps < 1:
+        parser.error(f"--steps is at least 1, got {args.steps}")
+    pathlib.Path(args.plot).touch()  # rather than to fail when all is done
+    every = {"float32": "float32"}
     for policy in args.policy:
-        mpjax.expand_rules(policy)  # a misspelled one raises here, not minutes later
+        if policy == "mixed_float8":
+            for recipe in args.recipe:
+                every[f"{policy} {recipe}"] = mpjax.Rule(".*", policy, RECIPES[recipe])
+        else:
+            mpjax.expand_rules(policy)  # a misspelled one raises here, not later
+            every[policy] = policy
 
-    model = mpjax.linen.MixedPrecision(Transformer(), args.policy[0])
+    model = mpjax.linen.MixedPrecision(Transformer(), [*every.values()][-1])
     tokens = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32)
     print(mpjax.linen.tabulate(model, jax.random.key(0), tokens))
 
-    policies = ["float32", *(p for p in args.policy if p != "float32")]
-    runs = [train(policy, args.steps, args.seed) for policy in policies]
+    runs = [train(*item, args.steps, args.seed) for item in every.items()]
     Console().print(table(runs))
     plot(runs, args.plot)
     print(f"Plot of loss and loss scale: {args.plot}")

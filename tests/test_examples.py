@@ -27,14 +27,17 @@ def jax_as_users_have_it():
 @pytest.mark.long
 def test_train_lm(tmp_path, capsys):
     plot = tmp_path / "plot.png"
-    runs = load("train_lm").main(["--steps", "300", "--plot", str(plot)])
-    float32, bfloat16, float16 = runs
-    policies = ["float32", "mixed_bfloat16", "mixed_float16"]
-    assert [run.policy for run in runs] == policies
+    policies = ["mixed_bfloat16", "mixed_float16", "mixed_float8"]
+    arguments = ["--steps", "300", "--plot", str(plot), "--policy", *policies]
+    runs = load("train_lm").main([*arguments, "--recipe", "delayed"])
+    float32, bfloat16, float16, float8 = runs
+    names = ["float32", "mixed_bfloat16", "mixed_float16", "mixed_float8 delayed"]
+    assert [run.name for run in runs] == names
     assert all(np.isfinite(run.losses).all() for run in runs)
     assert float32.losses[0] > 5 > 2.5 > float32.final_loss
     assert bfloat16.final_loss == pytest.approx(float32.final_loss, rel=0.01)
     assert float16.final_loss == pytest.approx(float32.final_loss, rel=0.01)
+    assert float8.final_loss == pytest.approx(bfloat16.final_loss, rel=0.01)
     # The same batches in the same order: the first losses differ by rounding alone.
     assert bfloat16.losses[0] == pytest.approx(float32.losses[0], rel=2**-8)
     assert float32.skipped == bfloat16.skipped == 0
