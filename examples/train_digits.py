@@ -135,6 +135,8 @@ def main(args=None) -> list[tuple]:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--poison", action="store_true", help="a batch that overflows")
     args = parser.parse_args(args)
+    if args.epochs < 1:
+        parser.error(f"--epochs is at least 1, got {args.epochs}")
     for policy in args.policy:
         mpjax.expand_rules(policy)  # a misspelled one raises here, not minutes later
 

@@ -1,4 +1,7 @@
-"""Mixed-precision and low-precision training for JAX and Flax."""
+"""Mixed-precision and low-precision training for JAX and Flax.
+
+The front ends are ``mpjax.linen`` and ``mpjax.nnx``, to be imported by these names.
+"""
 
 from mpjax._conv import observed_conv_general_dilated as observed_conv_general_dilated
 from mpjax._conv import scaled_conv_general_dilated as scaled_conv_general_dilated
@@ -48,3 +51,5 @@ from mpjax._scaling_states import update_scaling as update_scaling
 from mpjax._tree import all_finite as all_finite
 from mpjax._tree import cast_floating as cast_floating
 from mpjax._tree import select_tree as select_tree
+
+__version__ = "0.1.0"
