@@ -129,7 +129,9 @@ def _opened(eqn, operands, platform) -> list[tuple[Any, list[int], int]]:
     if name == "cond":
         branches, platforms = params["branches"], params.get("branches_platforms")
         if platforms:
-            branches = [branches[_choice(platforms, platform)]]
+            chosen = zip(platforms, branches, strict=True)
+            takes = (b for names, b in chosen if names is None or platform in names)
+            branches = list(itertools.islice(takes, 1))
         return [(branch, operands[1:], 1) for branch in branches]
     if name == "while":
         return [(params["body_jaxpr"], operands[params["cond_nconsts"] :], 1)]
@@ -150,14 +152,6 @@ def _opened(eqn, operands, platform) -> list[tuple[Any, list[int], int]]:
 
 def _is_jaxpr(value) -> bool:
     return isinstance(value, core.Jaxpr | core.ClosedJaxpr)
-
-
-def _choice(platforms, platform) -> int:
-    """Which branch of ``platform_dependent`` a platform takes; None is the default."""
-    for index, names in enumerate(platforms):
-        if names is None or platform in names:
-            return index
-    raise ValueError(f"No branch of lax.platform_dependent is for {platform!r}.")
 
 
 def _names(eqn) -> tuple[list[str], bool, int | None]:

@@ -324,7 +324,7 @@ def _lowered(target, gemm, written: dict[int, Product], module: Module, compiled
     found: dict[int, CompiledProduct] = {}
     nameless = []
     for p in module.products:
-        number = p.instruction.tag
+        number = p.kernel.tag if p.instruction.tag is None else p.instruction.tag
         if number in written:
             found.setdefault(number, p)
         elif number is None:
