@@ -520,3 +520,55 @@ def test_arguments_may_stay_as_they_are():
     variables = model.init(jax.random.key(0), x, time)
     found = dots(jax.make_jaxpr(model.apply)(variables, x, time))
     assert [(dot.lhs, dot.rhs) for dot in found] == [(BF16, BF16)]
+
+
+class Nested(nn.Module):
+    """Layers within every transformation of Linen, and products that are its own."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.jit(nn.Dense)(16, name="jit")(x)
+        x = nn.remat(nn.Dense)(16, name="remat")(x)
+        dense = nn.Dense(16, name="cond")
+        x = nn.cond(x.sum() > 0, lambda m, x: m(x), lambda m, x: m(2 * x), dense, x)
+        x, _ = nn.scan(
+            lambda layer, x, _: (layer(x), None),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=2,
+        )(nn.Dense(16, name="scan"), x, None)
+        integers = jnp.ones((16, 16), jnp.int8)
+        counts = jax.lax.dot(integers, integers, preferred_element_type=jnp.int32)
+        return x + counts.sum().astype(x.dtype)
+
+
+def test_layers_within_transformations_are_served_and_integers_are_left_alone():
+    """PEERS 7."""
+    x = normal(0, 4, 16)
+    model = MixedPrecision(Nested(), rule(mpjax.current_scaling()))
+    variables = model.init(jax.random.key(0), x)
+    found = dots(jax.make_jaxpr(model.apply)(variables, x))
+    narrow = [dot for dot in found if dot.lhs == dot.rhs == E4M3]
+    integers = [dot for dot in found if dot.lhs == jnp.int8]
+    emulated = [dot for dot in found if dot.lhs == dot.rhs == BF16]
+    assert len(narrow) == len(emulated) == 5  # nn.cond has two branches
+    assert len(integers) == 1 and integers[0].out == jnp.int32
+    assert len(found) == 11
+    assert {dot.out for dot in narrow} == {jnp.dtype(jnp.float32)}
+
+
+def test_a_remat_policy_of_the_users_keeps_the_8_bit_copies():
+    """PEERS 10: no policy of the library's own is needed to see its products."""
+    x = normal(0, 64, 64)
+    policy = jax.checkpoint_policies.save_only_these_names("mpjax_quantized")
+    kinds = {
+        name: nn.remat(nn.Dense, policy=p) for name, p in (("", None), ("q", policy))
+    }
+    counts = {}
+    for name, kind in kinds.items():
+        model = MixedPrecision(kind(64), rule(mpjax.current_scaling()))
+        variables = model.init(jax.random.key(0), x)
+        step = functools.partial(loss_and_gradients, model)
+        text = str(jax.make_jaxpr(step)(variables, x))
+        counts[name] = text.count("reduce_max")
+    assert counts["q"] < counts[""]  # amaxes are not taken again
