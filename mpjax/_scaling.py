@@ -305,7 +305,8 @@ class BlockScaling(Scaling):
             )
 
     def __str__(self):
-        return f"block {self.size}"
+        is_mx = self.scale_dtype == jnp.float8_e8m0fnu and not self.square
+        return f"{'mx' if is_mx else 'block'} {self.size}"
 
     def block(self, shape: tuple[int, ...], contracting: tuple[int, ...]) -> Block:
         """Blocks along the last contracted axis; the rest has scales of its own."""
