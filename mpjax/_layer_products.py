@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -177,9 +178,22 @@ class LayerProducts:
         self.served.add(name)
         if not self.recipe.stateful:
             return product(None)[0]
-        out, scales = product(self.read(name))
-        self.write(name, scales)
-        return out
+        scales, later = _hand_on(self.read(name))
+        self.write(name, later)
+        return product(scales)[0]
+
+
+# Apart from the product, so that vmap may split that and leave the scales whole.
+@jax.custom_vjp
+def _hand_on(scales: Array) -> tuple[Array, Array]:
+    """Scales for this use of a layer and for the next; both observe one maximum."""
+    return scales, scales
+
+
+_hand_on.defvjp(
+    lambda scales: ((scales, scales), None),
+    lambda _, observed: (jnp.maximum(*observed),),
+)
 
 
 def check_convolution(path: str, recipe: Recipe) -> None:

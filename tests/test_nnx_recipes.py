@@ -494,6 +494,16 @@ def test_the_steps_of_a_recurrent_cell_observe_the_maximum():
     assert dense[1] == amax(model.cell.dense_i.kernel[...])
 
 
+def test_examples_under_vmap_add_up():
+    """JAX adds what examples observe; to each, several uses give their maximum."""
+    model, x = mixed_precision(Twice(rngs()), rule(DELAYED)), normal(0, 4, 16)
+    each = nnx.vmap(lambda model, x: model(x), in_axes=(None, 0))
+    seen = observed(each, model, x[:, None])
+    assert seen[1] == 4 * amax(model.linear.kernel[...])
+    whole = observed(lambda model, x: model(x), model, x)
+    assert np.all(seen >= whole) and np.all(seen <= 4 * whole)
+
+
 def test_jax_grad_of_split_states():
     model, x = mixed_precision(Twice(rngs()), rule(DELAYED)), normal(0, 4, 16)
     graph, params, scaling, rest = nnx.split(model, nnx.Param, Scaling, ...)
