@@ -307,7 +307,7 @@ class Matcher:
 
     def check_all_used(
         self,
-        seen: Mapping[str, type] | Iterable[tuple[str, type]],
+        seen: Mapping[str, type] | list[tuple[str, type]],
         known: Callable[[], Iterable[str]] = tuple,
         served: Mapping[str, Collection[str]] | None = None,
     ) -> None:
@@ -322,7 +322,7 @@ class Matcher:
           ValueError: a rule decides for no module, or its recipe serves no product;
             names the rule and what it might have meant.
         """
-        modules = list(seen.items() if isinstance(seen, Mapping) else seen)
+        modules = seen if isinstance(seen, list) else list(seen.items())
         if self.model is None:
             self._used, self._serving = set(), set()
         for path, module_type in modules:
