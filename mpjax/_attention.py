@@ -10,7 +10,10 @@ import numpy as np
 from mpjax._typing import Array
 
 
-def _einsum(subscripts: str, one: Array, two: Array, *, name: str, precision) -> Array:
+def plain_einsum(
+    subscripts: str, one: Array, two: Array, *, name: str, precision: Any
+) -> Array:
+    """``jnp.einsum``, for one of the two products of attention."""
     del name
     return jnp.einsum(subscripts, one, two, precision=precision)
 
@@ -25,7 +28,7 @@ def dot_product_attention(
     is_causal: bool = False,
     edit_weights: Callable[[Array], Array] = lambda weights: weights,
     precision: jax.lax.PrecisionLike = None,
-    einsum: Callable[..., Array] = _einsum,
+    einsum: Callable[..., Array] = plain_einsum,
 ) -> Array:
     r"""Scaled dot-product attention for 16-bit compute dtypes.
 
@@ -41,7 +44,7 @@ def dot_product_attention(
       query: [..., q, heads, d], floating.
       key: [..., k, key heads, d]; each key head serves heads / key heads queries.
       value: [..., k, key heads, v].
-      bias: broadcastable to [..., heads, q, k], added to the logits.
+      bias: broadcastable to [..., heads, q, k], added to the logits in float32.
       mask: bool, broadcastable to [..., heads, q, k]; False is not attended to.
       is_causal: let no query see a later key.
       edit_weights: applied to the weights, [..., heads, q, k]: dropout, say.
@@ -79,7 +82,9 @@ def dot_product_attention(
     shape = logits.shape
     logits = logits.reshape(*batch, heads, queries, keys)
     if bias is not None:
-        logits += jnp.broadcast_to(bias, logits.shape).astype(logits.dtype)
+        # -1e9 would be -inf in float16, and all -inf a row of NaN.
+        bias = jnp.broadcast_to(bias, logits.shape).astype(np.float32)
+        logits = logits.astype(np.float32) + bias
     masks = [] if mask is None else [mask.astype(bool)]
     if is_causal:
         masks.append(jnp.tril(jnp.ones((queries, keys), bool)))
