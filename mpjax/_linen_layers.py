@@ -1,0 +1,116 @@
+"""What a bound Linen module is lent to follow its rule."""
+
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+
+from mpjax._cpu_faults import conv_general_dilated
+from mpjax._layer_products import LayerProducts
+from mpjax._linen_attention import stand_in
+from mpjax._linen_params import Param, complex_error, in_kind_of
+from mpjax._linen_recipes import stand_in_method, stand_ins
+from mpjax._policy import Policy, get_policy
+from mpjax._rules import Rule
+
+
+def attributes(
+    module: nn.Module,
+    path: str,
+    rule: Rule,
+    products: LayerProducts | None,
+    method: str,
+) -> dict[str, Any]:
+    """The attributes that a bound module has while one of its methods runs.
+
+    Args:
+      module: bound, at the present level of transformations.
+      path: of the module in the model.
+      rule: of the module, with a policy.
+      products: of the module under the recipe of the rule.
+      method: the name of the method.
+
+    Raises:
+      ValueError: the module is one of NNX, which no Linen rule reaches.
+    """
+    policy, lent = get_policy(rule.policy), {}
+    own, kind = vars(module), type(module)
+    if any(base.__module__.startswith("flax.nnx") for base in kind.__mro__):
+        raise ValueError(
+            f"Module {path!r} ({kind.__name__}) is an NNX module, which a rule for "
+            "Linen does not reach. Make it of mpjax.nnx.mixed_precision(model, ...), "
+            f"and put mpjax.Rule({path!r}, None) first to leave it alone here."
+        )
+    if _has_dtype(module):
+        given = own.get("dtype", getattr(kind, "dtype", None))
+        lent["dtype"] = in_kind_of(given, policy.compute_dtype)
+    if _uses_stock_conv(module):
+        lent["conv_general_dilated"] = conv_general_dilated
+    if kind is nn.Embed and method != "setup":
+        # Others that read the table find it cast; its own methods cast it themselves.
+        lent["embedding"] = nn.unbox(module.get_variable("params", "embedding"))
+    if products is not None:
+        lent |= stand_ins(module, products, rule)
+    if policy.compute_dtype.itemsize == 2 or rule.attention:
+        attention = stand_in(
+            own.get("attention_fn"), products if rule.attention else None
+        )
+        if attention is not None:
+            lent["attention_fn"] = attention
+    # Flax's own layers cast what they read where that is cheapest, except in setup.
+    casts_itself = method != "setup" and kind.__module__.startswith("flax.linen")
+    lent["param"] = Param(module, path, policy, _has_dtype(module), casts_itself)
+    return lent
+
+
+def method_of(
+    module: nn.Module, products: LayerProducts | None, policy: Policy, name: str, method
+):
+    """A method of a bound module, or what stands in for it under its rule."""
+    if products is not None:
+        method = stand_in_method(module, name, products, method)
+    if getattr(type(module), name, None) is nn.SimpleCell.__call__:
+        return partial(_simple_cell, policy, method)
+    return method
+
+
+def check_real(
+    module: nn.Module, path: str, policy: Policy, method: str, args, kwargs
+) -> None:
+    """Raises where a layer of Flax would drop the imaginary part of an argument."""
+    function = getattr(type(module), method, None)
+    of_flax = getattr(function, "__module__", "").startswith("flax.linen")
+    if of_flax and _has_dtype(module):
+        for arg in (*args, *kwargs.values()):
+            if isinstance(arg, jnp.ndarray | np.ndarray) and jnp.iscomplexobj(arg):
+                raise complex_error(module, path, policy, "argument")
+
+
+def _has_dtype(module: nn.Module) -> bool:
+    """Whether a module computes in a dtype that it is told, by a field or its class."""
+    own, kind = vars(module), type(module)
+    if "dtype" not in own and not hasattr(kind, "dtype"):
+        return False
+    dtype = own.get("dtype", getattr(kind, "dtype", None))
+    if not isinstance(dtype, str | type | np.dtype | None):
+        return False
+    try:
+        return dtype is None or jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:  # a field that is called dtype and holds something else
+        return False
+
+
+def _uses_stock_conv(module: nn.Module) -> bool:
+    own = vars(module)
+    return "conv_general_dilated" in type(module).__dataclass_fields__ and (
+        own["conv_general_dilated"] is None
+        and own.get("conv_general_dilated_cls") is None
+    )
+
+
+def _simple_cell(policy: Policy, method, carry, inputs):
+    # The cell answers in its compute dtype; a scan wants the dtype of its first carry.
+    new, out = method(policy.cast_to_compute(carry), inputs)
+    return new.astype(carry.dtype), out
