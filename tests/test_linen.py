@@ -1,6 +1,7 @@
 """``mpjax.linen``: unmodified Linen models under a policy."""
 
 import functools
+import inspect
 import threading
 
 import flax
@@ -9,11 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxprs import count_converts, dots
 
 import mpjax
 import mpjax.linen
+import mpjax.nnx
 from mpjax.linen import MixedPrecision
 
 BF16 = jnp.dtype(jnp.bfloat16)
@@ -758,3 +761,434 @@ def test_flax_keeps_the_ways_we_rely_on():
             return self.param("own", nn.initializers.ones, ())
 
     assert Probe().init_with_output(KEY)[0] == 1
+
+
+class UsesAttention(nn.Module):
+    """Calls the attention function that it is given as its author likes."""
+
+    call: object
+    attention_fn: object = nn.dot_product_attention
+
+    @nn.compact
+    def __call__(self, x, mask=None, bias=None):
+        query = nn.DenseGeneral((2, 4))(x)
+        return self.call(self.attention_fn, query, mask, bias).sum((-2, -1))
+
+
+CAUSAL = nn.make_causal_mask(X[..., 0])
+NEVER = jnp.where(
+    jnp.arange(6)[None, None, :, None] > 0, 0.0, -1e9
+)  # a bias; hides a whole row
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda attend, q, mask, bias: attend(q, q, q),
+        lambda attend, q, mask, bias: attend(q, q, q, None, mask),
+        lambda attend, q, mask, bias: attend(q, q, q, bias=bias, mask=mask),
+        lambda attend, q, mask, bias: attend(q, q, q, precision="highest"),
+    ],
+)
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_attention_takes_what_stock_attention_takes(call, policy):
+    model = UsesAttention(call)
+    bias = 4 * normal(2, 2, 6, 6)
+    variables = model.init(KEY, X, CAUSAL, bias)
+    expected = model.apply(variables, X, CAUSAL, bias)
+    wrapped = MixedPrecision(model, policy)
+    actual = wrapped.apply(variables, X, CAUSAL, bias)
+    np.testing.assert_allclose(actual, expected, atol=0.1)
+    found = dots(jax.make_jaxpr(wrapped.apply)(variables, X, CAUSAL, bias))
+    low = mpjax.get_policy(policy).compute_dtype
+    assert {(d.lhs, d.rhs) for d in found} == {(low, low)}
+
+
+def lent_attention(function, rules):
+    lent = []
+
+    class Model(nn.Module):
+        attention_fn: object
+
+        @nn.compact
+        def __call__(self, x):
+            lent.append(self.attention_fn)
+            return nn.Dense(8)(x)
+
+    MixedPrecision(Model(function), rules).init(KEY, X)
+    return lent[0]
+
+
+def test_attention_has_the_parameters_of_stock_attention():
+    stock = functools.partial(nn.dot_product_attention, precision="highest")
+    fp8 = mpjax.Rule(".*", "c=bf16", mpjax.current_scaling(), attention=True)
+    for function in (nn.dot_product_attention, stock):
+        for rules in ("mixed_bfloat16", fp8):
+            lent = lent_attention(function, rules)
+            assert lent is not function
+            assert inspect.signature(lent) == inspect.signature(function)
+            assert lent == lent_attention(function, rules)
+
+
+def test_a_bias_that_hides_a_row_leaves_no_nan_in_float16():
+    model = UsesAttention(lambda attend, q, mask, bias: attend(q, q, q, bias))
+    variables = model.init(KEY, X, None, NEVER)
+
+    class Hides(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return UsesAttention(model.call, name="inner")(x, None, NEVER)
+
+    y = MixedPrecision(Hides(), "mixed_float16").apply(
+        {"params": {"inner": variables["params"]}}, X
+    )
+    np.testing.assert_allclose(y, model.apply(variables, X, None, NEVER), atol=0.05)
+
+
+def test_products_of_the_users_own_do_attention():
+    calls = []
+
+    def einsum(*operands):
+        calls.append([x.dtype for x in operands[1:]])
+        return jnp.einsum(*operands)
+
+    layer = nn.MultiHeadDotProductAttention(
+        2,
+        qk_attn_weights_einsum_cls=lambda: einsum,
+        attn_weights_value_einsum_cls=lambda: einsum,
+    )
+    variables = layer.init(KEY, X)
+    expected = layer.apply(variables, X)
+    calls.clear()
+    actual = MixedPrecision(layer, "mixed_bfloat16").apply(variables, X)
+    np.testing.assert_allclose(actual, expected, atol=0.05)
+    assert calls == [[BF16, BF16]] * 2
+    fp8 = mpjax.Rule(".*", "mixed_bfloat16", mpjax.current_scaling(), attention=True)
+    with pytest.raises(ValueError, match="attention products of its own"):
+        MixedPrecision(layer, fp8).apply(variables, X)
+    one = nn.MultiHeadDotProductAttention(2, qk_attn_weights_einsum_cls=lambda: einsum)
+    with pytest.raises(ValueError, match="specified together"):
+        MixedPrecision(one, "mixed_bfloat16").apply(variables, X)
+
+
+@pytest.mark.parametrize("sub", [False, True])
+def test_attention_with_keywords_multiplies_in_16_bits(sub):
+    def own(query, key, value, mask=None, force_fp32_for_softmax=False):
+        assert not force_fp32_for_softmax
+        return nn.dot_product_attention(query, key, value, mask=mask)
+
+    stock = functools.partial(nn.dot_product_attention, force_fp32_for_softmax=False)
+    layer = nn.MultiHeadDotProductAttention(2, attention_fn=own if sub else stock)
+    model = MixedPrecision(layer, "mixed_bfloat16")
+    jaxpr = jax.make_jaxpr(model.apply)(layer.init(KEY, X), X)
+    assert {(d.lhs, d.rhs) for d in dots(jaxpr)} == {(BF16, BF16)}
+
+
+class InTurn(nn.Module):
+    """Runs one module bare and under policies, one after the other."""
+
+    inner: nn.Module
+    order: tuple
+
+    @nn.compact
+    def __call__(self, x):
+        policies = {"b": "mixed_bfloat16", "h": "mixed_float16"}
+        runs = {k: MixedPrecision(self.inner, p) for k, p in policies.items()}
+        return [runs.get(kind, self.inner)(x) for kind in self.order]
+
+
+class Plain(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(8)(x)
+
+
+class SetupPlain(nn.Module):
+    def setup(self):
+        self.inner = Decorated()
+
+    def __call__(self, x):
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("inner", [Plain, nn.jit(Plain), Decorated, SetupPlain])
+@pytest.mark.parametrize("nested", [False, True])
+def test_no_policy_outlives_its_run(inner, nested):
+    name = {"b": BF16, "h": np.dtype(np.float16)}
+    outer = np.dtype(np.float32)
+    variables = InTurn(inner(), "-").init(KEY, X)
+    for order in ("b-b-", "-bh-", "hb-h", "b-hb"):
+        model = InTurn(inner(), tuple(order))
+        if nested:
+            model, outer = MixedPrecision(model, "c=f16"), np.dtype(np.float16)
+        for _ in range(2):
+            found = dots(jax.make_jaxpr(model.apply)(variables, X))
+            assert [d.lhs for d in found] == [name.get(kind, outer) for kind in order]
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+def test_a_module_may_run_in_training_only(jitted):
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            x = nn.Dense(8)(x)
+            return nn.Dropout(0.5, name="drop")(x, deterministic=False) if train else x
+
+    cls = nn.jit(Model, static_argnums=2) if jitted else Model
+    rules = [mpjax.Rule("drop", "float32"), "mixed_bfloat16"]
+    with pytest.raises(ValueError, match="optional=True"):
+        MixedPrecision(cls(), rules).init(RNGS, X, False)
+    model = MixedPrecision(cls(), rules)
+    variables = model.init(RNGS, X, True)
+    for train in (True, False, True, False):
+        model.apply(variables, X, train, rngs=RNGS)
+
+
+@pytest.mark.parametrize(
+    "dtype", [None, "float32", jnp.float32, np.dtype(np.float32), np.float32]
+)
+def test_a_dtype_keeps_its_kind(dtype):
+    class Model(nn.Module):
+        dtype: object
+
+        @nn.compact
+        def __call__(self, x):
+            kinds.append(self.dtype)
+            return x * self.param("w", nn.initializers.normal(), (8,), self.dtype)
+
+    kinds = []
+    bare, model = Model(dtype or jnp.float32), MixedPrecision(Model(dtype), "c=bf16")
+    variables = bare.init(KEY, X[0, 0])
+    assert_trees_equal(model.init(KEY, X[0, 0]), variables)
+    given, lent = kinds
+    assert lent == BF16
+    for kind in (str, np.dtype):
+        assert isinstance(lent, kind) == isinstance(given, kind)
+    if not isinstance(given, str | np.dtype):
+        assert lent(0.5).dtype == BF16
+
+
+def test_a_dtype_of_the_class_is_a_dtype():
+    class Model(nn.Module):
+        dtype = jnp.float32  # no field: no annotation
+
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(8, dtype=self.dtype)(x.astype(self.dtype))
+
+    model = MixedPrecision(Model(), "mixed_bfloat16")
+    jaxpr = jax.make_jaxpr(model.apply)(Model().init(KEY, X), X)
+    assert [(d.lhs, d.rhs) for d in dots(jaxpr)] == [(BF16, BF16)]
+    assert Model.dtype is jnp.float32
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "bfloat16", "p=bf16,c=f32"])
+def test_initializers_draw_as_in_the_bare_model(policy):
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Dense(8)(x)
+            x = x * self.param("w", nn.initializers.normal(), (1, 1, 8), x.dtype)
+            narrow = nn.Dense(8, param_dtype=jnp.bfloat16, name="narrow")
+            return narrow(x.astype(narrow.param_dtype))
+
+    stored = mpjax.get_policy(policy).param_dtype
+    expected = mpjax.cast_floating(Model().init(KEY, X), stored)
+    with jax.numpy_dtype_promotion("standard"):
+        assert_trees_equal(MixedPrecision(Model(), policy).init(KEY, X), expected)
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "float32"])
+def test_complex_numbers_are_not_cut(policy):
+    class Model(nn.Module):
+        dtype: jnp.dtype | None = None
+
+        @nn.compact
+        def __call__(self, x, rotations):
+            return nn.Dense(4, name="dense")(x * rotations)
+
+    with pytest.raises(ValueError, match=r"'dense'.*complex argument.*Rule"):
+        MixedPrecision(Model(), policy).init(KEY, X.astype(jnp.complex64), 1j)
+    # What a module of the user does with its own is its own affair.
+    rules = [mpjax.Rule("dense", None), policy]
+    with jax.numpy_dtype_promotion("standard"):
+        y, _ = MixedPrecision(Model(), rules).init_with_output(
+            KEY, X.astype(jnp.complex64), jnp.ones((1, 1, 1), jnp.complex64)
+        )
+    assert y.dtype == jnp.complex64
+
+
+def test_nnx_modules_inside_are_not_left_alone_silently():
+    class Model(nn.Module):
+        make: object
+
+        @nn.compact
+        def __call__(self, x):
+            return nnx.bridge.ToLinen(self.make, (8, 4), name="bridge")(x)
+
+    with pytest.raises(ValueError, match=r"'bridge' \(ToLinen\).*mixed_precision"):
+        MixedPrecision(Model(nnx.Linear), "mixed_bfloat16").init(KEY, X)
+
+    def make(*sizes, rngs):
+        return mpjax.nnx.mixed_precision(nnx.Linear(*sizes, rngs=rngs), "c=bf16")
+
+    rules = [mpjax.Rule("bridge", None), "c=bf16"]
+    model = MixedPrecision(Model(make), rules)
+    variables = model.init(KEY, X)
+    assert [d.lhs for d in dots(jax.make_jaxpr(model.apply)(variables, X))] == [BF16]
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "bfloat16", "c=f16"])
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_simple_cell_keeps_the_dtype_of_its_carry(policy, residual):
+    bare = nn.RNN(nn.SimpleCell(8, residual=residual))
+    variables = bare.init(KEY, X)
+    model = MixedPrecision(bare, policy)
+    low = mpjax.get_policy(policy)
+    assert_trees_equal(model.init(KEY, X), low.cast_to_param(variables))
+    y = model.apply(variables, X)
+    assert y.dtype == low.output_dtype
+    expected = bare.apply(variables, X)
+    np.testing.assert_allclose(y.astype(jnp.float32), expected, atol=0.05)
+    found = dots(jax.make_jaxpr(model.apply)(variables, X))
+    assert {d.lhs for d in found} == {low.compute_dtype}
+
+
+def test_a_cell_is_wrapped_as_a_part_of_a_bare_model():
+    cell = MixedPrecision(nn.LSTMCell(4), "mixed_bfloat16")
+    c, h = cell.initialize_carry(KEY, (2, 8))
+    assert c.shape == h.shape == (2, 4)
+    bare, model = nn.RNN(nn.LSTMCell(4)), nn.RNN(cell)
+    variables = bare.init(KEY, X)
+    assert_trees_equal(model.init(KEY, X), variables)
+    with jax.numpy_dtype_promotion("standard"):
+        y = model.apply(variables, X)
+    np.testing.assert_allclose(y, bare.apply(variables, X), atol=0.05)
+
+
+class Base(nn.Module):
+    features: int = 8
+
+    def setup(self):
+        self.dense = nn.Dense(self.features)
+        self.shift = self.param("shift", nn.initializers.normal(), (8,))
+
+    @property
+    def twice(self):
+        return 2 * self.features
+
+    @staticmethod
+    def prepare(x):
+        return x + 1
+
+    def encode(self, x):
+        return self.dense(x)
+
+
+class Derived(Base):
+    def encode(self, x):
+        return 2 * super().encode(x)
+
+    def __call__(self, x):
+        return self.encode(x) + self.shift[None, None]
+
+
+def test_the_wrapper_has_all_that_the_module_has():
+    model = MixedPrecision(Derived(), "c=bf16")
+    variables = model.init(KEY, X)
+    for wrapper in (model, model.bind(variables)):
+        assert (wrapper.features, wrapper.twice, wrapper.prepare(3)) == (8, 16, 4)
+        assert not hasattr(wrapper, "decode")
+    bound = model.bind(variables)
+    assert bound.shift.dtype == BF16
+    with pytest.raises(AttributeError, match="method=lambda"):
+        bound.dense  # noqa: B018
+    one = Base().bind(variables).encode(X)
+    for method, expected in (
+        (Base.encode, one),
+        ("encode", 2 * one),
+        (Derived.encode, 2 * one),
+        (lambda m, x: m.dense(x), one),
+        (
+            lambda m, x: m.encode(m.encode(x)),
+            2 * Base().bind(variables).encode(2 * one),
+        ),
+    ):
+        y = model.apply(variables, X, method=method)
+        assert y.dtype == BF16
+        np.testing.assert_allclose(y.astype(jnp.float32), expected, atol=0.1)
+
+
+class LoRA(nn.Module):
+    inner: nn.Module
+
+    def setup(self):
+        nn.share_scope(self, self.inner)
+
+    @nn.compact
+    def __call__(self, x):
+        a = self.param("a", nn.initializers.normal(), (8, 2))
+        return self.inner(x).astype(x.dtype) + x @ a @ a.T
+
+
+@pytest.mark.parametrize("bound", [False, True])
+def test_a_wrapper_may_share_its_scope(bound):
+    class Model(nn.Module):
+        wrap: bool
+
+        @nn.compact
+        def __call__(self, x):
+            parent = self if bound else None
+            dense = nn.Dense(8, parent=parent)
+            if self.wrap:
+                dense = MixedPrecision(dense, "c=bf16", parent=parent)
+            layer = LoRA(dense)
+            return layer(layer(x))
+
+    variables = Model(False).init(KEY, X)
+    assert_trees_equal(Model(True).init(KEY, X), variables)
+    found = dots(jax.make_jaxpr(Model(True).apply)(variables, X))
+    assert [d.lhs for d in found] == [BF16, np.float32, np.float32] * 2
+
+
+def test_rules_by_type_find_both_modules_of_one_scope():
+    rules = [
+        mpjax.Rule(module_type=LoRA, policy="c=f16"),
+        mpjax.Rule(module_type=nn.Dense, policy="c=bf16"),
+    ]
+    model = MixedPrecision(LoRA(nn.Dense(8)), rules)
+    variables = model.init(KEY, X)
+    found = dots(jax.make_jaxpr(model.apply)(variables, X))
+    assert [d.lhs for d in found] == [BF16, np.float16, np.float16]
+    table = mpjax.linen.tabulate(model, KEY, X)
+    assert "LoRA" in table and "Dense" in table and "2 layers, 88 param" in table
+
+
+def test_tabulate_takes_what_init_takes():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x, train, *, mask=None, scale=2.0):
+            assert mask is None or isinstance(mask, jax.core.Tracer)
+            x = x if mask is None else jnp.where(mask, x, 0)
+            return nn.Dense(4)(x) * (scale if train else 1)
+
+    model = MixedPrecision(Model(), "mixed_bfloat16")
+    shape = jax.ShapeDtypeStruct(X.shape, jnp.bool_)
+    for table in (
+        mpjax.linen.tabulate(model, KEY, X, True),
+        mpjax.linen.tabulate(model, KEY, X, train=False, mask=shape, scale=3.0),
+        mpjax.linen.tabulate(model, KEY, X, True, mask=X > 0, method=Model.__call__),
+    ):
+        assert "36 parameters" in table
+
+
+def test_intermediates_are_captured_once():
+    for capture in (True, lambda module, name: True):
+        states = []
+        for model in (Head(), MixedPrecision(Head(), "float32")):
+            variables = model.init(KEY, X)
+            _, state = model.apply(
+                variables, X, capture_intermediates=capture, mutable=["intermediates"]
+            )
+            states.append(state)
+        assert_trees_equal(*states)
