@@ -200,7 +200,9 @@ def set_states(
     abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in params)
     for path, module in modules.items():
         rule, wanted = rules[path], set()
-        recipe = None if rule is None else rule.recipe
+        if rule is None:
+            continue
+        recipe = rule.recipe
         if recipe is not None and recipe.stateful:
             wanted = {f"{name}_scaling" for name in served[path]}
         for name, value in list(vars(module).items()):

@@ -572,6 +572,9 @@ def test_a_second_call_keeps_states_of_the_same_recipe():
     again = mixed_precision(model, rule(DELAYED))
     np.testing.assert_array_equal(*(scales(m)["linear/kernel"] for m in (model, again)))
     assert nnx.split(again)[0] == nnx.split(model)[0]
+    alone = mixed_precision(model, [mpjax.Rule("linear", None), "mixed_bfloat16"])
+    assert type(alone.linear) is type(model.linear)
+    np.testing.assert_array_equal(*(scales(m)["linear/kernel"] for m in (model, alone)))
     other = mixed_precision(model, rule(mpjax.delayed_scaling(8)))
     assert other.linear.kernel_scaling.history.shape == (3, 8)
     assert not np.any(scales(other)["linear/kernel"])
