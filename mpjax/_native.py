@@ -130,6 +130,11 @@ def _why(p: LoweredProduct, report: Report, dtype, findings) -> tuple[str, str]:
             f"Products written in {written} run in it or wider: give their modules a "
             f"rule whose policy or recipe is in {dtype}, or lower at_least."
         )
+    if p.verdict == "upcast" and bits(p.traced.lhs) >= 16:
+        return f"{written} runs as {brief(p.unit)}", (
+            f"The compiler for {report.target} feeds the matrix unit with operands that "
+            "the same kernel computes, before they are rounded: small products do so."
+        )
     if p.verdict == "upcast":
         return f"{written} runs as {brief(p.unit)}", (
             f"{report.target} has no unit for {written}: take formats it multiplies, "
