@@ -118,7 +118,8 @@ class MixedPrecision(nn.Module):
         if any(isinstance(leaf, nn.Module) for leaf in jax.tree.leaves(value)):
             raise AttributeError(
                 f"The submodule {name!r} would run without the policy of the wrapper. "
-                f"Use method=lambda model, *args: model.{name}(*args)."
+                f"Use method=lambda model, *args: model.{name}(*args); to read what is "
+                f"in it, use .module.{name}."
             )
         return value
 

@@ -974,11 +974,14 @@ def test_a_dtype_of_the_class_is_a_dtype():
 
         @nn.compact
         def __call__(self, x):
-            return nn.Dense(8, dtype=self.dtype)(x.astype(self.dtype))
+            kernel = self.param("w", nn.initializers.normal(), (1, 8, 4), self.dtype)
+            return jnp.matmul(x.astype(self.dtype), kernel)
 
     model = MixedPrecision(Model(), "mixed_bfloat16")
-    jaxpr = jax.make_jaxpr(model.apply)(Model().init(KEY, X), X)
-    assert [(d.lhs, d.rhs) for d in dots(jaxpr)] == [(BF16, BF16)]
+    variables = Model().init(KEY, X)
+    assert_trees_equal(model.init(KEY, X), variables)
+    jaxpr = jax.make_jaxpr(model.apply)(variables, X)
+    assert {(d.lhs, d.rhs) for d in dots(jaxpr)} == {(BF16, BF16)}
     assert Model.dtype is jnp.float32
 
 
