@@ -1,5 +1,6 @@
 """What a bound Linen module is lent to follow its rule."""
 
+import functools
 from functools import partial
 from typing import Any
 
@@ -37,13 +38,14 @@ def attributes(
     """
     policy, lent = get_policy(rule.policy), {}
     own, kind = vars(module), type(module)
-    if any(base.__module__.startswith("flax.nnx") for base in kind.__mro__):
+    if _is_nnx(kind):
         raise ValueError(
             f"Module {path!r} ({kind.__name__}) is an NNX module, which a rule for "
             "Linen does not reach. Make it of mpjax.nnx.mixed_precision(model, ...), "
             f"and put mpjax.Rule({path!r}, None) first to leave it alone here."
         )
-    if _has_dtype(module):
+    has_dtype = _has_dtype(module)
+    if has_dtype:
         given = own.get("dtype", getattr(kind, "dtype", None))
         lent["dtype"] = in_kind_of(given, policy.compute_dtype)
     if _uses_stock_conv(module):
@@ -61,7 +63,7 @@ def attributes(
             lent["attention_fn"] = attention
     # Flax's own layers cast what they read where that is cheapest, except in setup.
     casts_itself = method != "setup" and kind.__module__.startswith("flax.linen")
-    lent["param"] = Param(module, path, policy, _has_dtype(module), casts_itself)
+    lent["param"] = Param(module, path, policy, has_dtype, casts_itself)
     return lent
 
 
@@ -80,12 +82,17 @@ def check_real(
     module: nn.Module, path: str, policy: Policy, method: str, args, kwargs
 ) -> None:
     """Raises where a layer of Flax would drop the imaginary part of an argument."""
-    function = getattr(type(module), method, None)
-    of_flax = getattr(function, "__module__", "").startswith("flax.linen")
-    if of_flax and _has_dtype(module):
-        for arg in (*args, *kwargs.values()):
-            if isinstance(arg, jnp.ndarray | np.ndarray) and jnp.iscomplexobj(arg):
+    for arg in (*args, *kwargs.values()):
+        if getattr(getattr(arg, "dtype", None), "kind", "") == "c":
+            function = getattr(type(module), method, None)
+            of_flax = getattr(function, "__module__", "").startswith("flax.linen")
+            if of_flax and _has_dtype(module):
                 raise complex_error(module, path, policy, "argument")
+
+
+@functools.cache
+def _is_nnx(kind: type) -> bool:
+    return any(base.__module__.startswith("flax.nnx") for base in kind.__mro__)
 
 
 def _has_dtype(module: nn.Module) -> bool:

@@ -36,7 +36,10 @@ class Marks:
         """Marks the scope of a bound module, and those that will be born of it."""
         # Flax gives it a fresh scope, flags and all, after each compact method.
         self._modules[id(module)] = module
-        self._mark(module.scope)
+        scope = module.scope
+        known = scope.flags.get(self._flag) if id(scope) in self._pushes else None
+        if known is None or known[-1] is not self._enclosing():
+            self._mark(scope)
 
     def _mark(self, scope) -> None:
         path = "/".join(scope.path[self._depth :])
@@ -64,6 +67,7 @@ class Marks:
             else:
                 scope.push = push
         for scope in scopes:
-            flags = dict(scope.flags)
-            flags.pop(self._flag, None)
-            scope.flags = flags
+            if self._flag in scope.flags:
+                flags = dict(scope.flags)
+                del flags[self._flag]
+                scope.flags = flags
