@@ -8,6 +8,7 @@ import functools
 import itertools
 import math
 import os
+import re
 from collections.abc import Generator, Iterator
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ PRODUCTS = (
     "scaled_dot",
     "scaled_matmul_wrapper",
 )
+COMPOSITES = ("scaled_dot",)
 CALLBACKS = ("pure_callback", "io_callback", "debug_callback", "debug_print")
 
 # What changes only the layout or the dtype of its first operand.
@@ -39,6 +41,7 @@ MOVES = (
 )
 
 _TAG = "mpjax."
+_TAGS = re.compile(r"(?:^|[/(])mpjax\.(\d+)(?=[/)]|$)")
 _REMAT = ("checkpoint", "rematted_computation")
 # Their jaxprs say how two numbers become one.
 _COMBINERS = ("reduce", "scatter", "select_and", "argmax", "argmin", "sort", "cum")
@@ -209,11 +212,16 @@ def _tagged_param(value, numbers):
 
 
 def tag_of(op_name: str) -> int | None:
-    """The number of a product in the name of a compiled operation."""
-    for part in reversed(op_name.split("/")):
-        if part.startswith(_TAG) and part[len(_TAG) :].isdigit():
-            return int(part[len(_TAG) :])
-    return None
+    """The number of a product in the name of a compiled operation.
+
+    Without a scope around it a transformation wraps the number itself.
+
+    Example:
+      >>> tag_of("jit(step)/Dense_0/mpjax.3/dot_general"), tag_of("jit(f)/jvp(mpjax.4)")
+      (3, 4)
+    """
+    found = _TAGS.findall(op_name)
+    return int(found[-1]) if found else None
 
 
 @functools.cache

@@ -12,7 +12,7 @@ import jax
 
 from mpjax._compile import Compiled, Gemm, Traced, compile_for, trace
 from mpjax._hlo import CompiledProduct, Module, bits
-from mpjax._jaxpr import Step, steps, tag
+from mpjax._jaxpr import COMPOSITES, Step, steps, tag
 from mpjax._products import Product, is_product, product
 from mpjax._table import render
 from mpjax._targets import Target, get_target
@@ -330,9 +330,9 @@ def _lowered(target, gemm, written: dict[int, Product], module: Module, compiled
         elif number is None:
             nameless.append(p)
     for number in [n for n in written if n not in found]:
-        # Composites lose their names. What is left of both is in the same order.
-        if nameless and number not in module.leftover_tags:
-            found[number] = nameless.pop(0)
+        # Composites lose their names; what is left of both is in the same order.
+        if written[number].primitive in COMPOSITES and nameless:
+            found.setdefault(number, nameless.pop(0))
     shared = collections.Counter(p.kernel.name for p in found.values())
     for number, p in written.items():
         if number not in found:

@@ -132,8 +132,8 @@ def _why(p: LoweredProduct, report: Report, dtype, findings) -> tuple[str, str]:
         )
     if p.verdict == "upcast" and bits(p.traced.lhs) >= 16:
         return f"{written} runs as {brief(p.unit)}", (
-            f"The compiler for {report.target} feeds the matrix unit with operands that "
-            "the same kernel computes, before they are rounded: small products do so."
+            f"The compiler for {report.target} feeds the matrix unit with operands that"
+            " the same kernel computes, before they are rounded: small products do so."
         )
     if p.verdict == "upcast":
         return f"{written} runs as {brief(p.unit)}", (

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from mpjax._numerics import format_info
 from mpjax._scaling import BlockScaling, DelayedScaling, Scaling
+from mpjax._targets import get_target
 from mpjax._typing import Array
 
 Product: TypeAlias = Literal["out", "lhs_grad", "rhs_grad"]
@@ -276,8 +277,7 @@ class Recipe:
           >>> mpjax.current_scaling().is_supported("v6e")
           (False, 'v6e multiplies no float8_e4m3fn with float8_e4m3fn (product out)')
         """
-        if target not in _NATIVE:
-            raise ValueError(f"Known targets are {', '.join(_NATIVE)}; got {target!r}.")
+        device = get_target(target)
         pairs = {
             "out": (self.lhs, self.rhs),
             "lhs_grad": (self.grad, self.rhs),
@@ -287,38 +287,17 @@ class Recipe:
             one, two = pairs[product]
             names = f"{one.dtype.name} with {two.dtype.name} (product {product})"
             blocked = isinstance(one, BlockScaling) or isinstance(two, BlockScaling)
-            if blocked and not (target == "b200" and _is_mx(one) and _is_mx(two)):
-                return False, f"{target} has no scales within a product of {names}"
-            if not _NATIVE[target](one.dtype.name, two.dtype.name):
-                return False, f"{target} multiplies no {names}"
-        return True, f"{target} has units for every quantized product"
+            if blocked and not (device.block_scaled and _is_mx(one) and _is_mx(two)):
+                return False, f"{device.name} has no scales within a product of {names}"
+            if not device.multiplies(one.dtype.name, two.dtype.name):
+                return False, f"{device.name} multiplies no {names}"
+        return True, f"{device.name} has units for every quantized product"
 
 
 def _on_grad(factor: Array) -> Array:
     """f32[..., 3], 1 for the operands."""
     one = jnp.ones_like(factor)
     return jnp.stack([one, one, factor], axis=-1)
-
-
-def _ocp_float8(*names: str) -> bool:
-    """Any mixture of e4m3fn and e5m2 but e5m2 with itself, which cuBLASLt lacks."""
-    mixture = set(names) <= {"float8_e4m3fn", "float8_e5m2"}
-    return mixture and "float8_e4m3fn" in names
-
-
-# What compilers made of single products, ahead of time; mi300 after AMD's manual.
-_NATIVE = {
-    "cpu": lambda *names: False,
-    "a100": lambda *names: False,
-    "h100": _ocp_float8,
-    "b200": _ocp_float8,
-    "mi300": lambda *names: set(names) <= {"float8_e4m3fnuz", "float8_e5m2fnuz"},
-    "v4": lambda *names: False,
-    "v5e": lambda *names: set(names) == {"float8_e5m2"} or set(names) == {"int8"},
-    "v5p": lambda *names: set(names) == {"float8_e5m2"} or set(names) == {"int8"},
-    "v6e": lambda *names: set(names) == {"float8_e5m2"} or set(names) == {"int8"},
-    "v7x": lambda *names: set(names) <= {"float8_e4m3fn", "float8_e5m2"},
-}
 
 
 def _is_mx(scaling: Scaling) -> bool:

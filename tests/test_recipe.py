@@ -80,7 +80,10 @@ def test_every_recipe_has_a_variant_for_amd(make):
         (named.mx_scaling(), {"b200"}),
         (named.current_scaling().fnuz(), {"mi300"}),
         (named.current_scaling(E5M2), {"v5e", "v5p", "v6e", "v7x"}),
-        (named.current_scaling("int8", "int8"), {"v5e", "v5p", "v6e"}),
+        (
+            named.current_scaling("int8", "int8"),
+            {"a100", "h100", "b200", "v5e", "v5p", "v6e"},
+        ),
     ],
 )
 def test_what_runs_natively_where(recipe, native):
