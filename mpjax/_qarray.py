@@ -1,6 +1,7 @@
 """An array in a low-precision format together with its scales."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,7 @@ class QArray:
     qvalue: Array
     scale: Array
     block: Block = dataclasses.field(metadata={"static": True})
+    keeps_dtypes: ClassVar[bool] = True
 
     @property
     def shape(self) -> tuple[int, ...]:

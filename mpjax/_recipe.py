@@ -1,7 +1,7 @@
 """Which format and which scaling for the three tensors of a product."""
 
 import dataclasses
-from typing import Literal, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,7 @@ class ScalingState:
     history: Array
     loss_scale: Array
     recipe: "Recipe" = dataclasses.field(metadata={"static": True})
+    keeps_dtypes: ClassVar[bool] = True
 
 
 @dataclasses.dataclass(frozen=True)

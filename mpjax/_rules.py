@@ -156,8 +156,8 @@ def expand_rules(rules: Rules) -> tuple[Rule, ...]:
     with a 16-bit compute dtype becomes several rules, what is fragile first: modules
     that choose experts (by class name) compute in float32, and layers with the logits
     of experts (by path) return them so; normalization layers (by class name) compute in
-    float32 and return the compute dtype; everything else follows the policy. Layers
-    that know a float32 softmax are told to use it by the front ends.
+    float32 and return the compute dtype; everything else follows the policy. (Flax's
+    attention gets a float32 softmax under every 16-bit policy.)
 
     ``"mixed_float8"`` is ``"mixed_bfloat16"`` with a recipe, ``current_scaling()``
     unless the rule has one. First and last layers (by path: embeddings, patches, heads,

@@ -14,7 +14,8 @@ def cast_floating(tree: ArrayTree, dtype: DType) -> ArrayTree:
     """Casts the real floating-point arrays of a tree and leaves all else alone.
 
     Integers, booleans, complex numbers, PRNG keys, ``None``, strings and Python
-    scalars (whose type is weak: they follow the arrays they meet) stay what they are.
+    scalars (whose type is weak: they follow the arrays they meet) stay what they are,
+    and so do a ``QArray`` and a ``ScalingState``.
 
     Args:
       tree: any pytree. Leaves may be jax arrays, numpy arrays and numpy scalars, or
@@ -44,9 +45,15 @@ def cast_floating(tree: ArrayTree, dtype: DType) -> ArrayTree:
             return leaf
         if isinstance(leaf, jax.ShapeDtypeStruct):
             return leaf.update(dtype=dtype)
-        return leaf.astype(dtype)
+        with np.errstate(over="ignore"):  # of numpy arrays: jax has no such warning
+            return leaf.astype(dtype)
 
-    return jax.tree.map(cast, tree)
+    return jax.tree.map(cast, tree, is_leaf=_keeps_dtypes)
+
+
+def _keeps_dtypes(node) -> bool:
+    """Whether the dtypes of what is inside are a part of what it means."""
+    return getattr(type(node), "keeps_dtypes", False)
 
 
 def widen(tree: ArrayTree) -> ArrayTree:

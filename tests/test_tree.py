@@ -89,3 +89,16 @@ def test_select_tree_refuses_what_it_would_have_to_convert():
         mpjax.select_tree(True, jnp.ones(2, jnp.float16), jnp.ones(2))
     with pytest.raises(ValueError, match=r"[Ss]tructure|key|Mismatch"):
         mpjax.select_tree(True, {"a": 1}, {"b": 1})
+
+
+def test_quantized_arrays_and_scaling_states_are_no_arrays_to_cast():
+    q = mpjax.quantize(jnp.ones((4, 8)), jnp.float8_e4m3fn)
+    state = mpjax.delayed_scaling(4).init()
+    tree = mpjax.cast_floating({"q": q, "state": state, "w": jnp.ones(2)}, jnp.bfloat16)
+    assert tree["q"] is q and tree["state"] is state
+    assert tree["w"].dtype == jnp.bfloat16
+
+
+def test_numpy_overflows_as_quietly_as_jax():
+    cast = mpjax.cast_floating(np.float32([1e6, 1.0]), np.float16)
+    np.testing.assert_array_equal(cast, [np.inf, 1])
