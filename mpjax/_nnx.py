@@ -374,7 +374,7 @@ def tabulate(model: nnx.Module) -> str:
       1 layers, 15 parameters in 60 bytes
         path   type     policy               recipe   dtypes   params
        ───────────────────────────────────────────────────────────────
-               Linear   p=f32,c=bf16,o=f32        -   f32          15
+               Linear   p=f32,c=bf16,o=f32   -        f32          15
     """
     rows = []
     for path, nodes in _layers(model).items():

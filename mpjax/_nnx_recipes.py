@@ -36,6 +36,11 @@ class Scaling(nnx.Variable[ScalingState]):
     differentiated with respect to parameters and to them, and `update_scaling` enters
     what comes out. Left out of that, a layer scales by its current amaxes.
 
+    Of several uses of a layer the largest amax counts, under ``nnx.scan`` and
+    ``nnx.remat`` too. Where a ``vmap`` shares a model among its examples, or a function
+    that ``jax.checkpoint`` or ``jax.lax.scan`` runs has it as a constant, JAX adds up
+    what the uses observe: an upper bound, under which nothing overflows.
+
     Example:
       >>> from flax import nnx
       >>> import mpjax, mpjax.nnx
@@ -55,7 +60,8 @@ def update_scaling(
     To be called once a step, after the optimizer's ``update``. A step that was skipped
     does not enter the history, and scales of gradients follow the loss scale. Where a
     step has several microbatches, add up their gradients of ``nnx.Param`` and merge
-    those of ``mpjax.nnx.Scaling`` with ``jax.tree.map(jnp.maximum, ...)``.
+    those of ``mpjax.nnx.Scaling`` with ``jax.tree.map(jnp.maximum, ...)``. Which uses
+    of a layer JAX merges by a sum instead, see `Scaling`.
 
     Args:
       model: from ``mixed_precision``. Nothing is done if no recipe of it has a state.

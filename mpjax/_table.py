@@ -26,19 +26,19 @@ def render(rows: Iterable[Sequence[Any]], columns: Sequence[str], title: str) ->
       Lines without colours or trailing spaces, as wide as their contents ask for.
 
     Example:
-      >>> print(render([("dense", 12), ("head", None)], ["layer", "params"], "Model"))
+      >>> rows = [("dense", 12, None), ("head", None, None)]
+      >>> print(render(rows, ["layer", "params", "recipe"], "Model"))
       Model
-        layer   params
-       ────────────────
-        dense       12
-        head         -
+        layer   params   recipe
+       ─────────────────────────
+        dense       12   -
+        head         -   -
     """
     rows = [["-" if cell is None else cell for cell in row] for row in rows]
     table = Table(box=SIMPLE_HEAD)
     for index, column in enumerate(columns):
-        numbers = all(
-            isinstance(row[index], int | float) or row[index] == "-" for row in rows
-        )
+        cells = [row[index] for row in rows if row[index] != "-"]
+        numbers = cells and all(isinstance(cell, int | float) for cell in cells)
         table.add_column(column, justify="right" if numbers else "left", no_wrap=True)
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))

@@ -223,8 +223,9 @@ def test_the_size_of_a_product_is_known_before_it_runs(name):
     model = mixed_precision(bare, rule(DELAYED, min_size=size))
     jaxpr = jax.make_jaxpr(nnx.merge(*nnx.split(model)))(normal(0, *shape))
     names = [eqn.primitive.name for eqn in equations(jaxpr)]
-    assert sum(name.startswith("custom_vjp") for name in names) == len(scales(model))
-    assert scales(model)
+    # Of each product one that multiplies, and one that hands its scales on.
+    found = sum(name.startswith("custom_vjp") for name in names)
+    assert found == 2 * len(scales(model)) > 0
     with pytest.raises(ValueError, match=f"serves no product.*min_size={size + 1}"):
         mixed_precision(bare, rule(DELAYED, min_size=size + 1))
 
