@@ -169,7 +169,7 @@ def take(program: list[Step]) -> Census:
     merged: dict[tuple, list] = {}
     for index, kind, detail in find(program):
         step = program[index]
-        key = kind, step.path, where(step.eqn), step.backward, detail
+        key = kind, step.path, where(step), step.backward, detail
         size = max((getattr(v.aval, "size", 0) for v in step.eqn.invars), default=0)
         entry = merged.setdefault(key, [index, 0, 0])
         entry[1:] = entry[1] + 1, max(entry[2], size)

@@ -216,7 +216,7 @@ def _check_installed(target: Target) -> None:
 def _check_callbacks(target: Target, traced: Traced) -> None:
     for step in steps(traced.jaxpr, target.platform):
         if step.eqn.primitive.name in CALLBACKS:
-            place = where(step.eqn) or step.path or "the program"
+            place = where(step) or step.path or "the program"
             raise ValueError(
                 "A program that calls back into Python cannot be compiled for a device "
                 f"that is not there: {step.eqn.primitive.name} at {place}. Take "

@@ -58,6 +58,7 @@ class Step(NamedTuple):
       inputs: a number for each operand, the same for the same value; -1 for a literal.
       outputs: a number for each result.
       tag: the number that `tag` gave it.
+      calls: the equations that it is inside of, outermost first.
     """
 
     eqn: core.JaxprEqn
@@ -67,6 +68,7 @@ class Step(NamedTuple):
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     tag: int | None
+    calls: tuple[core.JaxprEqn, ...]
 
 
 def inner(jaxpr: Any) -> Any:
@@ -84,13 +86,14 @@ def steps(jaxpr: Any, platform: str) -> Iterator[Step]:
     numbers = itertools.count()
     jaxpr = inner(jaxpr)
     inputs = [next(numbers) for _ in jaxpr.invars]
-    yield from _read(jaxpr, inputs, (), False, 1, platform, numbers)
+    yield from _read(jaxpr, inputs, ((), False, 1, ()), platform, numbers)
 
 
 def _read(
-    jaxpr, inputs, scopes, backward, runs, platform, numbers
+    jaxpr, inputs, context, platform, numbers
 ) -> Generator[Step, None, list[int]]:
     """Yields the steps of one jaxpr; returns the numbers of its results."""
+    scopes, backward, runs, calls = context
     env = dict(zip(jaxpr.invars, inputs, strict=True))
     env |= {var: next(numbers) for var in jaxpr.constvars}
 
@@ -109,7 +112,11 @@ def _read(
             ends.append(
                 (
                     yield from _read(
-                        sub, reads, names, transposed, runs * times, platform, numbers
+                        sub,
+                        reads,
+                        (names, transposed, runs * times, (*calls, eqn)),
+                        platform,
+                        numbers,
                     )
                 )
             )
@@ -122,7 +129,8 @@ def _read(
         env.update(zip(eqn.outvars, results, strict=True))
         if not one:
             read = operands + [n for end in ends for n in end]
-            yield Step(eqn, path, transposed, runs, tuple(read), tuple(results), tag)
+            places = tuple(read), tuple(results)
+            yield Step(eqn, path, transposed, runs, *places, tag, calls)
     return [number(atom) for atom in jaxpr.outvars]
 
 
@@ -233,11 +241,12 @@ def _libraries() -> tuple[str, ...]:
     return (here + os.sep, *(os.path.join(packages, n) + os.sep for n in names))
 
 
-def where(eqn: core.JaxprEqn) -> str:
+def where(step: Step) -> str:
     """The innermost line of the user's code, as "file:line in function", or ""."""
-    traceback = eqn.source_info.traceback
-    for frame in traceback.frames if traceback else ():
-        if not frame.file_name.startswith(_libraries()):
-            file = os.path.basename(frame.file_name)
-            return f"{file}:{frame.line_num} in {frame.function_name}"
+    for eqn in (step.eqn, *reversed(step.calls)):
+        traceback = eqn.source_info.traceback
+        for frame in traceback.frames if traceback else ():
+            if not frame.file_name.startswith(_libraries()):
+                file = os.path.basename(frame.file_name)
+                return f"{file}:{frame.line_num} in {frame.function_name}"
     return ""

@@ -44,7 +44,7 @@ def product(step: Step) -> Product:
     lhs, rhs, out = (a.aval for a in [*step.eqn.invars[:2], *step.eqn.outvars[:1]])
     return Product(
         path=step.path,
-        where=where(step.eqn),
+        where=where(step),
         backward=step.backward,
         primitive=step.eqn.primitive.name,
         lhs=name(lhs),

@@ -76,7 +76,7 @@ class Target:
         while math.prod(shape) < chips:
             smallest = min(shape)
             shape[-1 - shape[::-1].index(smallest)] *= 2
-        return sorted(shape)
+        return shape
 
 
 def _gpu(name: str, native=(), **options) -> Target:

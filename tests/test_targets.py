@@ -1,0 +1,102 @@
+"""The table of targets is what their compilers say."""
+
+import pathlib
+
+import pytest
+
+import mpjax
+from mpjax import __main__ as command
+from mpjax import _support as support
+from mpjax import _targets as targets
+
+GPUS = ["a100", "h100", "b200"]
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        *GPUS,
+        *(
+            pytest.param(name, marks=pytest.mark.long)
+            for name in support.COMPILED
+            if name not in GPUS
+        ),
+    ],
+)
+def test_the_table_is_what_compilers_say(target):
+    cells = support.verify(target, size=256)
+    assert [c for c in cells if c.table != c.compiled] == []
+    assert [c.what for c in cells[-len(support.RECIPES) :]] == list(support.RECIPES)
+    assert all(c.shown for c in cells)
+
+
+def test_the_command_prints_the_table_and_the_differences(monkeypatch, capsys):
+    assert command.main(["targets"]) == 0
+    header, *rows = capsys.readouterr().out.splitlines()[1:]
+    assert header.split() == ["recipe", *targets.TARGETS]
+    for name, recipe in support.RECIPES.items():
+        (row,) = [row for row in rows if row.strip().startswith(f"{name} ")]
+        answers = row.strip().removeprefix(name).split()
+        expected = [recipe.is_supported(target)[0] for target in targets.TARGETS]
+        assert [answer == "yes" for answer in answers] == expected
+
+    cells = [support.Cell("int8 x int8", True, True, "int8 as int8")]
+    monkeypatch.setattr(command, "verify", lambda target: cells)
+    assert command.main(["targets", "--verify", "h100"]) == 0
+    assert "h100: 1 of 1 cells as compiled" in capsys.readouterr().out
+    cells.append(support.Cell("mx_scaling()", True, False, "e4m3fn as bf16"))
+    assert command.main(["targets", "--verify", "v6e"]) == 1
+    shown = capsys.readouterr().out
+    assert "mx_scaling(): native in the table, compiled e4m3fn as bf16" in shown
+
+    def missing(target):
+        raise ImportError("pip install 'mpjax[lowering]'")
+
+    monkeypatch.setattr(command, "verify", missing)
+    assert command.main(["targets", "--verify"]) == 2
+    assert "mpjax[lowering]" in capsys.readouterr().err
+
+
+def test_targets_by_any_name():
+    for name in ("v7x", "tpu7x", "TPU-v7x"):
+        assert targets.get_target(name) is targets.TARGETS["v7x"]
+    assert targets.get_target(targets.TARGETS["h100"]).name == "h100"
+    with pytest.raises(ValueError, match=r"Known targets are cpu, a100.*got 'gtx'"):
+        targets.get_target("gtx")
+    with pytest.raises(FileNotFoundError):
+        targets.get_target("no_such.txtpb")
+
+
+def test_figures_of_gpus_are_package_data():
+    folder = pathlib.Path(mpjax.__file__).parent / "targets"
+    assert {path.stem for path in folder.glob("*.txtpb")} == set(GPUS)
+    for name in GPUS:
+        assert "cuda_compute_capability" in targets.TARGETS[name].config
+
+
+@pytest.mark.parametrize(
+    ("target", "devices", "topology"),
+    [
+        ("v4", 1, "v4:1x1x1"),
+        ("v4", 4, "v4:2x2x1"),
+        ("v5p", 16, "v5p:2x2x4"),
+        ("v5e", 1, "v5e:1x1"),
+        ("v6e", 4, "v6e:2x2"),
+        ("v6e", 8, "v6e:2x4"),
+        ("v7x", 2, "tpu7x:1x1x1"),
+        ("v7x", 4, "tpu7x:2x2x1"),
+        ("v7x", 16, "tpu7x:2x2x2"),
+    ],
+)
+def test_slices_with_enough_chips(target, devices, topology):
+    name, options = targets.TARGETS[target].topology(devices)
+    assert name == topology
+    assert len(options["chips_per_host_bounds"]) == 3
+    shape = topology.split(":")[1]
+    assert targets.TARGETS[target].topology(devices, shape)[0] == topology
+
+
+def test_nodes_of_gpus():
+    h100 = targets.TARGETS["h100"]
+    assert h100.topology(4)[1]["topology"] == "1x1x4"
+    assert h100.topology(16)[1]["topology"] == "1x2x8"
