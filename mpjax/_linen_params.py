@@ -8,17 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpjax._policy import Policy
-
-
-def in_kind_of(given: Any, dtype: np.dtype) -> Any:
-    """A dtype as a name, a scalar type or a ``np.dtype``, as the model wrote its own.
-
-    Models call it, ``self.dtype(0.5)``, or look it up, ``getattr(jnp, self.dtype)``.
-    """
-    if isinstance(given, str):
-        return dtype.name
-    return dtype if isinstance(given, np.dtype) else getattr(jnp, dtype.name)
+from mpjax._policy import Policy, in_kind_of
 
 
 def is_dtype(value: Any, dtype: np.dtype) -> bool:

@@ -2,13 +2,16 @@
 
 import functools
 import operator
+import threading
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.extend.core import get_opaque_trace_state
 
 from mpjax._policy import Policy
 
@@ -36,6 +39,37 @@ def map_params(fn: Callable, value: Any) -> Any:
     return value
 
 
+def store(path: str, module: nnx.Pytree, policy: Policy, owners: dict) -> None:
+    """Casts the parameters of a module to ``param_dtype``.
+
+    Args:
+      path: of the module, for errors.
+      module: is changed.
+      policy: of the module.
+      owners: by id of a parameter, path and policy of the first module that had it.
+
+    Raises:
+      ValueError: another module stores a parameter in another dtype.
+    """
+    for name, param in own_params(module):
+        first, other = owners.setdefault(id(param), (path, policy))
+        if other.param_dtype != policy.param_dtype:
+            raise ValueError(
+                f"Modules {first!r} and {path!r} share parameter {name!r}, and their "
+                f"policies, {other} and {policy}, store it in two dtypes. Give them "
+                "the same param_dtype."
+            )
+        value = param.get_value()
+        cast = policy.cast_to_param(value)
+        if any(map(operator.is_not, jax.tree.leaves(value), jax.tree.leaves(cast))):
+            param.set_raw_value(jax.new_ref(cast) if param.ref else cast)
+
+
+# A method that holds a reader gets it again, so that tied parameters are one. At each
+# level of tracing it is another, as a variable can be written at its own level only.
+_readers: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
+
+
 def read(policy: Policy, param: nnx.Param) -> nnx.Param:
     """What a method gets that reads a parameter: one that shows the compute dtype."""
     stored: Any = param.get_raw_value()
@@ -43,10 +77,42 @@ def read(policy: Policy, param: nnx.Param) -> nnx.Param:
         return param
     if getattr(stored, "dtype", None) == policy.compute_dtype:
         return param
+    key, trace = (threading.get_ident(), id(param), policy), get_opaque_trace_state()
+    known: Any = _readers.get(key)
+    if known is not None and known._mpjax_trace == trace:
+        if known.get_raw_value() is stored:
+            return known
     kind: Any = _reader_type(type(param), policy)
     reader = kind.from_metadata(stored, param.get_metadata())
     object.__setattr__(reader, "_mpjax_param", param)
+    object.__setattr__(reader, "_mpjax_trace", trace)
+    _readers[key] = reader
     return reader
+
+
+def keep(policy: Policy, param: nnx.Param) -> nnx.Param:
+    """What a module keeps of a parameter that a method assigns to it.
+
+    Raises:
+      TypeError: the parameter has fewer bits than ``param_dtype``.
+    """
+    if isinstance(param, _Reader):
+        return param._mpjax_stored()
+    _check_bits(policy, param.get_raw_value())
+    return param
+
+
+def _check_bits(policy: Policy, value: Any) -> None:
+    stored = policy.param_dtype
+    for leaf in jax.tree.leaves(value):
+        dtype = getattr(leaf, "dtype", stored)
+        if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < stored.itemsize:
+            raise TypeError(
+                f"A method of the model writes a {dtype.name} value to a parameter "
+                f"kept in {stored.name}, which would round it: inside of methods "
+                "the model computes in a lower precision than it stores. Write "
+                "parameters from outside, as optimizers do."
+            )
 
 
 class _Reader:
@@ -59,6 +125,7 @@ class _Reader:
 
     _mpjax_policy: Policy
     _mpjax_param: nnx.Param | None = None
+    _mpjax_kind: Any
 
     def get_value(self, **index):
         source: Any = super() if self._mpjax_param is None else self._mpjax_param
@@ -70,16 +137,7 @@ class _Reader:
         return getattr(self.get_value(), name)
 
     def set_value(self, value, **index):
-        stored = self._mpjax_policy.param_dtype
-        for leaf in jax.tree.leaves(value):
-            dtype = getattr(leaf, "dtype", stored)
-            if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < stored.itemsize:
-                raise TypeError(
-                    f"A method of the model writes a {dtype.name} value to a parameter "
-                    f"kept in {stored.name}, which would round it: inside of methods "
-                    "the model computes in a lower precision than it stores. Write "
-                    "parameters from outside, as optimizers do."
-                )
+        _check_bits(self._mpjax_policy, value)
         self._write("set_value", value, **index)
 
     def set_raw_value(self, *args, **kwargs):
@@ -90,6 +148,13 @@ class _Reader:
 
     def set_metadata(self, *args, **kwargs):
         self._write("set_metadata", *args, **kwargs)
+
+    def _mpjax_stored(self) -> nnx.Param:
+        if self._mpjax_param is not None:
+            return self._mpjax_param
+        reader: Any = self
+        value, metadata = reader.get_raw_value(), reader.get_metadata()
+        return self._mpjax_kind.from_metadata(value, metadata)
 
     def _write(self, method: str, *args, **kwargs):
         getattr(super(), method)(*args, **kwargs)
@@ -103,6 +168,7 @@ def _reader_type(kind: type, policy: Policy) -> type:
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
         "_mpjax_policy": policy,
+        "_mpjax_kind": kind,
     }
     return types.new_class(
         kind.__name__, (_Reader, kind), exec_body=lambda ns: ns.update(namespace)

@@ -191,6 +191,16 @@ def parse_dtype(name: str) -> np.dtype:
     return _NAME_TO_DTYPE[name]
 
 
+def in_kind_of(given: DType, dtype: np.dtype) -> DType:
+    """A dtype as a name, a scalar type or a ``np.dtype``, as the model wrote its own.
+
+    Models call it, ``self.dtype(0.5)``, or look it up, ``getattr(jnp, self.dtype)``.
+    """
+    if isinstance(given, str):
+        return dtype.name
+    return dtype if isinstance(given, np.dtype) else getattr(jnp, dtype.name)
+
+
 def _floating_dtype(dtype) -> np.dtype:
     if isinstance(dtype, str):
         return parse_dtype(dtype)

@@ -15,7 +15,7 @@ LADDER = [
     ["_native"],
     ["_operand", "_product", "_dot_general", "_einsum", "_conv"],
     ["_rules", "_support", "_layer_products", "_layers", "_scaling_states"],
-    ["_linen_recipes", "_nnx_recipes", "_nnx_params", "_serialization"],
+    ["_linen_recipes", "_nnx_recipes", "_nnx_params", "_nnx_types", "_serialization"],
     ["_linen_attention", "_linen_params", "_linen_scopes", "_linen_layers"],
     ["_linen", "_nnx"],
     ["linen", "nnx", "lowering", "__init__", "__main__"],

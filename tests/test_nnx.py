@@ -4,6 +4,7 @@ import copy
 import functools
 import pickle
 import threading
+from typing import Generic, TypeVar
 
 import flax.linen as nn
 import jax
@@ -647,6 +648,14 @@ class Writes(nnx.Module):
         weight.set_metadata(tag="b")
         nnx.update(self, nnx.state(self))
 
+    def keep_another(self):
+        self.weight = nnx.Param(2 * self.weight[...])
+
+    def keep(self):
+        self.same, self.weight = self.weight, self.weight
+        self.new = nnx.Param(jnp.ones(3))
+        self.passed = nnx.jit(lambda weight: weight)(self.weight)
+
     def transformed(self, x):
         scale = nnx.vmap(lambda w, x: w * x, in_axes=(None, 0))
         _, y = jax.lax.scan(lambda c, w: (c, w[...] * x), 0, self.weight)
@@ -655,10 +664,17 @@ class Writes(nnx.Module):
 
 def test_masters_are_never_rounded_from_inside():
     mixed = mixed_precision(Writes(), "mixed_bfloat16")
-    with pytest.raises(
-        TypeError, match="bfloat16 value to a parameter kept in float32"
-    ):
-        mixed.double()
+    for method in mixed.double, mixed.keep_another:
+        with pytest.raises(
+            TypeError, match="bfloat16 value to a parameter kept in float32"
+        ):
+            method()
+    weight = mixed.weight
+    mixed.keep()
+    assert mixed.same is mixed.weight is weight
+    assert type(mixed.new) is type(mixed.passed) is nnx.Param
+    assert mixed.new[...].dtype == mixed.passed[...].dtype == F32
+    del mixed.same, mixed.new, mixed.passed
     mixed.restore()
     assert mixed.weight[...].dtype == F32 and mixed.weight.tag == "b"
     np.testing.assert_allclose(mixed.weight[...], 1 + 2**-19, rtol=1e-7)
@@ -698,6 +714,27 @@ class ClassTyped(nnx.Module):
         return x.astype(self.dtype)
 
 
+class Calls(nnx.Module):
+    """A layer that uses its dtype in the way in which it was given."""
+
+    def __init__(self, dtype):
+        self.dtype = dtype
+
+    def __call__(self, x):
+        if isinstance(self.dtype, str):
+            return x * getattr(jnp, self.dtype)(0.5)
+        if isinstance(self.dtype, np.dtype):
+            return x * jnp.asarray(0.5, self.dtype.name)
+        return x * self.dtype(0.5)
+
+
+class CallsOfClass(Calls):
+    dtype = "float32"
+
+    def __init__(self):
+        pass
+
+
 class DtypeOfAnotherKind(nnx.Module):
     def __init__(self):
         self.dtype = {"params": "float32"}
@@ -714,6 +751,10 @@ class DtypeOfAnotherKind(nnx.Module):
         (Typed(jnp.float32), BF16),
         (Configured(), BF16),
         (ClassTyped(), BF16),
+        (Calls("float32"), BF16),
+        (Calls(jnp.float32), BF16),
+        (Calls(np.dtype("float32")), BF16),
+        (CallsOfClass(), BF16),
         (DtypeOfAnotherKind(), F32),
     ],
 )
@@ -735,6 +776,8 @@ def test_dtype_attributes(model, dtype):
     outer(jnp.ones(3))
     assert inner == [dtype]
     assert model(jnp.ones(3)).dtype == F32
+    again = mixed_precision(mixed, "p=f32,c=bf16")
+    assert nnx.graphdef(again) == nnx.graphdef(mixed)
 
 
 def test_param_dtype():
@@ -867,6 +910,84 @@ def test_shared_modules_stay_shared():
     assert mixed.same is mixed.embed
     assert mixed.embed.embedding is mixed.same.embedding
     assert mixed.embed.embedding[...] is bare.embed.embedding[...]
+
+
+class TiedByHand(nnx.Module):
+    def __init__(self):
+        self.a = self.b = nnx.Param(jnp.ones(3))
+
+    def __call__(self, x):
+        kept = self.a
+        assert self.a is self.b is kept and isinstance(kept, nnx.Param)
+
+        @jax.jit
+        def scale(x):  # at another level of tracing
+            assert self.a is self.b is not kept
+            return x * self.a * self.b
+
+        y = scale(x)
+        kept[...] = jnp.full(3, 2.0)
+        assert self.a is self.b and self.b[0] == 2 and self.b.dtype == BF16
+        nnx.update(self, nnx.state(self))
+        return y + self.a
+
+
+def test_tied_parameters_are_one_inside_of_methods():
+    mixed = mixed_precision(TiedByHand(), "mixed_bfloat16")
+    np.testing.assert_array_equal(mixed(jnp.ones(3)), jnp.full(3, 3.0))
+    other = mixed_precision(mixed, "mixed_float16")
+    assert mixed.a is mixed.b is not other.a and mixed.a[0] == 2
+
+
+REGISTRY = {}
+
+
+class Registered:
+    def __init_subclass__(cls, *, key, **kwargs):
+        super().__init_subclass__(**kwargs)
+        REGISTRY[key] = cls
+
+
+class Base(Registered, nnx.Module, key="base"):
+    pass
+
+
+class Leaf(Base, key="leaf"):
+    def __init__(self):
+        self.weight = nnx.Param(jnp.ones(3))
+
+    def __call__(self, x):
+        return x * self.weight
+
+
+T = TypeVar("T")
+
+
+class Of(Base, Generic[T], key="of"):
+    def __init__(self, inner: T):
+        self.inner = inner
+
+    def __call__(self, x):
+        return self.inner(x)
+
+
+def test_classes_with_hooks_for_subclasses():
+    mixed = mixed_precision(Of[Leaf](Leaf()), "p=f32,c=bf16")
+    assert nnx.jit(lambda model, x: model(x))(mixed, jnp.ones(3)).dtype == BF16
+    assert REGISTRY == {"base": Base, "leaf": Leaf, "of": Of}
+    assert isinstance(mixed, Of) and isinstance(mixed.inner, Leaf)
+
+    class Child(type(mixed.inner), key="child"):
+        pass
+
+    assert REGISTRY.pop("child") is Child
+
+    class Behind(nnx.Module, Registered, key="behind"):
+        def __call__(self, x):
+            return x
+
+    mixed = mixed_precision(Behind(), "p=f32,c=bf16")
+    assert mixed(jnp.ones(3)).dtype == BF16 and REGISTRY.pop("behind") is Behind
 
 
 def test_abstract_models():
@@ -1077,6 +1198,55 @@ def test_complex_layers():
     ):
         mixed = mixed_precision(nnx.Dict(inner=inner), rules)
         assert mixed["inner"](jnp.ones(3)).dtype == jnp.complex64
+
+
+LAYER_INPUT = {nnx.LayerNorm: "x"}
+
+
+def to_complex(x):
+    return jax.lax.complex(x.astype(F32), x.astype(F32))
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "float32"])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nnx.Linear(3, 3, rngs=rngs()),
+        nnx.Conv(3, 3, 1, rngs=rngs()),
+        nnx.LayerNorm(3, rngs=rngs()),
+    ],
+)
+def test_complex_activations(layer, policy):
+    model, x = nnx.Sequential(to_complex, layer), jnp.ones((2, 3))
+    mixed = mixed_precision(model, policy)
+    with pytest.raises(ValueError, match=f"{type(layer).__name__} has a complex arg"):
+        mixed(x)
+    with pytest.raises(ValueError, match="complex argument"):
+        mixed.layers[1](**{LAYER_INPUT.get(type(layer), "inputs"): to_complex(x)})
+    alone = mixed_precision(model, [mpjax.Rule("layers/1", None), policy])
+    with jax.numpy_dtype_promotion("standard"):
+        np.testing.assert_array_equal(alone(x), model(x))
+
+
+class Bound(nnx.Module):
+    def __init__(self, wrap):
+        self.linear = nnx.Linear(3, 3, rngs=rngs())
+        self.pre = wrap(self.helper)
+
+    def helper(self, x):
+        return self.linear(x)
+
+    def __call__(self, x):
+        return self.pre(x)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, functools.partial])
+def test_bound_methods_that_are_kept(wrap):
+    match = r"'pre' of module 'a' is the bound method 'helper'.* getattr\(self, 'help"
+    with pytest.raises(ValueError, match=match):
+        mixed_precision(nnx.Dict(a=Bound(wrap)), "mixed_bfloat16")
+    rules = [mpjax.Rule("a", None), "mixed_bfloat16"]
+    mixed_precision(nnx.Dict(a=Bound(wrap)), rules)
 
 
 def test_errors():
