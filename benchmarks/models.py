@@ -49,6 +49,8 @@ import mpjax.linen
 import mpjax.nnx
 
 POLICY = "mixed_bfloat16"
+# CanViT asserts that its coordinates are float32.
+RULES = {"CanViT": mpjax.Rule(".*", POLICY, cast_inputs=False)}
 
 COMPILER_OPTIONS = {
     "xla_allow_excess_precision": False,
@@ -147,7 +149,7 @@ def programs(model: Model) -> tuple[dict[str, Program], bool]:
     module, args, kwargs = model.build()
     make = linen_program if isinstance(module, nn.Module) else nnx_program
     bare = make(module, None, args, kwargs)
-    mixed = make(module, POLICY, args, kwargs)
+    mixed = make(module, RULES.get(model.name, POLICY), args, kwargs)
     same = jax.tree.map(np.array_equal, _arrays(bare.params), _arrays(mixed.params))
     params = _perturb(bare.params)
     cast = dataclasses.replace(
