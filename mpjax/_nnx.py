@@ -63,6 +63,7 @@ def mixed_precision(model: M, rules: Rules) -> M:
       ValueError: a rule decides for no module or its recipe serves none, or a layer
         cannot follow its rule (complex parameters, a Linen module inside, a
         ``dot_general`` of its own, a bound method kept); the message has the path.
+        Later, when a method runs, a layer of Flax gets a complex argument.
       TypeError: ``model`` is no NNX module.
 
     Example:

@@ -67,7 +67,7 @@ def store(path: str, module: nnx.Pytree, policy: Policy, owners: dict) -> None:
 
 # A method that holds a reader gets it again, so that tied parameters are one. At each
 # level of tracing it is another, as a variable can be written at its own level only.
-_readers: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
+_readers: weakref.WeakValueDictionary[tuple, Any] = weakref.WeakValueDictionary()
 
 
 def read(policy: Policy, param: nnx.Param) -> nnx.Param:
@@ -77,12 +77,12 @@ def read(policy: Policy, param: nnx.Param) -> nnx.Param:
         return param
     if getattr(stored, "dtype", None) == policy.compute_dtype:
         return param
-    key, trace = (threading.get_ident(), id(param), policy), get_opaque_trace_state()
-    known: Any = _readers.get(key)
+    kind: Any = _reader_type(type(param), policy)
+    key, trace = (threading.get_ident(), id(param), kind), get_opaque_trace_state()
+    known = _readers.get(key)
     if known is not None and known._mpjax_trace == trace:
         if known.get_raw_value() is stored:
             return known
-    kind: Any = _reader_type(type(param), policy)
     reader = kind.from_metadata(stored, param.get_metadata())
     object.__setattr__(reader, "_mpjax_param", param)
     object.__setattr__(reader, "_mpjax_trace", trace)

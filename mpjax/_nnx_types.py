@@ -187,7 +187,7 @@ def _method(function: Callable, rule: Rule | None) -> Callable:
 
     @functools.wraps(function)
     def method(self, *args, **kwargs):
-        if policy is not None and of_flax and has_dtype(self):
+        if policy is not None and of_flax:
             _check_real(self, policy, (*args, *kwargs.values()))
         if _region.value == policy:
             return run(self, *args, **kwargs)
@@ -206,7 +206,8 @@ def _method(function: Callable, rule: Rule | None) -> Callable:
 def _check_real(module, policy: Policy, args: tuple) -> None:
     """Raises where a layer of Flax would drop the imaginary part of an argument."""
     for arg in args:
-        if isinstance(arg, jax.Array | np.ndarray) and jnp.iscomplexobj(arg):
+        is_array = isinstance(arg, jax.Array | np.ndarray)
+        if is_array and jnp.iscomplexobj(arg) and has_dtype(module):
             raise ValueError(
                 f"A {type(module).__name__} has a complex argument and cannot compute "
                 f"in {policy.compute_dtype.name}. To leave it alone, put a "
