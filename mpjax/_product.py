@@ -80,8 +80,18 @@ def _blocked(lhs, rhs, dimension_numbers, out_sharding, power_of_two) -> Array:
         )
 
     (lc, rc), (lb, rb) = dimension_numbers
-    if not (_is_mx(lhs, lc) and _is_mx(rhs, rc) and _has_block_scaled_products()):
+    # Blocks lie along the last axis of each operand: they have to be a pair, which
+    # is merged with the other contracted axes as the innermost of them.
+    pair = list(lc).index(max(lc)), list(rc).index(max(rc))
+    if not (
+        pair[0] == pair[1]
+        and _is_mx(lhs, lc)
+        and _is_mx(rhs, rc)
+        and _has_block_scaled_products()
+    ):
         return emulate(lhs, rhs)
+    others = [i for i in range(len(lc)) if i != pair[0]]
+    lc, rc = ([c[i] for i in (*others, pair[0])] for c in (lc, rc))
 
     def native(lhs, rhs):
         (lhs, lhs_scale, batch, lhs_free) = _rows(lhs, lb, lc)
@@ -112,9 +122,8 @@ def _is_mx(q: QArray, contracting: Sequence[int]) -> bool:
     return (
         q.dtype in (jnp.float8_e4m3fn, jnp.float8_e5m2)
         and q.scale.dtype == jnp.float8_e8m0fnu
-        and len(contracting) == 1
         and all(
-            d == (s * 32 if axis in contracting else s)
+            d == (s * 32 if axis == max(contracting) else s)
             for axis, (d, s) in enumerate(zip(q.shape, q.scale.shape, strict=True))
         )
         and not sharded

@@ -203,6 +203,44 @@ def test_microscaling_is_a_block_scaled_call_on_cuda_and_agrees_with_its_emulati
 
 
 @pytest.mark.parametrize(
+    ("lhs", "rhs", "dims", "native"),
+    [
+        ((2, 32, 64), (64, 96), (((2,), (0,)), ((), ())), 3),
+        ((2, 32, 64), (64, 3, 32), (((2,), (0,)), ((), ())), 3),
+        ((2, 64, 64), (2, 64, 96), (((1, 0), (1, 0)), ((), ())), 3),
+        ((2, 64, 64), (96, 64, 2), (((1, 0), (1, 2)), ((), ())), 2),
+        ((2, 64, 3, 64), (2, 96, 3, 64), (((3,), (3,)), ((0, 2), (0, 2))), 3),
+        ((2, 32, 40), (40, 96), (((2,), (0,)), ((), ())), 2),
+    ],
+)
+def test_block_scaled_calls_serve_layers_with_several_axes(
+    monkeypatch, lhs, rhs, dims, native
+):
+    calls = []
+
+    def scaled_matmul(lhs, rhs, lhs_scale, rhs_scale):
+        calls.append(lhs.shape)
+        lhs, rhs = (
+            x.astype(jnp.float32) * jnp.repeat(s.astype(jnp.float32), 32, axis=-1)
+            for x, s in ((lhs, lhs_scale), (rhs, rhs_scale))
+        )
+        return jnp.einsum("bmk,bnk->bmn", lhs, rhs)
+
+    def on_cuda(*args, default, cuda=None, cpu=None):
+        return (cuda or cpu or default)(*args)
+
+    lhs, rhs = normal(0, *lhs), normal(1, *rhs)
+    grad = normal(2, *lax.dot_general(lhs, rhs, dims).shape)
+    step = value_and_gradients(named.mx_scaling(), dims, grad)
+    expected = step(lhs, rhs)[:3]
+    monkeypatch.setattr(jax.nn, "scaled_matmul", scaled_matmul)
+    monkeypatch.setattr(lax, "platform_dependent", on_cuda)
+    for got, want in zip(step(lhs, rhs)[:3], expected, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
+    assert len(calls) == native
+
+
+@pytest.mark.parametrize(
     ("capability", "native"), [("9.0", False), ("8.6", False), ("10.0", True)]
 )
 def test_older_gpus_emulate_microscaling(monkeypatch, capability, native):

@@ -1,0 +1,87 @@
+"""All products of a transformer block, forward and backward, run in 8 bits."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+
+import mpjax
+import mpjax.linen
+import mpjax.lowering
+
+RECIPES = {
+    "current": mpjax.current_scaling(),
+    "delayed": mpjax.delayed_scaling(history_length=4),
+    "per_channel": mpjax.per_channel_scaling(),
+}
+# Six layers and the two products of attention, each with two gradients.
+LAYERS, PRODUCTS = 6, 24
+
+
+class Block(nn.Module):
+    """A pre-norm block; it knows nothing of mixed precision."""
+
+    @nn.compact
+    def __call__(self, x):
+        y = nn.LayerNorm()(x)
+        x += nn.MultiHeadDotProductAttention(num_heads=2, name="attention")(y)
+        y = nn.Dense(512, name="up")(nn.LayerNorm()(x))
+        return x + nn.Dense(x.shape[-1], name="down")(nn.gelu(y))
+
+
+def train_step(recipe, *, attention=True):
+    """Gradients of a block with respect to all that it has, and their arguments."""
+    rule = mpjax.Rule(".*", "mixed_float8", recipe, min_size=64, attention=attention)
+    model = mpjax.linen.MixedPrecision(Block(), rule)
+    x = jnp.ones((2, 128, 256), jnp.bfloat16)
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+    variables = {"scaling": {}, **variables}
+
+    def loss_fn(variables, x):
+        return jnp.sum(model.apply(variables, x) ** 2)
+
+    return jax.grad(loss_fn, argnums=(0, 1)), (variables, x)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("target", ["v7x", "h100", "b200"])
+def test_products_are_native_fp8(target, recipe):
+    fn, args = train_step(RECIPES[recipe])
+    report = mpjax.lowering.assert_native(
+        fn, *args, target=target, dtype=jnp.float8_e4m3fn
+    )
+    assert len(report.products) == PRODUCTS
+    evidence = "vmatmul" if target == "v7x" else "__cublas$lt$matmul$f8"
+    for product in report.products:
+        written = {product.traced.lhs, product.traced.rhs}
+        assert all(name.startswith("float8") for name in written), product
+        assert product.verdict == "native" and evidence in product.evidence, product
+    assert report.native == 1.0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_nothing_is_dequantized_before_a_product(recipe):
+    fn, args = train_step(RECIPES[recipe])
+    found = mpjax.lowering.census(fn, *args).findings
+    assert not [f for f in found if f.kind == "dequantized"]
+
+
+@pytest.mark.long
+def test_mx_is_block_scaled_on_b200():
+    fn, args = train_step(mpjax.mx_scaling())
+    report = mpjax.lowering.assert_native(
+        fn, *args, target="b200", dtype=jnp.float8_e4m3fn
+    )
+    assert {p.verdict for p in report.products} == {"block-scaled"}
+    assert all("blockScaledDot" in p.evidence for p in report.products)
+
+
+@pytest.mark.long
+def test_attention_stays_in_bfloat16_unless_asked_for():
+    fn, args = train_step(mpjax.current_scaling(), attention=False)
+    report = mpjax.lowering.report(fn, *args, target="h100")
+    units = [p.unit for p in report.products]
+    assert units.count("bfloat16") == PRODUCTS - 3 * LAYERS
+    assert report.native == 1.0
