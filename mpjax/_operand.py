@@ -17,6 +17,7 @@ from mpjax._scaling import (
     block_amax,
     check_block,
     quantize_with_scale,
+    round_scale_up,
 )
 from mpjax._typing import Array, DType
 
@@ -64,6 +65,10 @@ def quantize_operand(
       The operand for every product, and what was observed: f32[], the amax under
       delayed scaling (inf where it is not finite), else 0.
     """
+    # Powers of two scale bfloat16 exactly. A compiler then reads a gradient once for
+    # amax, quantization and the sum that a bias takes, if all are in bfloat16.
+    powers = scaling.rounding != "exact"
+    kind = x.dtype if powers and x.dtype == jnp.bfloat16 else jnp.float32
     forms = {}
     observed = jnp.zeros(())
     for contracting in uses:
@@ -72,9 +77,11 @@ def quantize_operand(
         block = check_block(scaling.block(x.shape, contracting), x.shape)
         if block in forms:
             continue
-        amax = block_amax(x, block)
+        amax = block_amax(x, block, compute_dtype=kind)
         if isinstance(scaling, DelayedScaling):
             assert scale is not None  # check_scales
+            # That of a gradient follows the loss scale, which may be any number.
+            scale = round_scale_up(scale) if powers else scale
             observed = jnp.where(jnp.isfinite(amax), amax, jnp.inf).reshape(())
             known, _ = match_varying(scale.reshape(amax.shape), amax)
             unknown = 1.0 if calibrated else scaling.scale(amax)
@@ -82,7 +89,9 @@ def quantize_operand(
         else:
             block_scale = amax_to_scale(amax, scaling.dtype, scaling.rounding)
         q = QArray(
-            quantize_with_scale(x, block_scale, scaling.dtype, block),
+            quantize_with_scale(
+                x, block_scale, scaling.dtype, block, compute_dtype=kind
+            ),
             block_scale.astype(getattr(scaling, "scale_dtype", jnp.float32)),
             block,
         )
@@ -134,6 +143,26 @@ def restore(kept: Array | _Kept) -> Operand:
     return structure.unflatten(
         x if x.dtype == dtype else lax.bitcast_convert_type(x, dtype)
         for x, dtype in pairs
+    )
+
+
+@jax.custom_jvp
+def first_order(operands):
+    """The same; marks what a product of a recipe can be differentiated by only once.
+
+    Between the product and its gradients lie the bits of 8-bit numbers, across which a
+    second derivative would come out wrong without a word.
+    """
+    return operands
+
+
+@first_order.defjvp
+def _second_derivative(primals, tangents):
+    del primals, tangents
+    raise TypeError(
+        "A product under a recipe can be differentiated once, in reverse mode: it has "
+        "no second derivative and no jvp. Give the layers that need one a rule without "
+        "a recipe, or use lax.dot_general."
     )
 
 

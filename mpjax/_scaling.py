@@ -17,17 +17,19 @@ Block: TypeAlias = tuple[int, ...]
 Rounding: TypeAlias = Literal["exact", "up", "floor"]
 
 
-def block_amax(x: Array, block: Block | None = None) -> Array:
+def block_amax(
+    x: Array, block: Block | None = None, *, compute_dtype: DType = jnp.float32
+) -> Array:
     """Largest magnitude of every block.
-
-    It is taken in float32, the dtype that ``quantize_with_scale`` reads ``x`` in, so
-    that a compiler fuses both into one pass over ``x``.
 
     Args:
       x: f[d0, d1, ...].
       block: how many elements along each axis share a scale; -1 stands for the whole
         axis. ``None`` is one block for the whole array. The last block of an axis may
         be short.
+      compute_dtype: what ``x`` is read as, float32 or its own dtype: the same result,
+        but only if it is that of the ``quantize_with_scale`` which follows does a
+        compiler fuse both into one pass over ``x``.
 
     Returns:
       f32[ceil(d0 / b0), ceil(d1 / b1), ...]; NaN where a block holds one.
@@ -43,13 +45,13 @@ def block_amax(x: Array, block: Block | None = None) -> Array:
              [5., 6.]], dtype=float32)
     """
     block = check_block(block, x.shape)
-    x = jnp.abs(x.astype(jnp.float32))
+    x = jnp.abs(x.astype(compute_dtype))
     whole = tuple(i for i, b in enumerate(block) if b == -1)
     x = jnp.max(x, axis=whole, keepdims=True, initial=0.0)
     for axis, size in enumerate(block):
         if size > 1:
             x = jnp.max(_split(x, axis, size), axis=axis + 1)
-    return x
+    return x.astype(jnp.float32)
 
 
 def _split(x: Array, axis: int, size: int) -> Array:
@@ -125,7 +127,12 @@ def amax_to_scale(amax: Array, dtype: DType, rounding: Rounding = "exact") -> Ar
 
 
 def quantize_with_scale(
-    x: Array, scale: Array, dtype: DType, block: Block | None = None
+    x: Array,
+    scale: Array,
+    dtype: DType,
+    block: Block | None = None,
+    *,
+    compute_dtype: DType = jnp.float32,
 ) -> Array:
     """Divides by the scale and casts, saturating: ``cast(x * (1 / scale))``.
 
@@ -140,6 +147,8 @@ def quantize_with_scale(
       scale: f32 or e8m0, a scalar, or one number a block.
       dtype: the format.
       block: as in ``block_amax``.
+      compute_dtype: of the product; bfloat16 where ``x`` is bfloat16 and every scale a
+        power of two, since it is exact then and the same.
 
     Returns:
       dtype[d0, d1, ...].
@@ -151,9 +160,9 @@ def quantize_with_scale(
     """
     block = check_block(block, x.shape)
     reciprocal = 1.0 / expand_scale(scale, x.shape, block)
-    x = x.astype(jnp.float32) * reciprocal
+    x = x.astype(compute_dtype) * reciprocal.astype(compute_dtype)
     if format_info(dtype).name.startswith("float6"):
-        x, dtype = round_to_grid(x, dtype), jnp.float8_e4m3fn
+        x, dtype = round_to_grid(x.astype(jnp.float32), dtype), jnp.float8_e4m3fn
     return saturating_cast(x, dtype)
 
 
@@ -170,6 +179,13 @@ def expand_scale(scale: Array, shape: tuple[int, ...], block: Block) -> Array:
             scale = jnp.repeat(scale, size, axis, out_sharding=sharding)
             scale = lax.slice_in_dim(scale, 0, shape[axis], axis=axis)
     return scale
+
+
+def round_scale_up(scale: Array) -> Array:
+    """The least power of two that is no smaller than a scale, f32; 0 stays 0."""
+    bits = lax.bitcast_convert_type(scale, jnp.int32)
+    up = (bits + 0x7FFFFF) & 0x7F800000
+    return lax.bitcast_convert_type(up, jnp.float32)
 
 
 def check_block(block: Block | None, shape: tuple[int, ...]) -> Block:

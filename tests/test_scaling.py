@@ -155,3 +155,33 @@ def test_margin_leaves_headroom():
     plain = scaling.DelayedScaling(E4M3).scale(jnp.array(3.0))
     roomy = scaling.DelayedScaling(E4M3, margin=2).scale(jnp.array(3.0))
     assert roomy == 4 * plain
+
+
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2])
+def test_powers_of_two_scale_bfloat16_as_they_scale_float32(dtype):
+    codes = np.arange(2**16, dtype=np.uint16)
+    x = jax.lax.bitcast_convert_type(jnp.asarray(codes), jnp.bfloat16)
+    exponents = np.array([-126, -20, -1, 0, 3, 60, 126])
+    wide, narrow = (
+        jax.vmap(
+            lambda scale, kind=kind: scaling.quantize_with_scale(
+                x, scale, dtype, compute_dtype=kind
+            )
+        )(jnp.ldexp(jnp.float32(1), exponents))
+        for kind in (jnp.float32, jnp.bfloat16)
+    )
+    wide, narrow = (np.asarray(q).view(np.uint8) for q in (wide, narrow))
+    is_nan = np.isnan(np.asarray(x, np.float32))
+    np.testing.assert_array_equal(wide[:, ~is_nan], narrow[:, ~is_nan])
+    assert np.isnan(narrow[:, is_nan].view(dtype).astype(np.float32)).all()
+    finite = x[np.isfinite(np.asarray(x, np.float32))]
+    assert scaling.block_amax(finite, compute_dtype=jnp.bfloat16) == scaling.block_amax(
+        finite
+    )
+
+
+def test_scales_are_rounded_up_to_powers_of_two():
+    scales = jnp.array([0.0, 2.0**-126, 0.75, 1.0, 1.0001, 3.0, 2.0**126])
+    np.testing.assert_array_equal(
+        scaling.round_scale_up(scales), [0, 2.0**-126, 1, 1, 2, 4, 2.0**126]
+    )
