@@ -169,7 +169,7 @@ def products_of(
     }
     stand_ins = [m for m in _METHODS if getattr(bare, m.__name__, None) is m]
     size = _size(module)
-    small = size is not None and min(size) < rule.min_size
+    small = size is not None and min(size) < (rule.min_size or 0)
     for name, value in hooks.items():
         if (
             not any(value is one for one in _HOOKS[name][1])
@@ -305,7 +305,7 @@ def _products(module: Any) -> LayerProducts:
             pass
 
     name = type(module).__name__
-    return LayerProducts(name, rule.recipe, rule.min_size, read, write, set())
+    return LayerProducts(name, rule.recipe, rule.min_size or 0, read, write, set())
 
 
 def _attend(embed: nnx.Embed, query, out_sharding=None):
