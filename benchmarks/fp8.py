@@ -1,0 +1,299 @@
+"""What a train step in fp8 costs, against bfloat16 and against other libraries.
+
+    python benchmarks/fp8.py --targets tpu7x             # estimated cycles
+    python benchmarks/fp8.py --targets h100 b200         # library calls and kernels
+    python benchmarks/fp8.py --targets cpu --rounds 30   # forward and backward, timed
+
+The step compiled ahead of time is loss (mean square of the outputs), gradients,
+clipping by global norm, AdamW and the update of the scales, with donated arguments, of
+pre-norm transformer layers: width 2048, 8192 hidden, 16 heads, 16 x 256 tokens. Each
+has four Dense layers (queries, keys and values are one), whose 12 products run in fp8;
+the six products of attention stay in bfloat16. ``--bias`` gives the layers biases.
+
+"calibrated" is delayed scaling whose states have been updated once. "2^k" are scales
+rounded up to powers of two.
+"""
+
+import argparse
+import collections
+import dataclasses
+import os
+import re
+import statistics
+import time
+
+import _aot  # first: it sets what jax reads when imported
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+import qwix
+from jax import lax
+from rich.console import Console
+from rich.table import Table
+
+import mpjax
+import mpjax.linen
+
+BF16 = jnp.bfloat16
+OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+
+
+class Layer(nn.Module):
+    """A pre-norm transformer layer; by hand if it has options."""
+
+    heads: int
+    hidden: int
+    bias: bool
+    options: dict
+
+    @nn.compact
+    def __call__(self, x):
+        def norm(x):
+            if not self.options:
+                return nn.LayerNorm()(x)
+            return nn.LayerNorm(dtype=jnp.float32)(x).astype(BF16)
+
+        def dense(features, x):
+            return nn.Dense(features, use_bias=self.bias, **self.options)(x)
+
+        batch, length, width = x.shape
+        shape = batch, length, self.heads, width // self.heads
+        y = jnp.split(dense(3 * width, norm(x)), 3, axis=-1)
+        x = x + dense(width, attention(*(y.reshape(shape) for y in y)).reshape(x.shape))
+        return x + dense(width, nn.gelu(dense(self.hidden, norm(x))))
+
+
+def attention(q, k, v):
+    logits = jnp.einsum("bqhd,bkhd->bhqk", q * q.shape[-1] ** -0.5, k)
+    weights = jax.nn.softmax(logits.astype(jnp.float32)).astype(q.dtype)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
+
+
+class Transformer(nn.Module):
+    depth: int
+    bias: bool
+    options: dict = dataclasses.field(default_factory=dict)
+
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(self.depth):
+            x = Layer(16, 8192, self.bias, self.options)(x)
+        return x
+
+
+class MLP(nn.Module):
+    """Dense layers for the CPU."""
+
+    depth: int
+    options: dict = dataclasses.field(default_factory=dict)
+
+    @nn.compact
+    def __call__(self, x):
+        for i in range(self.depth):
+            x = nn.Dense(1024, **self.options)(nn.gelu(x) if i else x)
+        return x
+
+
+def materialized(lhs, rhs, *args, **kwargs):
+    """A product whose operands XLA has to write to memory first."""
+    return lax.dot_general(*lax.optimization_barrier((lhs, rhs)), *args, **kwargs)
+
+
+def calibrated(recipe):
+    return dataclasses.replace(recipe, calibrated=True)
+
+
+def with_rule(recipe):
+    rule = mpjax.Rule(".*", "mixed_bfloat16", recipe)
+    return lambda make: mpjax.linen.MixedPrecision(make({}), rule)
+
+
+def by_hand(**options):
+    return lambda make: make({"dtype": BF16, **options})
+
+
+def with_qwix(**options):
+    rule = qwix.QtRule(
+        module_path=".*Dense.*",
+        weight_qtype=jnp.float8_e4m3fn,
+        act_qtype=jnp.float8_e4m3fn,
+        bwd_qtype=jnp.float8_e5m2,
+        **options,
+    )
+    provider = qwix.QtProvider([rule])
+    return lambda make: qwix.quantize_model(make({"dtype": BF16}), provider)
+
+
+POWERS = mpjax.delayed_scaling(power_of_two=True)
+WAYS = {
+    "bf16": with_rule(None),
+    "bf16, operands materialized": by_hand(dot_general=materialized),
+    "mpjax current": with_rule(mpjax.current_scaling()),
+    "mpjax current 2^k": with_rule(mpjax.current_scaling(power_of_two=True)),
+    "mpjax delayed": with_rule(mpjax.delayed_scaling()),
+    "mpjax calibrated": with_rule(calibrated(mpjax.delayed_scaling())),
+    "mpjax calibrated 2^k": with_rule(calibrated(POWERS)),
+    "mpjax per channel": with_rule(mpjax.per_channel_scaling()),
+    "Flax Fp8Direct": by_hand(dot_general_cls=nn.Fp8DirectDotGeneralOp),
+    "qwix": with_qwix(),
+}
+
+
+def variables_of(model, x):
+    """Parameters and all other variables, as shapes."""
+    variables = dict(jax.eval_shape(model.init, jax.random.key(0), x))
+    return variables.pop("params"), variables
+
+
+def step_of(model, x):
+    """A train step and its arguments."""
+    params, others = variables_of(model, x)
+
+    def step(params, others, state, x):
+        def loss_fn(params, others):
+            y = model.apply({"params": params, **others}, x)
+            return jnp.mean(y.astype(jnp.float32) ** 2)
+
+        value_and_grad = jax.value_and_grad(loss_fn, argnums=(0, 1))
+        loss, (grads, seen) = value_and_grad(params, others)
+        updates, state = OPTIMIZER.update(grads, state, params)
+        if "scaling" in others:
+            seen = {"scaling": mpjax.update_scaling(others["scaling"], seen["scaling"])}
+        return optax.apply_updates(params, updates), seen, state, loss
+
+    return step, (params, others, jax.eval_shape(OPTIMIZER.init, params), x)
+
+
+def parts(program):
+    """Cycles of kernels that multiply, of others that touch fp8 or amaxes, the rest."""
+    bodies, name = collections.defaultdict(list), ""
+    entry = ""
+    for line in program.text.splitlines():
+        if header := re.match(r"^(ENTRY )?%?([\w.-]+) \(.*\) -> .*{$", line):
+            name = header[2]
+            entry = name if header[1] else entry
+        bodies[name].append(line)
+
+    def body(line, depth=4):
+        called = re.findall(r"(?:calls|to_apply)=%?([\w.-]+)", line)
+        inner = [body(text, depth - 1) for c in called if depth for text in bodies[c]]
+        return "\n".join([line, *inner])
+
+    total = collections.Counter()
+    for line in bodies[entry]:
+        found = re.findall(r'"estimated_cycles":"(\d+)"', line)
+        cycles = sum(n for n in map(int, found) if n < 2**62)
+        text = body(line) if cycles else ""
+        if re.search(r" (dot|convolution)\(", text):
+            total["gemm"] += cycles
+        elif re.search(r"\bf8e|\babs\(", text):
+            total["quantize"] += cycles
+        else:
+            total["other"] += cycles
+    return [total[kind] for kind in ("gemm", "quantize", "other")]
+
+
+def fp8_products(program):
+    """Products of fp8 operands, and all."""
+    types, narrow, count = {}, 0, 0
+    for line in program.text.splitlines():
+        if found := re.match(r"\s+(?:ROOT )?%?([\w.-]+) = (\S+) ([\w-]+)\((.*)", line):
+            name, kind, opcode, rest = found.groups()
+            types[name] = kind
+            if opcode in ("dot", "convolution"):
+                operands = re.findall(r"%([\w.-]+)", rest.partition(")")[0])[:2]
+                narrow += all(types.get(o, "").startswith("f8") for o in operands)
+                count += 1
+            elif "__cublas$lt$matmul" in line or "__cublas$gemm" in line:
+                narrow += "$f8" in line
+                count += 1
+    return f"{narrow}/{count}"
+
+
+def compiled(target, ways, depths, bias):
+    """A table of programs compiled ahead of time."""
+    table = Table("", "layers", "cycles", "x bf16", title=target)
+    for column in ("gemm", "quantize", "other", "fp8", "Mbytes", "x bf16", "kernels"):
+        table.add_column(column, justify="right")
+    x = jnp.zeros((16, 256, 2048), BF16)
+    for depth in depths:
+        base = None
+        for name in ways:
+            model = WAYS[name](lambda o, d=depth: Transformer(d, bias, o))
+            step, args = step_of(model, x)
+            program = _aot.compile_for(target, step, *args, donate_argnums=(0, 1, 2))
+            base = base or program
+            cycles = ["", "", "", "", ""]
+            if program.cycles:
+                cycles = [f"{program.cycles / 1e6:.3f}M"]
+                cycles.append(f"{program.cycles / base.cycles:.3f}")
+                cycles += [f"{n / 1e6:.2f}" for n in parts(program)]
+            moved = f"{program.bytes / 1e6:.0f}", f"{program.bytes / base.bytes:.3f}"
+            kernels = str(program.kernels)
+            row = name, str(depth), *cycles, fp8_products(program), *moved, kernels
+            table.add_row(*row)
+            print(*row, sep=" | ", flush=True)
+    return table
+
+
+def timed(ways, rounds):
+    """Processor time of forward and backward on this CPU, ways in turn."""
+    table = Table("", "layers", "processor", "wall", title=f"cpu {os.getloadavg()}")
+    x = jax.random.normal(jax.random.key(1), (512, 1024), BF16)
+    for depth in (1, 2):
+        calls = {}
+        for name in ways:
+            model = WAYS[name](lambda o, d=depth: MLP(d, o))
+            variables = dict(model.init(jax.random.key(0), x))
+            params = variables.pop("params")
+
+            def loss_fn(params, others, x, model=model):
+                y = model.apply({"params": params, **others}, x)
+                return jnp.mean(y.astype(jnp.float32) ** 2)
+
+            gradient = jax.jit(jax.grad(loss_fn, argnums=(0, 1, 2)))
+            arguments = params, variables, x
+            if "scaling" in variables:  # time it with scales that are known
+                _, seen, _ = gradient(*arguments)
+                known = mpjax.update_scaling(variables["scaling"], seen["scaling"])
+                arguments = params, {"scaling": known}, x
+            jax.block_until_ready(gradient(*arguments))
+            calls[name] = gradient, arguments
+        times = collections.defaultdict(list)
+        for _ in range(rounds):
+            for name, (gradient, arguments) in calls.items():
+                start = time.process_time(), time.perf_counter()
+                jax.block_until_ready(gradient(*arguments))
+                end = time.process_time(), time.perf_counter()
+                times[name].append([b - a for a, b in zip(start, end, strict=True)])
+        medians = {
+            name: [statistics.median(t) for t in zip(*ts, strict=True)]
+            for name, ts in times.items()
+        }
+        base = medians["bf16"]
+        for name, found in medians.items():
+            ratios = [f"{a / b:.3f}" for a, b in zip(found, base, strict=True)]
+            table.add_row(name, str(depth), *ratios)
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--targets", nargs="+", default=["tpu7x", "cpu"])
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
+    parser.add_argument("--layers", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--bias", action="store_true")
+    parser.add_argument("--rounds", type=int, default=30)
+    args = parser.parse_args()
+    ways = list(dict.fromkeys(["bf16", *args.ways]))  # the base comes first
+    for target in args.targets:
+        if target == "cpu":
+            table = timed(ways, args.rounds)
+        else:
+            table = compiled(target, ways, args.layers, args.bias)
+        Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()
