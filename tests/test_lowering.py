@@ -208,8 +208,9 @@ def test_single_products_on_tpus(target):
 CYCLES = {
     "v5e": (1083068, 1088675, 542476, 542476),
     "v6e": (301616, 327328, 226614, 226614),
-    "v7x": (324772, 151391, 149229, 323195),
 }
+if jax.__version_info__ >= (0, 12):  # the compiler before takes minutes for each
+    CYCLES["v7x"] = (324772, 151391, 149229, 323195)
 
 
 @pytest.mark.long
