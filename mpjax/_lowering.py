@@ -329,10 +329,12 @@ def _lowered(target, gemm, written: dict[int, Product], module: Module, compiled
             found.setdefault(number, p)
         elif number is None:
             nameless.append(p)
-    for number in [n for n in written if n not in found]:
-        # Composites lose their names; what is left of both is in the same order.
+    for number in _without_name(written, found, nameless):
+        # Composites lose their names: formats tell them apart, and else their order.
         if written[number].primitive in COMPOSITES and nameless:
-            found.setdefault(number, nameless.pop(0))
+            p = min(nameless, key=lambda p: _strange(p, written[number]))
+            nameless.remove(p)
+            found[number] = p
     shared = collections.Counter(p.kernel.name for p in found.values())
     for number, p in written.items():
         if number not in found:
@@ -346,6 +348,17 @@ def _lowered(target, gemm, written: dict[int, Product], module: Module, compiled
         cycles = cycles // shared[kernel] if cycles is not None else None
         verdict = _verdict(p, unit, evidence, scaled)
         yield LoweredProduct(p, unit, verdict, kernel, evidence, cycles)
+
+
+def _without_name(written, found, nameless) -> list[int]:
+    """Products not found by name, those first whose formats are still there."""
+    left = [number for number in written if number not in found]
+    return sorted(left, key=lambda n: all(_strange(p, written[n]) for p in nameless))
+
+
+def _strange(made: CompiledProduct, written: Product) -> bool:
+    """Whether a compiled product has other operands than a written one."""
+    return _DTYPES.get(made.operands[0]) != written.lhs
 
 
 def _verdict(written: Product, unit: str, evidence: str, scaled: bool) -> Verdict:

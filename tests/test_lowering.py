@@ -286,14 +286,16 @@ def test_single_products_under_triton(target, products):
     instruction = {"h100": "mma e4m3.e4m3", "b200": "tcgen05.mma f8f6f4"}[target]
     assert rows["e4m3"].native and rows["e4m3"].evidence == instruction
     assert rows["e4m3 x e5m2"].native
+    # The older compiler has block scales for float8 only.
+    formats = {"mxfp8": "mxf8f6f4", "nvfp4": "mxf4nvf4"}
+    if jax.__version_info__ < (0, 12):
+        del formats["nvfp4"]
     for name in SCALED_DOTS:
-        if target == "b200":
+        if target == "b200" and name in formats:
             assert rows[name].verdict == "block-scaled"
+            assert rows[name].evidence == f"tcgen05.mma {formats[name]}"
         else:
             assert (rows[name].verdict, rows[name].unit) == ("upcast", "bfloat16")
-    if target == "b200":
-        assert rows["mxfp8"].evidence == "tcgen05.mma mxf8f6f4"
-        assert rows["nvfp4"].evidence == "tcgen05.mma mxf4nvf4"
 
 
 def test_single_products_on_cpu():
