@@ -36,6 +36,7 @@ import mpjax
 import mpjax.linen
 
 BF16 = jnp.bfloat16
+_INSTRUCTION = r"\s+(?:ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)"
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
 
 
@@ -198,7 +199,7 @@ def fp8_products(program):
     """Products of fp8 operands, and all."""
     types, narrow, count = {}, 0, 0
     for line in program.text.splitlines():
-        if found := re.match(r"\s+(?:ROOT )?%?([\w.-]+) = (\S+) ([\w-]+)\((.*)", line):
+        if found := re.match(_INSTRUCTION, line):
             name, kind, opcode, rest = found.groups()
             types[name] = kind
             if opcode in ("dot", "convolution"):
