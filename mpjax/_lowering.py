@@ -325,10 +325,10 @@ def _lowered(target, gemm, written: dict[int, Product], module: Module, compiled
     nameless = []
     for p in module.products:
         number = p.kernel.tag if p.instruction.tag is None else p.instruction.tag
-        if number in written:
-            found.setdefault(number, p)
-        elif number is None:
+        if number is None:
             nameless.append(p)
+        elif number in written:
+            found.setdefault(number, p)
     for number in _without_name(written, found, nameless):
         # Composites lose their names: formats tell them apart, and else their order.
         if written[number].primitive in COMPOSITES and nameless:

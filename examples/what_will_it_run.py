@@ -1,0 +1,169 @@
+"""Shows what every accelerator would run for a language model's train step.
+
+    python examples/what_will_it_run.py --policy mixed_bfloat16 mixed_float8
+
+No accelerator is needed: the step is compiled for each of them on this machine. The
+compilers come with `pip install 'mpjax[lowering]'` on Linux x86-64. Nothing is trained
+and no array is made; the model is given as shapes.
+"""
+
+import argparse
+import time
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import matplotlib
+import optax
+import tqdm
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+import mpjax
+import mpjax.linen
+import mpjax.lowering
+
+TARGETS = ["v4", "v5e", "v5p", "v6e", "v7x", "a100", "h100", "b200"]
+BATCH, LENGTH, VOCABULARY = 16, 128, 1024
+UNITS = ["float8", "bfloat16", "float16", "tf32", "float32"]
+
+
+class Block(nn.Module):
+    """Attention, then a perceptron, each added to what came in."""
+
+    @nn.compact
+    def __call__(self, x, mask):
+        width = x.shape[-1]
+        x += nn.MultiHeadDotProductAttention(num_heads=8)(nn.LayerNorm()(x), mask=mask)
+        hidden = nn.gelu(nn.Dense(4 * width)(nn.LayerNorm()(x)))
+        return x + nn.Dense(width)(hidden), None
+
+
+class Transformer(nn.Module):
+    """Predicts the next token. Its layers are scanned: one is compiled."""
+
+    width: int = 256
+    depth: int = 12
+
+    @nn.compact
+    def __call__(self, tokens):
+        embed = nn.Embed(VOCABULARY, self.width)
+        shape = 1, LENGTH, self.width
+        positions = self.param("positions", nn.initializers.normal(0.02), shape)
+        x = embed(tokens) + positions
+        blocks = nn.scan(
+            Block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=self.depth,
+        )
+        x, _ = blocks()(x, nn.make_causal_mask(tokens))
+        return embed.attend(nn.LayerNorm()(x))
+
+
+def train_step(policy: str):
+    """A train step of the model under a policy, and the shapes of its arguments."""
+    model = mpjax.linen.MixedPrecision(Transformer(), policy)
+    optimizer = optax.adamw(3e-4)
+
+    def step(params, opt_state, tokens):
+        def loss_fn(params):
+            logits = model.apply(params, tokens[:, :-1])
+            return optax.softmax_cross_entropy_with_integer_labels(
+                logits, tokens[:, 1:]
+            ).mean()
+
+        loss, grads = jax.value_and_grad(loss_fn)(params)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, loss
+
+    tokens = jax.ShapeDtypeStruct((BATCH, LENGTH + 1), jnp.int32)
+    inputs = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), inputs)
+    opt_state = jax.eval_shape(optimizer.init, params)
+    return jax.jit(step, donate_argnums=(0, 1)), (params, opt_state, tokens)
+
+
+def shares(report: mpjax.lowering.Report) -> dict[str, float]:
+    """The share of each kind of matrix unit in the operations."""
+    result = dict.fromkeys(UNITS, 0.0)
+    for unit, flops in report.flops_by_unit().items():
+        kind = "float8" if unit.startswith("float8") else unit
+        result[kind] = result.get(kind, 0.0) + flops / report.flops
+    return {unit: share for unit, share in result.items() if share}
+
+
+def table(reports: list) -> Table:
+    """One row for each target and policy."""
+    units = list(dict.fromkeys(unit for _, r in reports for unit in shares(r)))
+    columns = "target", "policy", "native", *units, "memory", "Mcycles"
+    result = Table(title="A train step, compiled ahead of time: operations by unit")
+    for column in columns:
+        result.add_column(column, justify="right", no_wrap=True)
+    for policy, report in reports:
+        memory, share = report.memory, shares(report)
+        used = memory.argument + memory.output + memory.temporary - memory.aliased
+        result.add_row(
+            report.target,
+            policy,
+            f"{report.native:.1%}",
+            *(f"{share[unit]:.1%}" if unit in share else "-" for unit in units),
+            f"{used / 1e9:.2f} GB",
+            "-" if report.cycles is None else f"{report.cycles / 1e6:.2f}",
+        )
+    return result
+
+
+def plot(reports: list, path: str) -> None:
+    """Draws the operations by matrix unit, and of TPUs the estimated cycles."""
+    figure = Figure(figsize=(9, 7), layout="constrained")
+    top, bottom = figure.subplots(2)
+    labels = [f"{report.target}\n{policy}" for policy, report in reports]
+    units = dict.fromkeys(unit for _, report in reports for unit in shares(report))
+    colors = matplotlib.colormaps["tab10"].colors
+    start = [0.0] * len(reports)
+    for unit, color in zip(units, colors, strict=False):
+        heights = [100 * shares(report).get(unit, 0.0) for _, report in reports]
+        top.bar(labels, heights, bottom=start, label=unit, color=color)
+        start = [low + height for low, height in zip(start, heights, strict=True)]
+    top.set(ylabel="operations, %", title="What matrix units multiply")
+    top.legend(ncols=len(units), loc="lower center")
+    timed = [i for i, (_, report) in enumerate(reports) if report.cycles is not None]
+    bottom.bar([labels[i] for i in timed], [reports[i][1].cycles / 1e6 for i in timed])
+    bottom.set(ylabel="million cycles", title="Estimates of the TPU compiler")
+    for axes in (top, bottom):
+        axes.tick_params(axis="x", labelsize=6)
+    figure.savefig(path, dpi=150)
+
+
+def main(args=None) -> list:
+    """Compiles for the targets asked for, and shows a table and a plot."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--policy", nargs="+", default=["mixed_bfloat16", "mixed_float8"]
+    )
+    parser.add_argument("--target", nargs="+", default=TARGETS)
+    parser.add_argument("--plot", default="what_will_it_run.png")
+    parser.add_argument("--verbose", action="store_true", help="every product of each")
+    args = parser.parse_args(args)
+
+    reports = []
+    for target in tqdm.tqdm(args.target):
+        for policy in args.policy:
+            step, shapes = train_step(policy)
+            start = time.perf_counter()
+            report = mpjax.lowering.report(step, *shapes, target=target)
+            reports.append((policy, report))
+            if args.verbose:
+                tqdm.tqdm.write(f"{policy}, {time.perf_counter() - start:.0f} s")
+                tqdm.tqdm.write(str(report))
+    Console(width=120).print(table(reports))
+    plot(reports, args.plot)
+    print(f"Plot of operations and cycles: {args.plot}")
+    return reports
+
+
+if __name__ == "__main__":
+    main()
