@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -297,9 +298,9 @@ def compiled_report(
     compiled = compile_for(target, traced, topology, gemm, compiler_options)
     module = Module(compiled.text)
     written = {
-        step.tag: product(step)
+        number: product(step)
         for step in program
-        if is_product(step) and step.tag is not None
+        if is_product(step) and (number := step.tag) is not None
     }
     figures = compiled.figures
     accessed = figures.get("bytes_accessed")
@@ -331,8 +332,9 @@ def _lowered(target, gemm, written: dict[int, Product], module: Module, compiled
             found.setdefault(number, p)
     for number in _without_name(written, found, nameless):
         # Composites lose their names: formats tell them apart, and else their order.
-        if written[number].primitive in COMPOSITES and nameless:
-            p = min(nameless, key=lambda p: _strange(p, written[number]))
+        own = written[number]
+        if own.primitive in COMPOSITES and nameless:
+            p = min(nameless, key=functools.partial(_strange, written=own))
             nameless.remove(p)
             found[number] = p
     shared = collections.Counter(p.kernel.name for p in found.values())
