@@ -13,6 +13,7 @@ from mpjax._dot_general import check_scales
 from mpjax._operand import (
     Operand,
     check_operand,
+    first_order,
     keep,
     match_varying,
     merge_observations,
@@ -265,6 +266,7 @@ def _out(conv: _Conv, lhs: Operand, rhs: Operand) -> Array:
 
 
 def _conv_forward(conv, lhs, rhs, scales):
+    lhs, rhs = first_order((lhs, rhs))
     (lhs, kept_lhs), seen_lhs = conv.quantize("lhs", lhs, scales, ["out", "rhs_grad"])
     (rhs, kept_rhs), seen_rhs = conv.quantize("rhs", rhs, scales, ["out", "lhs_grad"])
     residuals = keep(kept_lhs), keep(kept_rhs), seen_lhs, seen_rhs, scales
@@ -274,6 +276,7 @@ def _conv_forward(conv, lhs, rhs, scales):
 def _conv_backward(conv, residuals, gradients):
     lhs, rhs, seen_lhs, seen_rhs, scales = residuals
     grad, later = gradients
+    grad = first_order(grad)
     (for_lhs, for_rhs), seen_grad = conv.quantize(
         "grad", grad, scales, ["lhs_grad", "rhs_grad"]
     )

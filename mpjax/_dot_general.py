@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mpjax._operand import (
     check_operand,
+    first_order,
     keep,
     match_varying,
     merge_observations,
@@ -337,6 +338,7 @@ def _dot(dot: _Dot, lhs, rhs, scales, quantized_rhs):
 
 
 def _dot_forward(dot, lhs, rhs, scales, quantized_rhs):
+    lhs, rhs = first_order((lhs, rhs))
     (lhs, kept_lhs), seen_lhs = dot.quantize_lhs(lhs, scales, ["out", "rhs_grad"])
     (rhs, kept_rhs), seen_rhs = dot.quantize_rhs(
         rhs, scales, ["out", "lhs_grad"], quantized_rhs
@@ -349,6 +351,7 @@ def _dot_backward(dot, residuals, gradients):
     lhs, rhs, seen_lhs, seen_rhs, scales = residuals
     lhs, rhs = restore(lhs), restore(rhs)
     grad, later = gradients
+    grad = first_order(grad)
     (for_lhs, for_rhs), seen_grad = dot.quantize_grad(grad, scales)
     observed = merge_observations(later, seen_lhs, seen_rhs, seen_grad, scales)
     return dot.lhs_grad(for_lhs, rhs), dot.rhs_grad(lhs, for_rhs), observed, None

@@ -242,7 +242,10 @@ class _Run:
         self.served: dict[str, set[str]] = {}
         self.marks = Marks(rules, root.scope, _enclosing.get)
         self.marks.enter(root)
-        self._depth, self._scope_type = len(root.path), type(root.scope)
+        self._root, self._depth = root, len(root.path)
+        self._scope_type = type(root.scope)
+        self._inside: str | None = None  # the path of the module that runs
+        self._apart: dict[int, str] = {}  # paths of modules that the model applies
 
     def intercept(self, method, args, kwargs, context):
         """Runs one method of one module of the model under the module's policy."""
@@ -253,7 +256,7 @@ class _Run:
         self.marks.enter(module)
         if isinstance(module, MixedPrecision):
             return method(*args, **kwargs)
-        path = "/".join(module.path[self._depth :])
+        path = self._path(module)
         self.seen[path, type(module)] = None
         rule = self.rules.rule(path, type(module))
         policy = self.rules.policy(path, type(module))
@@ -266,7 +269,8 @@ class _Run:
             check_real(module, path, policy, name, args, kwargs)
             method = method_of(module, products, policy, name, method)
         before = {name: own.get(name, _ABSENT) for name in lent}
-        token = _enclosing.set(policy)
+        token, outside = _enclosing.set(policy), self._inside
+        self._inside = path
         # A bound module is Flax's private clone of the user's, and may be lent some.
         own.update(lent)
         try:
@@ -281,6 +285,26 @@ class _Run:
                 else:
                     own[name] = value
             _enclosing.reset(token)
+            self._inside = outside
+
+    def _path(self, module: nn.Module) -> str:
+        """The path of a module in the model.
+
+        A model may apply a layer by itself, ``self.head.apply(variables, x)``: that has
+        scopes of its own, and stands below the module that does so.
+        """
+        names, root = module.path[self._depth :], id(module.scope.root)
+        if root in self._apart:
+            names = self._apart[root], *module.path
+        elif (
+            not names
+            and self._inside is not None
+            and module.name not in (None, self._root.name)
+        ):
+            path = "/".join(filter(None, (self._inside, module.name)))
+            self._apart[root] = path
+            names = (path,)
+        return "/".join(names)
 
 
 def _variable_paths(variables: Mapping) -> Iterator[str]:

@@ -44,10 +44,20 @@ def make_products(
                     f"Module {path!r} has delayed scaling and finds no state. Give "
                     f"apply the collection {SCALING!r} that init makes beside "
                     "'params', and name it to the transformations of the model: "
-                    f"nn.scan(..., variable_axes={{'params': 0, {SCALING!r}: 0}})."
+                    f"nn.scan(..., variable_axes={{'params': 0, {SCALING!r}: 0}}), the "
+                    "axis that params has. A module that the model applies by itself "
+                    "has none: give it a rule without delayed scaling."
                 )
             module.put_variable(SCALING, name, recipe.init(loss_scale=0))
-        return module.get_variable(SCALING, name).scale
+        state = module.get_variable(SCALING, name)
+        # The promise of a calibrated recipe changes nothing that a state holds.
+        if replace(state.recipe, calibrated=False) != replace(recipe, calibrated=False):
+            raise ValueError(
+                f"The scaling state of module {path!r} is one of {state.recipe!r}, and "
+                f"its rule has {recipe!r}. Take the recipe that the state was made "
+                "with, or begin with the states of a new init."
+            )
+        return state.scale
 
     def write(name: str, scales: Array) -> None:
         if module.is_mutable_collection(SCALING) and not module.is_initializing():

@@ -156,8 +156,8 @@ class Recipe:
             raise ValueError("Only a recipe with a DelayedScaling has a state.")
         length = self._delayed()[0][1].history_length
         return ScalingState(
-            scale=jnp.zeros(3),
-            history=jnp.zeros((3, length)),
+            scale=jnp.zeros(3, jnp.float32),
+            history=jnp.zeros((3, length), jnp.float32),
             loss_scale=jnp.full((), loss_scale, jnp.float32),
             recipe=self,
         )

@@ -22,9 +22,12 @@ ROUTERS = r"\w*(Router|Gating)\w*"
 ROUTER_PATHS = r"(?i:(.*/)?(\w*router\w*|\w*(moe|expert)\w*/gat(e|ing))(/.*)?)"
 # Layers that stand first or last in a model and make its inputs or outputs.
 ENDS = (
-    r"(?i:(.*/)?(?!multi|att)(\w+_)?"
-    r"(embed(ding|der|dings)?|patch\w*|stem|head|logits|classifier)(_\d+)?(/.*)?)"
+    r"(?i:(.*/)?(?!multi|att)((\w+_)?(embed(ding)?s?|stem|head|classifier|readout)"
+    r"|embedder|unembed\w*|patch(es|ify)?(_?(embed\w*|proj\w*))?"
+    r"|logits\w*|\w+_logits|vocab_\w+|output_projection|predictions/decoder)"
+    r"(_\d+)?(/[^/]+){0,2})"
 )
+EMBEDDINGS = r"\w*Embed(ding)?s?"  # class names; their attend makes logits
 
 _FLOAT8, _FLOAT8_MIN_SIZE = "mixed_float8", 128
 
@@ -52,7 +55,8 @@ class Rule:
         of a policy are cast to its compute dtype. False keeps, say, time steps or
         coordinates in float32 until the layers that take them cast them.
       min_size: products that sum over fewer elements than this, or give fewer features,
-        stay in the compute dtype. Only with a recipe.
+        stay in the compute dtype; None: 0, or what the policy's name says. Only with a
+        recipe.
       attention: let the recipe also serve the two products between queries, keys and
         values. Only with a recipe.
 
@@ -78,7 +82,7 @@ class Rule:
     )
     optional: bool = dataclasses.field(default=False, kw_only=True)
     cast_inputs: bool = dataclasses.field(default=True, kw_only=True)
-    min_size: int = dataclasses.field(default=0, kw_only=True)
+    min_size: int | None = dataclasses.field(default=None, kw_only=True)
     attention: bool = dataclasses.field(default=False, kw_only=True)
 
     def __post_init__(self):
@@ -116,13 +120,14 @@ class Rule:
                 "A recipe needs a policy, whose compute dtype it starts from: "
                 f"mpjax.Rule({self.path!r}, 'mixed_bfloat16', recipe)."
             )
-        if not isinstance(self.min_size, int) or self.min_size < 0:
+        size = 0 if self.min_size is None else self.min_size
+        if not isinstance(size, int) or isinstance(size, bool) or size < 0:
             raise ValueError(
                 f"Rule.min_size counts features and is at least 0, got "
                 f"{self.min_size!r}."
             )
         has_none = self.recipe is None and self.policy != _FLOAT8
-        if (self.min_size or self.attention) and has_none:
+        if (size or self.attention) and has_none:
             raise ValueError(
                 "Rule.min_size and Rule.attention say which products a recipe serves, "
                 f"and {_describe(self)} has none: add recipe=mpjax.current_scaling()."
@@ -160,9 +165,9 @@ def expand_rules(rules: Rules) -> tuple[Rule, ...]:
     attention gets a float32 softmax under every 16-bit policy.)
 
     ``"mixed_float8"`` is ``"mixed_bfloat16"`` with a recipe, ``current_scaling()``
-    unless the rule has one. First and last layers (by path: embeddings, patches, heads,
-    logits) go without, and so do products of fewer than 128 elements or features, or
-    fewer than the rule's ``min_size``.
+    unless the rule has one. First and last layers (by path, and embeddings by class
+    name: embeddings, patches, heads, logits) go without, and so do products of fewer
+    than 128 elements or features, or fewer than the rule's ``min_size``.
 
     Raises:
       ValueError: there is no rule, or a policy cannot be read or computes in 8 bits.
@@ -206,44 +211,46 @@ def _expand(rule: Rule) -> Iterable[Rule]:
             f"Policy {policy} computes in 8 bits, which needs scales: compute in "
             "bfloat16 or float16, and give the rule a recipe."
         )
-    literal = dataclasses.replace(rule, policy=policy)
     is_float8 = rule.policy == _FLOAT8
-    if is_float8:
-        literal = dataclasses.replace(
-            literal,
-            recipe=rule.recipe or current_scaling(),
-            min_size=rule.min_size or _FLOAT8_MIN_SIZE,
-        )
-    if (
-        not _is_name(rule.policy)
-        or policy.compute_dtype.itemsize > 2
-        or rule.module_type is not None
-    ):
+    smallest = _FLOAT8_MIN_SIZE if is_float8 else 0
+    literal = dataclasses.replace(
+        rule,
+        policy=policy,
+        recipe=rule.recipe or (current_scaling() if is_float8 else None),
+        min_size=smallest if rule.min_size is None else rule.min_size,
+    )
+    if not _is_name(rule.policy) or policy.compute_dtype.itemsize > 2:
         return [literal]
-    exceptions = _exceptions(literal)
-    return [*(exceptions if is_float8 else exceptions[:-1]), literal]
+    return [*_exceptions(literal, is_float8), literal]
 
 
-def _exceptions(rule: Rule) -> list[Rule]:
+def _exceptions(rule: Rule, is_float8: bool) -> list[Rule]:
     """The rules that the name of a policy puts before its own."""
+    policy = get_policy(rule.policy)
+    low, output = policy.compute_dtype, policy.output_dtype
 
     def before(compute, output, path=".*", module_type=None):
         return Rule(
             _both(path, rule.path),
-            Policy(rule_policy.param_dtype, compute, output),
-            module_type=module_type,
+            Policy(policy.param_dtype, compute, output),
+            module_type=module_type or rule.module_type,
             optional=True,
             cast_inputs=rule.cast_inputs,
+            min_size=0,
         )
 
-    rule_policy = get_policy(rule.policy)
-    low = rule_policy.compute_dtype
+    by_path = [before(jnp.float32, jnp.float32, ROUTER_PATHS)]
+    ends = [before(low, output, ENDS)] if is_float8 else []
+    if rule.module_type is not None:  # which decides by type already
+        return [*by_path, *ends]
+    embeddings = [before(low, output, module_type=EMBEDDINGS)] if is_float8 else []
     return [
-        before(jnp.float32, rule_policy.output_dtype, path="", module_type=NORMS),
+        before(jnp.float32, output, path="", module_type=NORMS),
         before(jnp.float32, low, module_type=ROUTERS),
-        before(jnp.float32, jnp.float32, ROUTER_PATHS),
+        *by_path,
         before(jnp.float32, low, module_type=NORMS),
-        before(low, rule_policy.output_dtype, ENDS),
+        *embeddings,
+        *ends,
     ]
 
 
@@ -340,7 +347,7 @@ class Matcher:
                 continue
             # A model of norms alone uses another of the rules of a policy's name.
             if rule.policy is not None and any(
-                self.rules[i] in _exceptions(rule) for i in self._used
+                self.rules[i] in _exceptions(rule, True) for i in self._used
             ):
                 continue
             others = set(known()) - {path for path, _ in modules}

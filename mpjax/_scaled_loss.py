@@ -1,5 +1,6 @@
 """The scaled loss, and what became of the step: read from an optimizer's state."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ import optax
 from jax.typing import ArrayLike
 
 from mpjax._loss_scaling import LossScalingState
+from mpjax._recipe import ScalingState
 from mpjax._tree import widen
 from mpjax._typing import Array, ArrayTree
 
@@ -119,9 +121,27 @@ def value_and_grad(
     @functools.wraps(fun)
     def loss_and_scaled_grads(*args, **kwargs):
         grads, (loss, aux) = grad_fn(*args, **kwargs)
+        grads = _with_loss_scale(grads, loss_scale(opt_state))
         return ((loss, aux) if has_aux else loss), grads
 
     return loss_and_scaled_grads
+
+
+def _with_loss_scale(grads: Any, scale: Array) -> Any:
+    """Tells what scaling states have observed by which loss scale it is multiplied."""
+
+    def tell(node):
+        if not isinstance(node, ScalingState):
+            return node
+        scales = jnp.broadcast_to(scale, node.loss_scale.shape)
+        return dataclasses.replace(node, loss_scale=scales)
+
+    is_state = functools.partial(_is_instance, ScalingState)
+    return jax.tree.map(tell, grads, is_leaf=is_state)
+
+
+def _is_instance(kind: type, node: Any) -> bool:
+    return isinstance(node, kind)
 
 
 def loss_scale(opt_state: ArrayTree) -> Array:

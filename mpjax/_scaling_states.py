@@ -1,6 +1,9 @@
 """The scaling states of a whole model, entered once a step."""
 
+from dataclasses import replace
+
 import jax
+import jax.numpy as jnp
 
 from mpjax._recipe import ScalingState
 from mpjax._scaled_loss import last_step_finite, loss_scale
@@ -21,7 +24,8 @@ def update_scaling(
 
     Args:
       states: a tree of ``ScalingState``: the collection ``"scaling"`` of a Linen model.
-      observed: the gradient of the loss with respect to ``states``.
+      observed: the gradient of the loss with respect to ``states``. Of
+        ``mpjax.value_and_grad`` it tells the loss scale that the step was made with.
       opt_state: the new state of the optimizer, if the loss is scaled: any tree in
         which there is one `LossScalingState`.
 
@@ -54,9 +58,13 @@ def update_scaling(
         )
 
     def update(state: ScalingState, seen: ScalingState) -> ScalingState:
-        recipe = state.recipe
+        recipe, used = state.recipe, seen.loss_scale  # 0 without value_and_grad
+        state = recipe.rescale(state, jnp.where(used > 0, used, state.loss_scale))
         if opt_state is None:
-            return recipe.update(state, seen.scale)
+            known = jnp.where(used > 0, used, 1.0)
+            last = jnp.where(state.loss_scale > 0, state.loss_scale, 1.0)
+            state = replace(state, loss_scale=last)
+            return recipe.update(state, seen.scale, known)
         coming = loss_scale(opt_state)
         return select_tree(
             last_step_finite(opt_state),

@@ -24,13 +24,18 @@ def _from_state_dict(fields: tuple[str, ...], node: Any, state: dict[str, Any]) 
             f"A {type(node).__name__} is read from {', '.join(fields)}, got "
             f"{', '.join(state)}."
         )
-    return replace(
-        node,
-        **{
-            name: serialization.from_state_dict(getattr(node, name), state[name], name)
-            for name in fields
-        },
-    )
+    read = {
+        name: serialization.from_state_dict(getattr(node, name), state[name], name)
+        for name in fields
+    }
+    for name, value in read.items():
+        if value.shape != getattr(node, name).shape:
+            raise ValueError(
+                f"The {name} of a {type(node).__name__} has shape "
+                f"{getattr(node, name).shape} here and {value.shape} in what is read: "
+                "read into a state of the same recipe and model."
+            )
+    return replace(node, **read)
 
 
 for _kind, _fields in (

@@ -116,3 +116,22 @@ def test_the_result_is_sharded_as_asked():
 def test_what_it_does_not_do_is_said(subscripts, message):
     with pytest.raises(ValueError, match=message):
         einsum(subscripts, jnp.ones((4, 4)), jnp.ones((4, 4)), recipe=RECIPE)
+
+
+@pytest.mark.parametrize("recipe", [named.current_scaling(), named.mx_scaling()])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_an_axis_in_the_middle_can_be_contracted(recipe, dtype):
+    one, two = jax.random.split(jax.random.key(0))
+    lhs = jax.random.normal(one, (32, 8), dtype)
+    rhs = jax.random.normal(two, (2, 32, 5), dtype)
+    product = functools.partial(einsum, "ki,bkj->ibj", recipe=recipe)
+    pull = jax.jit(lambda a, b: jax.vjp(product, a, b)[1](jnp.ones((8, 2, 5), dtype)))
+    actual = jax.jit(product)(lhs, rhs), *pull(lhs, rhs)
+    lhs, rhs = np.float64(lhs), np.float64(rhs)
+    expected = (
+        np.einsum("ki,bkj->ibj", lhs, rhs),
+        np.einsum("bkj,i->ki", rhs, np.ones(8)),
+        np.einsum("ki,bj->bkj", lhs, np.ones((2, 5))),
+    )
+    for got, exact in zip(actual, expected, strict=True):
+        assert reference.sqnr(exact, got) > 25

@@ -572,3 +572,90 @@ def test_a_remat_policy_of_the_users_keeps_the_8_bit_copies():
         text = str(jax.make_jaxpr(step)(variables, x))
         counts[name] = text.count("reduce_max")
     assert counts["q"] < counts[""]  # amaxes are not taken again
+
+
+class TiedByHand(nn.Module):
+    """As transformers ties its heads: the layer is applied to variables by itself."""
+
+    def setup(self):
+        self.wte = nn.Embed(24, 16)
+        self.up = nn.Dense(16)
+        self.lm_head = nn.Dense(24, use_bias=False)
+
+    def __call__(self, tokens):
+        hidden = self.up(self.wte(tokens))
+        table = self.variables["params"]["wte"]["embedding"]
+        return self.lm_head.apply({"params": {"kernel": table.T}}, hidden)
+
+
+@pytest.mark.parametrize("recipe", [mpjax.current_scaling(), DELAYED], ids=str)
+def test_a_layer_that_a_model_applies_by_itself_has_its_path(recipe):
+    tokens = jnp.zeros((1, 8), jnp.int32)
+    rules = mpjax.Rule(".*", "mixed_float8", recipe, min_size=16)
+    model = MixedPrecision(TiedByHand(), rules)
+    variables = model.init(jax.random.key(0), tokens)
+    table = mpjax.linen.tabulate(model, jax.random.key(0), tokens)
+    rows = {line.split()[0]: line for line in table.splitlines() if "Dense" in line}
+    assert set(rows) == {"up", "lm_head"}
+    assert str(recipe) in rows["up"] and str(recipe) not in rows["lm_head"]
+    found = dots(jax.make_jaxpr(model.apply)(variables, tokens))
+    assert [dot.lhs for dot in found] == [BF16, E4M3, BF16]
+    alone = [mpjax.Rule("lm_head", "float32"), rules]
+    out = MixedPrecision(TiedByHand(), alone)
+    found = dots(jax.make_jaxpr(out.apply)(variables, tokens))
+    assert found[-1].lhs == jnp.float32
+
+
+@pytest.mark.parametrize("layer", [nn.Dense(16), nn.Conv(16, (3,))])
+def test_a_second_derivative_is_refused(layer):
+    x = normal(0, 4, 16)
+    model = MixedPrecision(layer, rule(mpjax.current_scaling()))
+    variables = model.init(jax.random.key(0), x)
+
+    def loss_fn(x):
+        return model.apply(variables, x).sum()
+
+    def penalty(x):
+        return jnp.sum(jax.grad(loss_fn)(x) ** 2)
+
+    jax.jit(jax.grad(jax.checkpoint(loss_fn)))(x)
+    for second in (jax.grad(penalty), jax.hessian(loss_fn)):
+        with pytest.raises(TypeError, match="differentiated once"):
+            second(x)
+
+
+def test_a_state_of_another_recipe_is_refused():
+    x = normal(0, 4, 16)
+    variables = MixedPrecision(nn.Dense(16), rule(DELAYED)).init(jax.random.key(0), x)
+    other = MixedPrecision(nn.Dense(16), rule(DELAYED.fnuz()))
+    with pytest.raises(ValueError, match="The scaling state of module '' is one of"):
+        other.apply(variables, x)
+    calibrated = dataclasses.replace(DELAYED, calibrated=True)
+    MixedPrecision(nn.Dense(16), rule(calibrated)).apply(variables, x)
+
+
+def test_what_a_step_observed_knows_its_loss_scale():
+    """Whatever becomes of the loss scale between steps, the history is right."""
+    x = normal(0, 4, 16)
+    model = MixedPrecision(nn.Dense(16), rule(DELAYED))
+    variables = model.init(jax.random.key(0), x)
+    params, scaling = variables["params"], variables["scaling"]
+    amaxes = []
+    for scale in (2.0**6, 2.0**14, 2.0**-3):
+        tx = mpjax.static_loss_scaling(optax.sgd(0.0), scale)
+        opt_state = tx.init(params)
+
+        def loss_fn(params, scaling):
+            return model.apply({"params": params, "scaling": scaling}, x).mean()
+
+        _, (grads, observed) = mpjax.value_and_grad(loss_fn, opt_state, argnums=(0, 1))(
+            params, scaling
+        )
+        _, opt_state = tx.update(grads, opt_state, params)
+        told = mpjax.update_scaling(scaling, observed, opt_state)
+        forgot = mpjax.update_scaling(scaling, observed)
+        jax.tree.map(np.testing.assert_array_equal, told, forgot)
+        scaling = told
+        amaxes.append(float(scaling["kernel"].history[2, -1]))
+    np.testing.assert_allclose(amaxes, amaxes[0], rtol=1e-2)
+    assert amaxes[0] > 0
