@@ -293,7 +293,8 @@ class _Run:
         A model may apply a layer by itself, ``self.head.apply(variables, x)``: that has
         scopes of its own, and stands below the module that does so.
         """
-        names, root = module.path[self._depth :], id(module.scope.root)
+        scope: Any = module.scope
+        names, root = module.path[self._depth :], id(scope.root)
         if root in self._apart:
             names = self._apart[root], *module.path
         elif (

@@ -64,7 +64,7 @@ def make_products(
             state = module.get_variable(SCALING, name)
             module.put_variable(SCALING, name, replace(state, scale=scales))
 
-    return LayerProducts(path, recipe, rule.min_size, read, write, served)
+    return LayerProducts(path, recipe, rule.min_size or 0, read, write, served)
 
 
 def stand_ins(module: nn.Module, products: LayerProducts, rule: Rule) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def _from_state_dict(fields: tuple[str, ...], node: Any, state: dict[str, Any]) 
             f"A {type(node).__name__} is read from {', '.join(fields)}, got "
             f"{', '.join(state)}."
         )
-    read = {
+    read: dict[str, Any] = {
         name: serialization.from_state_dict(getattr(node, name), state[name], name)
         for name in fields
     }
