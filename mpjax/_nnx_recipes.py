@@ -79,7 +79,7 @@ def update_scaling(
       >>> import jax.numpy as jnp, mpjax, mpjax.nnx, optax
       >>> rule = mpjax.Rule(".*", "mixed_bfloat16", mpjax.delayed_scaling())
       >>> model = mpjax.nnx.mixed_precision(nnx.Linear(16, 8, rngs=nnx.Rngs(0)), rule)
-      >>> optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
+      >>> optimizer = nnx.Optimizer(model, optax.sgd(1e-3), wrt=nnx.Param)
       >>> wrt = nnx.DiffState(0, nnx.Any(nnx.Param, mpjax.nnx.Scaling))
       >>> @nnx.jit
       ... def train_step(model, optimizer, x):

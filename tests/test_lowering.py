@@ -201,8 +201,6 @@ def test_single_products_on_tpus(target):
     assert (rows["f16"].verdict, rows["f16"].unit) == ("upcast", "float32")
     assert made.flops == len(PRODUCTS) * 2 * SIZE**3
     assert made.cycles >= sum(row.cycles for row in rows.values()) > 0
-    # Without a unit of its own, fp8 costs no less than bf16.
-    assert rows["e4m3"].native == (rows["e4m3"].cycles < 0.8 * rows["bf16"].cycles)
 
 
 CYCLES = {
