@@ -147,8 +147,10 @@ def table(runs: list[Run]) -> Table:
     """The runs, compared with those in float32 and in bfloat16."""
     bases = [run for run in runs if run.name in ("float32", "mixed_bfloat16")]
     result = Table(title=f"Mean loss of the last {SMOOTH} steps, nats a byte")
-    comparisons = [f"to {base.name.removeprefix('mixed_')}" for base in bases]
-    for column in "policy", "loss", *comparisons, "tokens/s", "skipped", "scale":
+    result.add_column("policy")
+    short = {"float32": "to f32", "mixed_bfloat16": "to bf16"}
+    comparisons = [short[base.name] for base in bases]
+    for column in "loss", *comparisons, "tokens/s", "skipped", "scale":
         result.add_column(column, no_wrap=True)
     for run in runs:
         result.add_row(
