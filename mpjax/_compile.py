@@ -241,6 +241,7 @@ def _export(target: Target, traced: Traced) -> export.Exported:
         checks = [export.DisabledSafetyCheck.custom_call(call) for call in calls]
         exporter = export.export(fn, platforms=(platform,), disabled_checks=checks)
         return exporter(*traced.args)
+    # What rules of lowering raise is up to each of them; it is told, not passed over.
     except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         raise LoweringError(
             f"JAX cannot lower this program for {target.name}: {str(error)[:_LONGEST]}"

@@ -88,14 +88,3 @@ def flops(eqn) -> int:
             (contracted, _), _ = eqn.params["dimension_numbers"]
             terms = math.prod(lhs[axis] for axis in contracted)
     return 2 * out * terms
-
-
-def _transposed_padding(kernel: int, stride: int, padding: str) -> tuple[int, int]:
-    """What pads a dilated input so that the result is that of the gradient."""
-    if padding == "SAME":
-        total = kernel + stride - 2
-        low = kernel - 1 if stride > kernel - 1 else -(-total // 2)
-    else:
-        total = kernel + stride - 2 + max(kernel - stride, 0)
-        low = kernel - 1
-    return low, total - low

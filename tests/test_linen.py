@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import operator
 import threading
 
 import flax
@@ -1105,7 +1106,7 @@ def test_the_wrapper_has_all_that_the_module_has():
     bound = model.bind(variables)
     assert bound.shift.dtype == BF16
     with pytest.raises(AttributeError, match="method=lambda"):
-        bound.dense  # noqa: B018
+        operator.attrgetter("dense")(bound)
     one = Base().bind(variables).encode(X)
     for method, expected in (
         (Base.encode, one),

@@ -501,7 +501,6 @@ def test_train_step_of_the_language_model(target):
 @pytest.mark.long
 @pytest.mark.parametrize("target", ["v5e", "h100"])
 def test_train_step_of_the_digits(target):
-    pytest.importorskip("sklearn")
     from flax import nnx
 
     network = example("train_digits").ResNet(rngs=nnx.Rngs(0))
