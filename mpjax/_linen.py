@@ -22,8 +22,9 @@ from mpjax import _table
 from mpjax._linen_layers import attributes, check_real, method_of
 from mpjax._linen_recipes import SCALING, make_products
 from mpjax._linen_scopes import Marks
+from mpjax._matcher import Matcher, matcher
 from mpjax._policy import Policy
-from mpjax._rules import Matcher, Rules, expand_rules, matcher
+from mpjax._rules import Rules, expand_rules
 
 
 class MixedPrecision(nn.Module):

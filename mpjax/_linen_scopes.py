@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+from mpjax._matcher import Matcher
 from mpjax._policy import Policy
-from mpjax._rules import Matcher
 
 
 class Marks:

@@ -14,7 +14,7 @@ LADDER = [
     ["_census", "_lowering"],
     ["_native"],
     ["_operand", "_product", "_dot_general", "_einsum", "_conv"],
-    ["_rules", "_support", "_layer_products", "_layers", "_scaling_states"],
+    ["_rules", "_matcher", "_support", "_layer_products", "_layers", "_scaling_states"],
     ["_linen_recipes", "_nnx_recipes", "_nnx_params", "_nnx_types", "_serialization"],
     ["_linen_attention", "_linen_params", "_linen_scopes", "_linen_layers"],
     ["_linen", "_nnx"],

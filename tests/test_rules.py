@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mpjax
-from mpjax._rules import Matcher, expand_rules, matcher
+from mpjax._matcher import Matcher, matcher
+from mpjax._rules import expand_rules
 
 
 class LayerNorm:
