@@ -20,7 +20,7 @@ from flax.traverse_util import flatten_dict
 
 from mpjax import _table
 from mpjax._linen_layers import attributes, check_real, method_of
-from mpjax._linen_recipes import SCALING, make_products
+from mpjax._linen_recipes import SCALING, Keeper, make_products
 from mpjax._linen_scopes import Marks
 from mpjax._matcher import Matcher, matcher
 from mpjax._policy import Policy
@@ -246,6 +246,7 @@ class _Run:
         self._root, self._depth = root, len(root.path)
         self._scope_type = type(root.scope)
         self._inside: str | None = None  # the path of the module that runs
+        self._keeper: Keeper | None = None  # of its scaling states
         self._apart: dict[int, str] = {}  # paths of modules that the model applies
 
     def intercept(self, method, args, kwargs, context):
@@ -265,13 +266,15 @@ class _Run:
         own, name, lent = vars(module), context.method_name, {}
         if rule is not None and policy is not None:
             served = self.served.setdefault(path, set())
-            products = make_products(module, path, rule, served)
+            products = make_products(module, path, rule, served, self._keeper)
             lent = attributes(module, path, rule, products, name)
             check_real(module, path, policy, name, args, kwargs)
             method = method_of(module, products, policy, name, method)
         before = {name: own.get(name, _ABSENT) for name in lent}
-        token, outside = _enclosing.set(policy), self._inside
+        token, outside = _enclosing.set(policy), (self._inside, self._keeper)
         self._inside = path
+        if isinstance(module, Keeper.kinds):
+            self._keeper = Keeper(module)
         # A bound module is Flax's private clone of the user's, and may be lent some.
         own.update(lent)
         try:
@@ -286,7 +289,7 @@ class _Run:
                 else:
                     own[name] = value
             _enclosing.reset(token)
-            self._inside = outside
+            self._inside, self._keeper = outside
 
     def _path(self, module: nn.Module) -> str:
         """The path of a module in the model.

@@ -12,6 +12,7 @@ from typing import Any
 
 import flax.linen as nn
 from jax import lax
+from jax.extend.core import get_opaque_trace_state
 
 from mpjax import _layers
 from mpjax._layer_products import LayerProducts
@@ -22,8 +23,39 @@ from mpjax._typing import Array
 SCALING = "scaling"
 
 
+class Keeper:
+    """A module that has the states of the layers inside of it, beside its variables.
+
+    Those of Flax here map all variables of these layers, and would take states for
+    weights.
+    """
+
+    kinds = nn.WeightNorm, nn.SpectralNorm
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+        self._trace = get_opaque_trace_state()
+
+    def name_of(self, path: str, layer: nn.Module, product: str) -> str:
+        """The name of a state: that of a variable of the layer, seen from here."""
+        module: Any = self.module
+        kind = type(module).__name__
+        if get_opaque_trace_state() != self._trace:
+            raise ValueError(
+                f"Module {path!r} has delayed scaling and runs in a transformation "
+                f"inside of a {kind}, which cannot keep its state there. Transform "
+                f"the {kind} instead, or give the module a rule without delayed "
+                "scaling."
+            )
+        return "/".join((*layer.path[len(module.layer_instance.path) - 1 :], product))
+
+
 def make_products(
-    module: nn.Module, path: str, rule: Rule, served: set[str]
+    module: nn.Module,
+    path: str,
+    rule: Rule,
+    served: set[str],
+    keeper: Keeper | None = None,
 ) -> LayerProducts | None:
     """The products of a bound module; None: its rule has no recipe.
 
@@ -32,12 +64,15 @@ def make_products(
       path: of the module in the model.
       rule: of the module.
       served: is given the names of the products that use the recipe.
+      keeper: has the states of the products; None: the module itself.
     """
     recipe = rule.recipe
     if recipe is None:
         return None
+    layer, module = module, module if keeper is None else keeper.module
 
     def read(name: str) -> Array:
+        name = name if keeper is None else keeper.name_of(path, layer, name)
         if not module.has_variable(SCALING, name):
             if not module.is_mutable_collection(SCALING):
                 raise ValueError(
@@ -60,6 +95,7 @@ def make_products(
         return state.scale
 
     def write(name: str, scales: Array) -> None:
+        name = name if keeper is None else keeper.name_of(path, layer, name)
         if module.is_mutable_collection(SCALING) and not module.is_initializing():
             state = module.get_variable(SCALING, name)
             module.put_variable(SCALING, name, replace(state, scale=scales))

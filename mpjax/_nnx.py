@@ -18,7 +18,7 @@ from mpjax import _table
 from mpjax._cpu_faults import conv_general_dilated
 from mpjax._matcher import matcher
 from mpjax._nnx_params import own_params, store
-from mpjax._nnx_recipes import attention, products_of, set_states
+from mpjax._nnx_recipes import Scaling, attention, products_of, set_states
 from mpjax._nnx_types import bare_type, has_dtype, rule_of, set_type
 from mpjax._policy import Policy, get_policy, in_kind_of
 from mpjax._rules import Rule, Rules, expand_rules
@@ -152,6 +152,15 @@ def _check(path: str, module) -> None:
             "Give nnx.bridge.ToNNX a mpjax.linen.MixedPrecision(module, rules), and "
             f"put mpjax.Rule({path!r}, None) first among the rules here."
         )
+    if isinstance(module, nnx.WeightNorm):
+        states = nnx.to_flat_state(nnx.state(module.layer_instance, Scaling))
+        if any(module.variable_filter(*state) for state in states):
+            raise ValueError(
+                f"Module {path!r} (WeightNorm) normalizes all variables of what is in "
+                "it, states of delayed scaling too. Make it with "
+                "variable_filter=nnx.Param, or give the layer in it a rule without "
+                "delayed scaling."
+            )
     for name, value in vars(module).items():
         if isinstance(value, nnx.Param) and not issubclass(type(value), nnx.Param):
             raise ValueError(

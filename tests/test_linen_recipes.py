@@ -337,6 +337,60 @@ def test_the_steps_of_a_recurrent_cell_observe_the_maximum():
         assert np.isfinite(grad)
 
 
+class Normed(nn.Module):
+    """What normalizes the weights of the layers inside of it."""
+
+    kind: type = nn.WeightNorm
+    inner: type = Twice
+
+    @nn.compact
+    def __call__(self, x):
+        kwargs = {"update_stats": True} if self.kind is nn.SpectralNorm else {}
+        return self.kind(self.inner(name="inner"), name="norm")(x, **kwargs)
+
+
+@pytest.mark.parametrize("kind", [nn.WeightNorm, nn.SpectralNorm])
+@pytest.mark.parametrize("lift", [lambda kind: kind, nn.jit, nn.remat])
+def test_layers_whose_weights_are_normalized(kind, lift):
+    x = normal(0, 4, 16)
+    bare = lift(Normed)(kind)
+    model = MixedPrecision(bare, rule(DELAYED))
+    variables = model.init(jax.random.key(0), x)
+    params, scaling = variables["params"], variables.pop("scaling")
+    jax.tree.map(
+        np.testing.assert_array_equal, variables, bare.init(jax.random.key(0), x)
+    )
+    assert set(scaling["norm"]) == {"inner/dense/kernel"}
+
+    @jax.jit
+    def observe(scaling):
+        def loss_fn(scaling):
+            collections = {**variables, "scaling": scaling}
+            out, changed = model.apply(collections, x, mutable=["batch_stats"])
+            assert "scaling" not in changed
+            return jnp.sum(out**2)
+
+        return jax.grad(loss_fn)(scaling)
+
+    observed = observe(scaling)
+    (seen,) = scales(observed).values()
+    if kind is nn.WeightNorm:
+        kernel = params["inner"]["dense"]["kernel"]
+        kernel /= jnp.linalg.norm(kernel, axis=0, keepdims=True)
+        assert seen[1] == float(jnp.abs(kernel).max().astype(BF16))
+    assert seen[0] > float(jnp.abs(x).max())  # the second use has four times as much
+    (scale,) = scales(mpjax.update_scaling(scaling, observed)).values()
+    np.testing.assert_allclose(
+        scale, seen / jnp.array([448.0, 448.0, 57344.0]), rtol=1e-6
+    )
+
+
+def test_a_transformation_where_weights_are_normalized_is_refused():
+    model = MixedPrecision(Normed(inner=nn.jit(Twice)), rule(DELAYED))
+    with pytest.raises(ValueError, match=r"'inner/dense' .*Transform the WeightNorm"):
+        model.init(jax.random.key(0), normal(0, 4, 16))
+
+
 def test_microbatches_observe_what_one_batch_does():
     x = normal(0, 8, 16)
     model = MixedPrecision(nn.Dense(16), rule(DELAYED))

@@ -495,6 +495,30 @@ def test_the_steps_of_a_recurrent_cell_observe_the_maximum():
     assert dense[1] == amax(model.cell.dense_i.kernel[...])
 
 
+@pytest.mark.parametrize("kind", [nnx.WeightNorm, nnx.SpectralNorm])
+def test_layers_whose_weights_are_normalized(kind):
+    make = functools.partial(nnx.Linear, 16, 16, use_bias=False)
+    kwargs = {"update_stats": True} if kind is nnx.SpectralNorm else {}
+    model = mixed_precision(kind(make(rngs=rngs()), rngs=rngs()), rule(DELAYED))
+    x = normal(0, 4, 16)
+    grads = nnx.grad(lambda model: weigh(model(x, **kwargs)), argnums=WRT)(model)
+    seen = scales(grads)["layer_instance/kernel"]
+    assert seen[0] == amax(x) and seen[1] == amax(model.layer_instance.kernel[...])
+    mpjax.nnx.update_scaling(model, grads)
+    assert np.all(scales(model)["layer_instance/kernel"] > 0)
+
+
+def test_a_norm_that_would_take_states_for_weights_is_refused():
+    def make(**kwargs):
+        linear = nnx.Linear(16, 16, use_bias=False, rngs=rngs())
+        return nnx.WeightNorm(linear, rngs=rngs(), **kwargs)
+
+    with pytest.raises(ValueError, match=r"Module '' .*variable_filter=nnx\.Param"):
+        mixed_precision(make(variable_filter=...), rule(DELAYED))
+    mixed_precision(make(variable_filter=nnx.Param), rule(DELAYED))(normal(0, 4, 16))
+    mixed_precision(make(variable_filter=...), rule(CURRENT))(normal(0, 4, 16))
+
+
 def test_examples_under_vmap_add_up():
     """JAX adds what examples observe; to each, several uses give their maximum."""
     model, x = mixed_precision(Twice(rngs()), rule(DELAYED)), normal(0, 4, 16)
