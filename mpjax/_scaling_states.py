@@ -5,6 +5,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 
+from mpjax import _export as _export  # so that programs with states can be stored
 from mpjax._recipe import ScalingState
 from mpjax._scaled_loss import last_step_finite, loss_scale
 from mpjax._tree import select_tree
