@@ -6,12 +6,12 @@ import json
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from mpjax._compile import trace
 from mpjax._findings import REMEDIES, Kind, find
 from mpjax._jaxpr import Step, steps, where
 from mpjax._products import Product, is_product, name, product
 from mpjax._table import render
 from mpjax._text import brief, html_table, short
+from mpjax._trace import trace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,8 +137,8 @@ def census(fn: Callable, *args: Any, platform: str = "tpu", **kwargs: Any) -> Ce
     """Says what a function computes in which dtype, from its trace alone.
 
     Args:
-      fn: any function ``jax.jit`` takes, jitted or not.
-      *args: its arguments, pytrees of arrays or ``jax.ShapeDtypeStruct``.
+      fn: any function ``jax.jit`` or ``nnx.jit`` takes, jitted or not.
+      *args: its arguments as of ``report``: arrays, shapes or NNX models.
       platform: "cpu", "tpu" or "cuda": of ``lax.platform_dependent`` only this branch
         is read.
       **kwargs: arguments of the function by name.

@@ -9,16 +9,16 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import jax
 from jax import export
 from jax.extend import core
-from jax.sharding import NamedSharding
 
-from mpjax._jaxpr import CALLBACKS, inner, steps, where
+from mpjax._jaxpr import CALLBACKS, steps, where
 from mpjax._targets import Target
+from mpjax._trace import Traced
 
 Gemm: TypeAlias = Literal["library", "triton"]
 
@@ -65,29 +65,6 @@ class LoweringError(RuntimeError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Traced:
-    """A program ready to be sent.
-
-    Attributes:
-      jaxpr: of the function of the leaves of its arguments that are arrays.
-      args: their shapes, dtypes and shardings.
-      donated: the positions of those whose memory may be used again.
-    """
-
-    jaxpr: Any
-    args: tuple[jax.ShapeDtypeStruct, ...]
-    donated: tuple[int, ...]
-
-    @property
-    def mesh(self) -> dict[str, int]:
-        """Sizes of the axes over which arguments are sharded; empty on one device."""
-        for arg in self.args:
-            if isinstance(arg.sharding, NamedSharding):
-                return dict(arg.sharding.mesh.shape)
-        return {}
-
-
-@dataclasses.dataclass(frozen=True)
 class Compiled:
     """What came back.
 
@@ -100,53 +77,6 @@ class Compiled:
     text: str
     figures: dict[str, int | None]
     code: dict[str, str]
-
-
-def trace(fn: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Traced:
-    """Traces a function without making an array.
-
-    Args:
-      fn: any function ``jax.jit`` takes, jitted or not.
-      args: pytrees of arrays or ``jax.ShapeDtypeStruct``; what else is in them is
-        handed to the function as it is.
-      kwargs: the same, by name.
-    """
-    leaves, tree = jax.tree.flatten((args, dict(kwargs)))
-    arrays = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
-
-    def flat(*values):
-        new = leaves.copy()
-        for i, value in zip(arrays, values, strict=True):
-            new[i] = value
-        args, kwargs = jax.tree.unflatten(tree, new)
-        return fn(*args, **kwargs)
-
-    structs = [_struct(leaves[i]) for i in arrays]
-    jaxpr = jax.jit(flat).trace(*structs).jaxpr
-    invars = inner(jaxpr).invars
-    donated = set()
-    for eqn in inner(jaxpr).eqns if len(inner(jaxpr).eqns) == 1 else ():
-        # The function was jitted: what it says of its arguments holds.
-        if not {"donated_invars", "in_shardings"} <= eqn.params.keys():
-            continue
-        says = eqn.params["donated_invars"], eqn.params["in_shardings"]
-        for var, donate, sharding in zip(eqn.invars, *says, strict=True):
-            donated |= {var} if donate else set()
-            if isinstance(sharding, NamedSharding) and var in invars:
-                i = invars.index(var)
-                structs[i] = structs[i].update(sharding=sharding)
-    positions = tuple(i for i, var in enumerate(invars) if var in donated)
-    return Traced(jaxpr, tuple(structs), positions)
-
-
-def _is_array(leaf) -> bool:
-    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
-
-
-def _struct(leaf) -> jax.ShapeDtypeStruct:
-    sharding = getattr(leaf, "sharding", None)
-    sharding = sharding if isinstance(sharding, NamedSharding) else None
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def compile_for(

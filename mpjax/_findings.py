@@ -111,7 +111,7 @@ def _promotions(program: list[Step]) -> Iterator[Found]:
             if cast.path and step.path and cast.path != step.path:
                 module = step.path.rpartition("/")[2]
                 guilty.setdefault(bit, f"enters {module} in float32")
-            elif not cast.path and name == "add" and _in(cast).size == _out(step).size:
+            elif name == "add" and _in(cast).size == _out(step).size:
                 own, size = sources[cast.inputs[0]], _in(cast).size
                 others = _ones(joint & ~own) if all(carried) else ()
                 if any(_in(program[casts[other]]).size == size for other in others):

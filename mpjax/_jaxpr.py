@@ -103,7 +103,7 @@ def _read(
     for eqn in jaxpr.eqns:
         operands = [number(atom) for atom in eqn.invars]
         names, transposed, tag = _names(eqn)
-        names, transposed = (*scopes, *names), backward or transposed
+        names, transposed = _once((*scopes, *names)), backward or transposed
         ends = []
         for sub, reads, times in _opened(eqn, operands, platform):
             sub = inner(sub)
@@ -176,6 +176,14 @@ def _names(eqn) -> tuple[list[str], bool, int | None]:
         elif entry.name not in _REMAT:
             names.append(entry.name)
     return names, transposed, tag
+
+
+def _once(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Without a beginning that is said twice, as backward passes do."""
+    for n in range(1, len(names) // 2 + 1):
+        if names[:n] == names[n : 2 * n]:
+            return _once(names[n:])
+    return names
 
 
 def tag(jaxpr: Any) -> Any:

@@ -11,13 +11,14 @@ from typing import Any, Literal, TypeAlias
 
 import jax
 
-from mpjax._compile import Compiled, Gemm, Traced, compile_for, trace
+from mpjax._compile import Compiled, Gemm, compile_for
 from mpjax._hlo import CompiledProduct, Module, bits
 from mpjax._jaxpr import COMPOSITES, Step, steps, tag
 from mpjax._products import Product, is_product, product
 from mpjax._table import render
 from mpjax._targets import Target, get_target
 from mpjax._text import brief, html_table, short
+from mpjax._trace import Traced, trace
 
 Verdict: TypeAlias = Literal[
     "native", "block-scaled", "narrowed", "upcast", "vector", "removed", "unknown"
@@ -245,9 +246,12 @@ def report(
     this process keeps its own devices.
 
     Args:
-      fn: any function ``jax.jit`` takes, jitted or not: a loss, ``model.apply``, a
-        whole train step.
-      *args: its arguments, pytrees of arrays or ``jax.ShapeDtypeStruct``. Those with a
+      fn: any function ``jax.jit`` or ``nnx.jit`` takes, jitted or not: a loss,
+        ``model.apply``, an NNX model, a whole train step.
+      *args: its arguments, pytrees of arrays, ``jax.ShapeDtypeStruct`` or NNX models
+        and optimizers, of which what the function writes to them counts as a result.
+        Modules of Linen, of these and of ``mpjax.nnx.mixed_precision`` have paths;
+        those of other NNX models that are closed over have lines only. Arrays with a
         ``NamedSharding``, of a mesh of simulated devices or an ``AbstractMesh``, are
         sharded over as many devices of the target.
       target: "cpu", "v4", "v5e", "v5p", "v6e", "v7x", "a100", "h100", "b200", or the

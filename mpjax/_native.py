@@ -8,13 +8,14 @@ from typing import Any
 import jax.numpy as jnp
 
 from mpjax._census import Finding, take
-from mpjax._compile import Gemm, trace
+from mpjax._compile import Gemm
 from mpjax._hlo import bits
 from mpjax._jaxpr import steps
 from mpjax._lowering import LoweredProduct, Report, compiled_report, tagged
 from mpjax._table import render
 from mpjax._targets import Target, get_target
 from mpjax._text import brief
+from mpjax._trace import trace
 
 
 def assert_native(
@@ -35,8 +36,8 @@ def assert_native(
     one.
 
     Args:
-      fn: any function ``jax.jit`` takes, jitted or not.
-      *args: its arguments, pytrees of arrays or ``jax.ShapeDtypeStruct``.
+      fn: as of ``report``.
+      *args: its arguments, as of ``report``.
       target: as of ``report``.
       dtype: such as ``jnp.bfloat16`` or ``jnp.float8_e4m3fn``.
       at_least: share of all floating-point operations of products, from 0 to 1.

@@ -16,6 +16,7 @@ from flax import nnx
 
 from mpjax._nnx_params import keep, map_params, read
 from mpjax._nnx_recipes import HOOKS, stand_in, stand_in_method
+from mpjax._nnx_scopes import note, scope
 from mpjax._policy import Policy, get_policy, in_kind_of
 from mpjax._rules import Rule
 from mpjax._tree import cast_floating
@@ -98,9 +99,9 @@ def _mixed_type(bare: type, rule: Rule | None, is_pytree: bool, dtype) -> type:
         "_mpjax_rule": rule,
     }
     for name in _public_methods(bare):
-        namespace[name] = _method(getattr(bare, name), rule)
+        namespace[name] = _method(name, getattr(bare, name), rule)
+    namespace["__getattribute__"] = _getattribute(bare, rule)
     if rule is not None:
-        namespace["__getattribute__"] = _getattribute(bare, rule)
         namespace["__setattr__"] = _setattr(bare, rule)
         if issubclass(bare, nnx.SimpleCell):
             namespace["initialize_carry"] = _initialize_carry
@@ -135,18 +136,21 @@ def _public_methods(bare: type) -> Iterator[str]:
             yield name
 
 
-def _getattribute(bare: type, rule: Rule) -> Callable:
+def _getattribute(bare: type, rule: Rule | None) -> Callable:
     inherited: Callable = bare.__getattribute__
-    show = functools.partial(read, get_policy(rule.policy))
-    hooks = () if rule.recipe is None else HOOKS
+    policy = None if rule is None else get_policy(rule.policy)
+    hooks = () if rule is None or rule.recipe is None else HOOKS
 
     def getattribute(self, name):
         value = inherited(self, name)
-        if _region.value is None or name == "__dict__":
+        if name == "__dict__":
+            return value
+        note(self, name, value)
+        if policy is None or _region.value is None:
             return value
         if name in hooks:
             return stand_in(self, name, value)
-        return map_params(show, value)
+        return map_params(functools.partial(read, policy), value)
 
     return getattribute
 
@@ -178,15 +182,14 @@ def _compute_dtype(module):
     return get_policy(type(module)._mpjax_rule.policy).compute_dtype
 
 
-def _method(function: Callable, rule: Rule | None) -> Callable:
+def _method(name: str, function: Callable, rule: Rule | None) -> Callable:
     policy = None if rule is None else get_policy(rule.policy)
     run = function
     if rule is not None and rule.recipe is not None:
         run = stand_in_method(function)
     of_flax = getattr(function, "__module__", "").startswith("flax.nnx")
 
-    @functools.wraps(function)
-    def method(self, *args, **kwargs):
+    def under_policy(self, *args, **kwargs):
         if policy is not None and of_flax:
             _check_real(self, policy, (*args, *kwargs.values()))
         if _region.value == policy:
@@ -199,6 +202,11 @@ def _method(function: Callable, rule: Rule | None) -> Callable:
         with _region(policy):
             outputs = run(self, *args, **kwargs)
         return _cast(outputs, policy.output_dtype)
+
+    @functools.wraps(function)
+    def method(self, *args, **kwargs):
+        with scope(self, name):
+            return under_policy(self, *args, **kwargs)
 
     return method
 

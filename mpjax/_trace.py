@@ -1,0 +1,85 @@
+"""Traces a function of arrays or shapes, ready to be read or sent to a compiler."""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding
+
+from mpjax._jaxpr import inner
+
+
+@dataclasses.dataclass(frozen=True)
+class Traced:
+    """A program ready to be sent.
+
+    Attributes:
+      jaxpr: of the function of the leaves of its arguments that are arrays.
+      args: their shapes, dtypes and shardings.
+      donated: the positions of those whose memory may be used again.
+    """
+
+    jaxpr: Any
+    args: tuple[jax.ShapeDtypeStruct, ...]
+    donated: tuple[int, ...]
+
+    @property
+    def mesh(self) -> dict[str, int]:
+        """Sizes of the axes over which arguments are sharded; empty on one device."""
+        for arg in self.args:
+            if isinstance(arg.sharding, NamedSharding):
+                return dict(arg.sharding.mesh.shape)
+        return {}
+
+
+def trace(fn: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Traced:
+    """Traces a function without making an array.
+
+    Args:
+      fn: any function ``jax.jit`` or ``nnx.jit`` takes, jitted or not.
+      args: pytrees of arrays, ``jax.ShapeDtypeStruct`` or NNX modules; what else is in
+        them is handed to the function as it is.
+      kwargs: the same, by name.
+    """
+    if "flax.nnx" in sys.modules:  # or none of the arguments is of it
+        from mpjax._nnx_trace import functional
+
+        fn, args, kwargs = functional(fn, args, kwargs)
+    leaves, tree = jax.tree.flatten((args, dict(kwargs)))
+    arrays = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
+
+    def flat(*values):
+        new = leaves.copy()
+        for i, value in zip(arrays, values, strict=True):
+            new[i] = value
+        args, kwargs = jax.tree.unflatten(tree, new)
+        return fn(*args, **kwargs)
+
+    structs = [_struct(leaves[i]) for i in arrays]
+    jaxpr = jax.jit(flat).trace(*structs).jaxpr
+    invars = inner(jaxpr).invars
+    donated = set()
+    for eqn in inner(jaxpr).eqns if len(inner(jaxpr).eqns) == 1 else ():
+        # The function was jitted: what it says of its arguments holds.
+        if not {"donated_invars", "in_shardings"} <= eqn.params.keys():
+            continue
+        says = eqn.params["donated_invars"], eqn.params["in_shardings"]
+        for var, donate, sharding in zip(eqn.invars, *says, strict=True):
+            donated |= {var} if donate else set()
+            if isinstance(sharding, NamedSharding) and var in invars:
+                i = invars.index(var)
+                structs[i] = structs[i].update(sharding=sharding)
+    positions = tuple(i for i, var in enumerate(invars) if var in donated)
+    return Traced(jaxpr, tuple(structs), positions)
+
+
+def _is_array(leaf) -> bool:
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+def _struct(leaf) -> jax.ShapeDtypeStruct:
+    sharding = getattr(leaf, "sharding", None)
+    sharding = sharding if isinstance(sharding, NamedSharding) else None
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
