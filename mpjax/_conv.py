@@ -10,13 +10,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from mpjax._dot_general import check_scales
+from mpjax._observations import hand_on, merge_observations
 from mpjax._operand import (
     Operand,
     check_operand,
     first_order,
     keep,
     match_varying,
-    merge_observations,
     quantize_operand,
     restore,
 )
@@ -175,7 +175,8 @@ def observed_conv_general_dilated(
     static = tuple(sorted(convolve.keywords.items()))
     conv = _Conv(recipe, static, precision, lhs.dtype, rhs.dtype, out.dtype)
     lhs, rhs = match_varying(lhs, rhs)
-    return _conv(conv, lhs, rhs, scales)
+    scales, later = hand_on(scales)
+    return _conv(conv, lhs, rhs, scales), later
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,7 +255,7 @@ def _values(operand: Operand) -> tuple[Array, Array | float]:
 def _conv(conv: _Conv, lhs, rhs, scales):
     (lhs,), _ = conv.quantize("lhs", lhs, scales, ["out"])
     (rhs,), _ = conv.quantize("rhs", rhs, scales, ["out"])
-    return _out(conv, lhs, rhs), scales
+    return _out(conv, lhs, rhs)
 
 
 def _out(conv: _Conv, lhs: Operand, rhs: Operand) -> Array:
@@ -270,17 +271,16 @@ def _conv_forward(conv, lhs, rhs, scales):
     (lhs, kept_lhs), seen_lhs = conv.quantize("lhs", lhs, scales, ["out", "rhs_grad"])
     (rhs, kept_rhs), seen_rhs = conv.quantize("rhs", rhs, scales, ["out", "lhs_grad"])
     residuals = keep(kept_lhs), keep(kept_rhs), seen_lhs, seen_rhs, scales
-    return (_out(conv, lhs, rhs), scales), residuals
+    return _out(conv, lhs, rhs), residuals
 
 
-def _conv_backward(conv, residuals, gradients):
+def _conv_backward(conv, residuals, grad):
     lhs, rhs, seen_lhs, seen_rhs, scales = residuals
-    grad, later = gradients
     grad = first_order(grad)
     (for_lhs, for_rhs), seen_grad = conv.quantize(
         "grad", grad, scales, ["lhs_grad", "rhs_grad"]
     )
-    observed = merge_observations(later, seen_lhs, seen_rhs, seen_grad, scales)
+    observed = merge_observations(seen_lhs, seen_rhs, seen_grad, scales)
     # The convolution is linear in either operand: where it is pulled back does not
     # matter, and the two products may want their operands in different dtypes.
     (lhs, lhs_scale), (rhs, rhs_scale) = _values(restore(lhs)), _values(restore(rhs))

@@ -10,12 +10,12 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from mpjax._observations import hand_on, merge_observations
 from mpjax._operand import (
     check_operand,
     first_order,
     keep,
     match_varying,
-    merge_observations,
     quantize_operand,
     restore,
 )
@@ -71,9 +71,10 @@ def scaled_dot_general(
       recipe: formats and scalings.
       scales: f32[3], ``state.scale``, for a stateful recipe. The gradient with
         respect to it is an observation: the amaxes of lhs, rhs and output gradient
-        (inf where one was not finite, 0 where the scaling is not delayed). JAX adds
-        what several calls observe, an upper bound; ``observed_dot_general`` gives the
-        maximum.
+        (inf where one was not finite, 0 where the scaling is not delayed). Of the
+        examples of a ``vmap`` and of devices that share the scales, the largest. JAX
+        adds what several calls observe, an upper bound; ``observed_dot_general`` gives
+        the maximum.
       quantized_rhs: ``rhs`` already quantized, for instance a copy that the optimizer
         keeps. The gradient goes to ``rhs`` all the same.
       out_sharding: as for ``lax.dot_general``.
@@ -126,7 +127,9 @@ def observed_dot_general(
     JAX adds the gradients of a value that is used twice. A layer that is called twice
     passes the scales that its first call returns to the second: every value is then
     used once, and the gradient with respect to the first is the exact maximum of the
-    amaxes. In a ``scan`` they are part of the carry.
+    amaxes. In a ``scan`` they are part of the carry. Examples of a ``vmap`` share them
+    by ``in_axes=None, out_axes=None``, and even the gradients of single examples then
+    hold the maximum of all.
 
     Args:
       lhs: f[...].
@@ -178,7 +181,8 @@ def observed_dot_general(
     if quantized_rhs is not None:
         dot.check_quantized(rhs, quantized_rhs)
     lhs, rhs, quantized_rhs = match_varying(lhs, rhs, quantized_rhs)
-    return _dot(dot, lhs, rhs, scales, quantized_rhs)
+    scales, later = hand_on(scales)
+    return _dot(dot, lhs, rhs, scales, quantized_rhs), later
 
 
 def check_scales(recipe: Recipe, scales: Array | None):
@@ -334,7 +338,7 @@ def _powers(*scalings) -> bool:
 def _dot(dot: _Dot, lhs, rhs, scales, quantized_rhs):
     (lhs,), _ = dot.quantize_lhs(lhs, scales, ["out"])
     (rhs,), _ = dot.quantize_rhs(rhs, scales, ["out"], quantized_rhs)
-    return dot.out(lhs, rhs), scales
+    return dot.out(lhs, rhs)
 
 
 def _dot_forward(dot, lhs, rhs, scales, quantized_rhs):
@@ -344,16 +348,15 @@ def _dot_forward(dot, lhs, rhs, scales, quantized_rhs):
         rhs, scales, ["out", "lhs_grad"], quantized_rhs
     )
     residuals = keep(kept_lhs), keep(kept_rhs), seen_lhs, seen_rhs, scales
-    return (dot.out(lhs, rhs), scales), residuals
+    return dot.out(lhs, rhs), residuals
 
 
-def _dot_backward(dot, residuals, gradients):
+def _dot_backward(dot, residuals, grad):
     lhs, rhs, seen_lhs, seen_rhs, scales = residuals
     lhs, rhs = restore(lhs), restore(rhs)
-    grad, later = gradients
     grad = first_order(grad)
     (for_lhs, for_rhs), seen_grad = dot.quantize_grad(grad, scales)
-    observed = merge_observations(later, seen_lhs, seen_rhs, seen_grad, scales)
+    observed = merge_observations(seen_lhs, seen_rhs, seen_grad, scales)
     return dot.lhs_grad(for_lhs, rhs), dot.rhs_grad(lhs, for_rhs), observed, None
 
 

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -176,24 +175,10 @@ class LayerProducts:
 
     def _observe(self, name: str, product: Callable) -> Array:
         self.served.add(name)
-        if not self.recipe.stateful:
-            return product(None)[0]
-        scales, later = _hand_on(self.read(name))
-        self.write(name, later)
-        return product(scales)[0]
-
-
-# Apart from the product, so that vmap may split that and leave the scales whole.
-@jax.custom_vjp
-def _hand_on(scales: Array) -> tuple[Array, Array]:
-    """Scales for this use of a layer and for the next; both observe one maximum."""
-    return scales, scales
-
-
-_hand_on.defvjp(
-    lambda scales: ((scales, scales), None),
-    lambda _, observed: (jnp.maximum(*observed),),
-)
+        out, later = product(self.read(name) if self.recipe.stateful else None)
+        if self.recipe.stateful:
+            self.write(name, later)
+        return out
 
 
 def check_convolution(path: str, recipe: Recipe) -> None:

@@ -185,16 +185,3 @@ def match_varying(*operands):
 def varying_axes(x: Array) -> frozenset:
     """The manual mesh axes over which an array differs between devices."""
     return jax.typeof(x).manual_axis_type.varying
-
-
-def merge_observations(
-    later: Array | None, lhs: Array, rhs: Array, grad: Array, scales: Array | None
-) -> Array | None:
-    """The gradient of ``scales``: the larger of what this and later calls observed."""
-    if scales is None or later is None:
-        return None
-    observed = jnp.stack([lhs, rhs, grad])
-    axes = tuple(sorted(varying_axes(observed) - varying_axes(scales), key=str))
-    if axes:
-        observed = lax.pmax(observed, axes)
-    return jnp.maximum(observed, later)

@@ -11,7 +11,7 @@ LADDER = [
     ["_qarray", "_scaling", "_policy", "_loss_scaling", "_attention", "_cpu_faults"],
     ["_products", "_hlo", "_findings"],
     ["_recipe", "_named_recipes", "_scaled_loss", "_table"],
-    ["_operand", "_product", "_dot_general", "_einsum", "_conv"],
+    ["_operand", "_observations", "_product", "_dot_general", "_einsum", "_conv"],
     ["_export", "_rules", "_matcher", "_layer_products", "_layers", "_scaling_states"],
     ["_linen_recipes", "_nnx_recipes", "_nnx_params", "_nnx_scopes", "_serialization"],
     ["_nnx_types"],

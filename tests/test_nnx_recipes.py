@@ -519,14 +519,14 @@ def test_a_norm_that_would_take_states_for_weights_is_refused():
     mixed_precision(make(variable_filter=...), rule(CURRENT))(normal(0, 4, 16))
 
 
-def test_examples_under_vmap_add_up():
-    """JAX adds what examples observe; to each, several uses give their maximum."""
+def test_examples_under_vmap_observe_one_maximum():
     model, x = mixed_precision(Twice(rngs()), rule(DELAYED)), normal(0, 4, 16)
     each = nnx.vmap(lambda model, x: model(x), in_axes=(None, 0))
     seen = observed(each, model, x[:, None])
-    assert seen[1] == 4 * amax(model.linear.kernel[...])
+    assert seen[1] == amax(model.linear.kernel[...])
+    # Examples scale themselves until the first update, so the rest is only close.
     whole = observed(lambda model, x: model(x), model, x)
-    assert np.all(seen >= whole) and np.all(seen <= 4 * whole)
+    np.testing.assert_allclose(seen, whole, rtol=0.1)
 
 
 def test_jax_grad_of_split_states():
