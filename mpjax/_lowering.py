@@ -1,83 +1,23 @@
-"""What a compiler makes of each product of a program."""
+"""The report on what a compiler makes of each product of a program."""
 
 import collections
 import dataclasses
-import functools
 import json
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import jax
 
-from mpjax._compile import Compiled, Gemm, compile_for
-from mpjax._hlo import CompiledProduct, Module, bits
-from mpjax._jaxpr import COMPOSITES, Step, steps, tag
-from mpjax._products import Product, is_product, product
+from mpjax._compile import Gemm, compile_for
+from mpjax._hlo import Module
+from mpjax._jaxpr import Step, steps, tag
+from mpjax._lowered import LoweredProduct, join
+from mpjax._products import is_product, product
 from mpjax._table import render
 from mpjax._targets import Target, get_target
 from mpjax._text import brief, html_table, short
 from mpjax._trace import Traced, trace
-
-Verdict: TypeAlias = Literal[
-    "native", "block-scaled", "narrowed", "upcast", "vector", "removed", "unknown"
-]
-
-# Names of HLO and of opcodes.
-_DTYPES = {
-    "bf16": "bfloat16",
-    "f16": "float16",
-    "f32": "float32",
-    "f64": "float64",
-    "f8e4m3fn": "float8_e4m3fn",
-    "f8e5m2": "float8_e5m2",
-    "f8e4m3": "float8_e4m3fn",
-    "f4e2m1fn": "float4_e2m1fn",
-    "s4": "int4",
-    "s8": "int8",
-    "u8": "uint8",
-    "s32": "int32",
-    "u32": "uint32",
-    "pred": "bool",
-    "e4m3": "float8_e4m3fn",
-    "e5m2": "float8_e5m2",
-    "tf32": "tf32",
-}
-_VMATMUL = re.compile(r"\bvmatmul((?:\.\w+)*)")
-_MMA = re.compile(r"\b(?:wgmma\.mma_async|mma)\.sync\.aligned\.([\w.]+)")
-_TCGEN05 = re.compile(r"\btcgen05\.mma[\w.:]*kind::(\w+)(\.block_scale)?")
-
-
-@dataclasses.dataclass(frozen=True)
-class LoweredProduct:
-    """One product of a program and what a target runs it as.
-
-    Attributes:
-      traced: the product as it was written.
-      unit: the dtype that the matrix unit multiplies, such as "float8_e4m3fn",
-        "bfloat16" or "tf32"; of a product that no matrix unit does, "".
-      verdict: "native": in the dtypes as written; "block-scaled": so, with the scales
-        of blocks; "narrowed": in a narrower one, as float32 is on a TPU; "upcast": in a
-        wider one, for the target has no such unit; "vector": without a matrix unit;
-        "removed": equal to another or not needed; "unknown": the compiler did not show.
-      kernel: the name of the kernel in the emitted program.
-      evidence: the instruction or the library call that shows it.
-      cycles: of a TPU, the compiler's estimate for all runs; of a kernel with several
-        products, an equal part.
-    """
-
-    traced: Product
-    unit: str
-    verdict: Verdict
-    kernel: str
-    evidence: str
-    cycles: int | None
-
-    @property
-    def native(self) -> bool:
-        """Whether the operands enter a matrix unit as they were written."""
-        return self.verdict in ("native", "block-scaled")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -310,7 +250,7 @@ def compiled_report(
     accessed = figures.get("bytes_accessed")
     return Report(
         target=target.name,
-        products=tuple(_lowered(target, gemm, written, module, compiled)),
+        products=tuple(join(target, gemm, written, module, compiled)),
         memory=Memory(
             argument=figures["argument"] or 0,
             output=figures["output"] or 0,
@@ -322,114 +262,3 @@ def compiled_report(
         gemm=gemm,
         jax_version=jax.__version__,
     )
-
-
-def _lowered(target, gemm, written: dict[int, Product], module: Module, compiled):
-    """Joins products as written with products as compiled."""
-    found: dict[int, CompiledProduct] = {}
-    nameless = []
-    for p in module.products:
-        number = p.kernel.tag if p.instruction.tag is None else p.instruction.tag
-        if number is None:
-            nameless.append(p)
-        elif number in written:
-            found.setdefault(number, p)
-    for number in _without_name(written, found, nameless):
-        # Composites lose their names: formats tell them apart, and else their order.
-        own = written[number]
-        if own.primitive in COMPOSITES and nameless:
-            p = min(nameless, key=functools.partial(_strange, written=own))
-            nameless.remove(p)
-            found[number] = p
-    shared = collections.Counter(p.kernel.name for p in found.values())
-    for number, p in written.items():
-        if number not in found:
-            verdict = "vector" if number in module.leftover_tags else "removed"
-            yield LoweredProduct(p, "", verdict, "", "", None)
-            continue
-        made = found[number]
-        unit, evidence, scaled = _unit(target, gemm, made, compiled)
-        kernel = made.kernel.name
-        cycles = module.cycles.get(kernel)
-        cycles = cycles // shared[kernel] if cycles is not None else None
-        verdict = _verdict(p, unit, evidence, scaled)
-        yield LoweredProduct(p, unit, verdict, kernel, evidence, cycles)
-
-
-def _without_name(written, found, nameless) -> list[int]:
-    """Products not found by name, those first whose formats are still there."""
-    left = [number for number in written if number not in found]
-    return sorted(left, key=lambda n: all(_strange(p, written[n]) for p in nameless))
-
-
-def _strange(made: CompiledProduct, written: Product) -> bool:
-    """Whether a compiled product has other operands than a written one."""
-    return _DTYPES.get(made.operands[0]) != written.lhs
-
-
-def _verdict(written: Product, unit: str, evidence: str, scaled: bool) -> Verdict:
-    if not unit:
-        return "vector" if evidence else "unknown"
-    if scaled:
-        return "block-scaled"
-    has = bits(unit) if unit != "tf32" else 19
-    asked = [bits(written.lhs), bits(written.rhs)]
-    if has > min(asked):
-        return "upcast"
-    return "narrowed" if has < max(asked) else "native"
-
-
-def _unit(
-    target: Target, gemm: Gemm, made: CompiledProduct, compiled: Compiled
-) -> tuple[str, str, bool]:
-    """The dtype of the matrix unit, what shows it, and whether blocks have scales."""
-    names = [_DTYPES.get(dtype, dtype) for dtype in made.operands]
-    operands = " x ".join(dict.fromkeys(names))
-    call = made.instruction.call
-    if target.platform == "tpu":
-        return _tpu_unit(made, operands, compiled.code.get(made.kernel.name))
-    if target.platform == "cpu":
-        return operands, call or made.instruction.opcode, False
-    if call:
-        if names[0] == "float32" and not made.instruction.highest:
-            operands = "tf32"
-        return operands, call, "blockScaled" in call
-    kernel = compiled.code.get(re.sub(r"\W", "_", made.kernel.name))
-    if gemm == "triton" and kernel is not None:
-        return _ptx_unit(operands, kernel)
-    return "", f"{made.kernel.opcode} of dot", False
-
-
-def _tpu_unit(made, operands, code) -> tuple[str, str, bool]:
-    if code is None:
-        return "", "", False
-    counts: collections.Counter[str] = collections.Counter()
-    for suffixes in _VMATMUL.findall(code):
-        known = [s for s in suffixes.split(".") if s in _DTYPES]
-        counts[known[0] if known else "f32"] += 1
-    if not counts:
-        return "", "no vmatmul", False
-    # A kernel may hold several products; a few of the instructions may be for the rest
-    # of a shape.
-    own = [dtype for dtype in made.operands if dtype in counts]
-    dtype = own[0] if own and len(counts) > 1 else counts.most_common(1)[0][0]
-    unit = _DTYPES[dtype]
-    if bits(unit) == 8 and all(bits(o) == 8 for o in made.operands):
-        unit = operands
-    return unit, f"vmatmul.{dtype}", False
-
-
-def _ptx_unit(operands, kernel) -> tuple[str, str, bool]:
-    for instruction in re.findall(r"\b(?:wgmma|mma|tcgen05)\.[\w.:]+", kernel):
-        if found := _TCGEN05.match(instruction):
-            kind, scaled = found[1], bool(found[2])
-            wide = {"tf32": "tf32", "i8": "int8", "f16": "bfloat16"}
-            if kind in wide and not (kind == "f16" and operands == "float16"):
-                return wide[kind], f"tcgen05.mma {kind}", scaled
-            return operands, f"tcgen05.mma {kind}", scaled
-        if found := _MMA.match(instruction):
-            dtypes = [d for d in found[1].split(".") if d in _DTYPES]
-            pair = dtypes[1:3]
-            unit = " x ".join(dict.fromkeys(_DTYPES[d] for d in pair))
-            return unit, "mma " + ".".join(pair), False
-    return "", "no mma", False

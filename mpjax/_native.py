@@ -11,7 +11,8 @@ from mpjax._census import Finding, take
 from mpjax._compile import Gemm
 from mpjax._hlo import bits
 from mpjax._jaxpr import steps
-from mpjax._lowering import LoweredProduct, Report, compiled_report, tagged
+from mpjax._lowered import LoweredProduct
+from mpjax._lowering import Report, compiled_report, tagged
 from mpjax._table import render
 from mpjax._targets import Target, get_target
 from mpjax._text import brief

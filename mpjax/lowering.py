@@ -7,7 +7,7 @@ from mpjax._census import Census as Census
 from mpjax._census import Finding as Finding
 from mpjax._census import census as census
 from mpjax._compile import LoweringError as LoweringError
-from mpjax._lowering import LoweredProduct as LoweredProduct
+from mpjax._lowered import LoweredProduct as LoweredProduct
 from mpjax._lowering import Memory as Memory
 from mpjax._lowering import Report as Report
 from mpjax._lowering import report as report
