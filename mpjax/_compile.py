@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
 import jax
@@ -23,6 +23,7 @@ from mpjax._trace import Traced
 Gemm: TypeAlias = Literal["library", "triton"]
 
 _WORKER = pathlib.Path(__file__).with_name("_compile_worker.py")
+_GUARD = pathlib.Path(__file__).with_name("_guard.py")
 _INSTALL = "Install the compilers with pip install 'mpjax[lowering]' (Linux x86-64)."
 _CUSTOM_CALL = re.compile(r"custom_call @([\w.$]+)")
 _RAISED = re.compile(r"[A-Za-z][\w.]*(Error|Exception)\b: ")
@@ -100,7 +101,10 @@ def compile_for(
     options = dict(compiler_options or {})
     if target.platform == "cuda":
         options = _GPU | _GEMM[gemm] | options
-    with tempfile.TemporaryDirectory(prefix="mpjax_") as name:
+    # Interrupted, the guard of the compiler removes it as well.
+    with tempfile.TemporaryDirectory(
+        prefix="mpjax_", ignore_cleanup_errors=True
+    ) as name:
         directory = pathlib.Path(name)
         dump = directory / "dump"
         dump.mkdir()
@@ -198,17 +202,32 @@ def _run(target: Target, directory: pathlib.Path, devices: int) -> None:
         TMPDIR=str(directory),
         XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}",
     )
-    command: Sequence[str] = [sys.executable, "-P", str(_WORKER), str(directory)]
-    done = subprocess.run(
-        command, env=environment, cwd=directory, capture_output=True, text=True
-    )
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
+    python = [sys.executable, "-P"]
+    command = [*python, _GUARD, directory, *python, _WORKER, directory]
+    reader, writer = os.pipe()
+    # The guard sees the end of this process, or of this block, by the end of the pipe.
+    with (
+        subprocess.Popen(
+            command,
+            env=environment,
+            cwd=directory,
+            stdin=reader,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        ) as process,
+        open(writer, "wb"),
+    ):
+        os.close(reader)
+        _, errors = process.communicate()
+    if process.returncode:
+        lines = [line for line in errors.splitlines() if line.strip()]
         raised = [i for i, line in enumerate(lines) if _RAISED.match(line)]
         said = lines[raised[-1] :][:20] if raised else lines[-20:]
         raise LoweringError(
             f"The compiler for {target.name} refused this program (exit status "
-            f"{done.returncode}):\n" + "\n".join(said)[:_LONGEST]
+            f"{process.returncode}):\n" + "\n".join(said)[:_LONGEST]
         )
 
 

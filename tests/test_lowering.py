@@ -1,10 +1,15 @@
 """Reports agree with what compilers make of single products, and of whole programs."""
 
+import contextlib
 import functools
 import json
 import os
 import pathlib
+import signal
+import subprocess
+import sys
 import tempfile
+import time
 
 import flax.linen as nn
 import jax
@@ -557,6 +562,48 @@ def test_leaves_the_process_as_it_was():
     assert (dict(os.environ), jax.devices()) == (environment, devices)
     new = set(os.listdir(tempfile.gettempdir())) - files
     assert not [name for name in new if name.startswith("mpjax_")]
+
+
+ENDLESS = """
+import jax, jax.numpy as jnp, mpjax.lowering
+
+def f(x):
+    for _ in range(400):
+        x = jnp.sin(x @ x)
+    return x
+
+x = jax.ShapeDtypeStruct((4096, 4096), jnp.float32)
+mpjax.lowering.report(f, x, target="v5e")
+"""
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
+def test_a_process_that_is_ended_leaves_nothing(tmp_path, kind):
+    def compiling():
+        found = []
+        for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                found += [path] if str(tmp_path) in path.read_text() else []
+        return found
+
+    def wait_until(condition):
+        for _ in range(600):
+            if condition():
+                return
+            time.sleep(0.1)
+        raise AssertionError("nothing came of it in a minute")
+
+    root = pathlib.Path(__file__).parents[1]
+    environment = os.environ | dict(TMPDIR=str(tmp_path), PYTHONPATH=str(root))
+    command = [sys.executable, "-c", ENDLESS]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) as process:
+        wait_until(lambda: list(tmp_path.glob("mpjax_*/dump/*")))
+        assert len(compiling()) == 2  # the guard and the compiler
+        process.send_signal(kind)
+        process.communicate()
+        wait_until(lambda: not compiling())
+    assert process.returncode
+    assert list(tmp_path.iterdir()) == []
 
 
 @functools.partial(jax.jit, static_argnames="mode", donate_argnums=0)
