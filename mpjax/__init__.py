@@ -47,6 +47,7 @@ from mpjax._scaling import Scaling as Scaling
 from mpjax._scaling import amax_to_scale as amax_to_scale
 from mpjax._scaling import block_amax as block_amax
 from mpjax._scaling import quantize_with_scale as quantize_with_scale
+from mpjax._scaling_states import rescale_scaling as rescale_scaling
 from mpjax._scaling_states import update_scaling as update_scaling
 from mpjax._tree import all_finite as all_finite
 from mpjax._tree import cast_floating as cast_floating

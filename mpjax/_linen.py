@@ -20,8 +20,9 @@ from flax.traverse_util import flatten_dict
 
 from mpjax import _table
 from mpjax._linen_layers import attributes, check_real, method_of
-from mpjax._linen_recipes import SCALING, Keeper, make_products
+from mpjax._linen_recipes import make_products
 from mpjax._linen_scopes import Marks
+from mpjax._linen_states import SCALING, Keeper, States
 from mpjax._matcher import Matcher, matcher
 from mpjax._policy import Policy
 from mpjax._rules import Rules, expand_rules
@@ -30,10 +31,10 @@ from mpjax._rules import Rules, expand_rules
 class MixedPrecision(nn.Module):
     """Runs a Linen module under a policy, or under rules that give each layer one.
 
-    The wrapper adds nothing to the variables: they have the bare module's names, shapes
-    and, cast to ``param_dtype``, its initial values. It has the bare module's methods,
-    fields and properties, so that ``model.apply(variables, tokens, method="encode")``
-    works as before.
+    The wrapper adds nothing to the parameters: they have the bare module's names,
+    shapes and, cast to ``param_dtype``, its initial values. It has the bare module's
+    methods, fields and properties, so that ``model.apply(variables, tokens,
+    method="encode")`` works as before.
 
     A layer with a ``dtype`` computes in the ``compute_dtype`` of its policy; parameters
     that a module reads itself are cast to it as they are read. Where the policy of a
@@ -41,6 +42,15 @@ class MixedPrecision(nn.Module):
     ``compute_dtype`` and results to ``output_dtype``; elsewhere nothing is cast, so
     that under ``"mixed_bfloat16"`` everything between the inputs of the model and its
     float32 outputs flows in bfloat16. Stock attention computes its softmax in float32.
+
+    Delayed scaling has its states in a collection ``"scaling"``, with respect to which
+    a loss is differentiated too, and which `mpjax.update_scaling` keeps. Of several
+    uses of a layer the largest amax counts, through the transformations of Linen as
+    well. JAX adds up what is used in several calls of a function that the model gives
+    to a transformation of JAX (``jax.checkpoint``, ``jax.lax.scan``), or among the
+    examples of an ``nn.vmap`` with shared states; and of Linen's transformations where
+    the wrapper stands inside another module, unless ``apply`` is told ``mutable=
+    ["scaling"]``. A sum is an upper bound, under which nothing overflows.
 
     Some things stay the model's own. Batch statistics and other collections than
     ``params`` hold what the model writes there, as it writes it: activations that it
@@ -246,7 +256,7 @@ class _Run:
         self._root, self._depth = root, len(root.path)
         self._scope_type = type(root.scope)
         self._inside: str | None = None  # the path of the module that runs
-        self._keeper: Keeper | None = None  # of its scaling states
+        self._states = States()
         self._apart: dict[int, str] = {}  # paths of modules that the model applies
 
     def intercept(self, method, args, kwargs, context):
@@ -264,17 +274,18 @@ class _Run:
         policy = self.rules.policy(path, type(module))
         border = policy if policy != _enclosing.get() else None
         own, name, lent = vars(module), context.method_name, {}
+        states = self._states
         if rule is not None and policy is not None:
             served = self.served.setdefault(path, set())
-            products = make_products(module, path, rule, served, self._keeper)
+            products = make_products(module, path, rule, served, states)
             lent = attributes(module, path, rule, products, name)
             check_real(module, path, policy, name, args, kwargs)
             method = method_of(module, products, policy, name, method)
         before = {name: own.get(name, _ABSENT) for name in lent}
-        token, outside = _enclosing.set(policy), (self._inside, self._keeper)
+        token, outside = _enclosing.set(policy), (self._inside, states.keeper)
         self._inside = path
         if isinstance(module, Keeper.kinds):
-            self._keeper = Keeper(module)
+            states.keeper = Keeper(module)
         # A bound module is Flax's private clone of the user's, and may be lent some.
         own.update(lent)
         try:
@@ -289,7 +300,7 @@ class _Run:
                 else:
                     own[name] = value
             _enclosing.reset(token)
-            self._inside, self._keeper = outside
+            self._inside, states.keeper = outside
 
     def _path(self, module: nn.Module) -> str:
         """The path of a module in the model.

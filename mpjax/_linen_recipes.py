@@ -1,61 +1,21 @@
-"""Recipes in Linen: what a bound layer is lent to multiply with.
-
-States of delayed scaling are variables of the layers, in one collection. A product
-writes the scales that it hands on into its variable, where the next use of the layer
-finds them, so that what several uses observe is merged by its maximum.
-"""
+"""Recipes in Linen: what a bound layer is lent to multiply with."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import flax.linen as nn
 from jax import lax
-from jax.extend.core import get_opaque_trace_state
 
 from mpjax import _layers
 from mpjax._layer_products import LayerProducts
+from mpjax._linen_states import SCALING, States
 from mpjax._rules import Rule
 from mpjax._tree import cast_floating
-from mpjax._typing import Array
-
-SCALING = "scaling"
-
-
-class Keeper:
-    """A module that has the states of the layers inside of it, beside its variables.
-
-    Those of Flax here map all variables of these layers, and would take states for
-    weights.
-    """
-
-    kinds = nn.WeightNorm, nn.SpectralNorm
-
-    def __init__(self, module: nn.Module):
-        self.module = module
-        self._trace = get_opaque_trace_state()
-
-    def name_of(self, path: str, layer: nn.Module, product: str) -> str:
-        """The name of a state: that of a variable of the layer, seen from here."""
-        module: Any = self.module
-        kind = type(module).__name__
-        if get_opaque_trace_state() != self._trace:
-            raise ValueError(
-                f"Module {path!r} has delayed scaling and runs in a transformation "
-                f"inside of a {kind}, which cannot keep its state there. Transform "
-                f"the {kind} instead, or give the module a rule without delayed "
-                "scaling."
-            )
-        return "/".join((*layer.path[len(module.layer_instance.path) - 1 :], product))
 
 
 def make_products(
-    module: nn.Module,
-    path: str,
-    rule: Rule,
-    served: set[str],
-    keeper: Keeper | None = None,
+    module: nn.Module, path: str, rule: Rule, served: set[str], states: States
 ) -> LayerProducts | None:
     """The products of a bound module; None: its rule has no recipe.
 
@@ -64,42 +24,13 @@ def make_products(
       path: of the module in the model.
       rule: of the module.
       served: is given the names of the products that use the recipe.
-      keeper: has the states of the products; None: the module itself.
+      states: of the run.
     """
     recipe = rule.recipe
     if recipe is None:
         return None
-    layer, module = module, module if keeper is None else keeper.module
-
-    def read(name: str) -> Array:
-        name = name if keeper is None else keeper.name_of(path, layer, name)
-        if not module.has_variable(SCALING, name):
-            if not module.is_mutable_collection(SCALING):
-                raise ValueError(
-                    f"Module {path!r} has delayed scaling and finds no state. Give "
-                    f"apply the collection {SCALING!r} that init makes beside "
-                    "'params', and name it to the transformations of the model: "
-                    f"nn.scan(..., variable_axes={{'params': 0, {SCALING!r}: 0}}), the "
-                    "axis that params has. A module that the model applies by itself "
-                    "has none: give it a rule without delayed scaling."
-                )
-            module.put_variable(SCALING, name, recipe.init(loss_scale=0))
-        state = module.get_variable(SCALING, name)
-        # The promise of a calibrated recipe changes nothing that a state holds.
-        if replace(state.recipe, calibrated=False) != replace(recipe, calibrated=False):
-            raise ValueError(
-                f"The scaling state of module {path!r} is one of {state.recipe!r}, and "
-                f"its rule has {recipe!r}. Take the recipe that the state was made "
-                "with, or begin with the states of a new init."
-            )
-        return state.scale
-
-    def write(name: str, scales: Array) -> None:
-        name = name if keeper is None else keeper.name_of(path, layer, name)
-        if module.is_mutable_collection(SCALING) and not module.is_initializing():
-            state = module.get_variable(SCALING, name)
-            module.put_variable(SCALING, name, replace(state, scale=scales))
-
+    read = partial(states.read, module, path, recipe)
+    write = partial(states.write, module, path)
     return LayerProducts(path, recipe, rule.min_size or 0, read, write, served)
 
 

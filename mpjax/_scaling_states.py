@@ -1,15 +1,19 @@
 """The scaling states of a whole model, entered once a step."""
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
+from jax.tree_util import keystr
 
 from mpjax import _export as _export  # so that programs with states can be stored
+from mpjax._loss_scaling import LossScalingState
 from mpjax._recipe import ScalingState
 from mpjax._scaled_loss import last_step_finite, loss_scale
 from mpjax._tree import select_tree
-from mpjax._typing import ArrayTree
+from mpjax._typing import Array, ArrayTree
 
 
 def update_scaling(
@@ -17,25 +21,33 @@ def update_scaling(
 ) -> ArrayTree:
     """Enters the amaxes of one optimizer step into the scaling states of a model.
 
-    To be called once a step, after the optimizer's ``update``. A step that was skipped
-    does not enter the history, and scales of gradients follow the loss scale. Where a
-    step has several microbatches, merge what they observed first::
+    To be called after each ``update`` of the optimizer. A step that was skipped does
+    not enter the history, and scales of gradients follow the loss scale. Under
+    ``optax.MultiSteps`` a step has several microbatches: what they observe is merged,
+    and the scales change when the optimizer makes its step, to what they would be after
+    one large batch. Microbatches of a loop of one's own are merged before, as gradients
+    are summed::
 
         observed = jax.tree.map(jnp.maximum, observed, observed_of_the_next)
+
+    States that are not updated after a step keep their scales for the next. Nothing
+    tells the program of a step that it is not called again: watch that ``history``
+    changes. States that have never been updated scale by the current amax.
 
     Args:
       states: a tree of ``ScalingState``: the collection ``"scaling"`` of a Linen model.
       observed: the gradient of the loss with respect to ``states``. Of
         ``mpjax.value_and_grad`` it tells the loss scale that the step was made with.
-      opt_state: the new state of the optimizer, if the loss is scaled: any tree in
-        which there is one `LossScalingState`.
+      opt_state: the new state of the optimizer, if the loss is scaled or gradients are
+        accumulated: any tree in which there is one `LossScalingState`, or a
+        ``optax.MultiStepsState``, or both.
 
     Returns:
       The states for the next step.
 
     Raises:
-      ValueError: ``observed`` is not the gradient of ``states``, or there is no loss
-        scale in ``opt_state``.
+      ValueError: ``observed`` is not the gradient of ``states``, or there is neither a
+        loss scale in ``opt_state`` nor a count of microbatches.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, mpjax, mpjax.linen
@@ -51,29 +63,135 @@ def update_scaling(
       >>> print(f"{scaling['kernel'].scale[0]:.5f}")  # 1 / 448
       0.00223
     """
-    if jax.tree.structure(states) != jax.tree.structure(observed):
-        raise ValueError(
-            "observed is the gradient with respect to states, which has their "
-            f"structure; got {jax.tree.structure(observed)} for "
-            f"{jax.tree.structure(states)}."
-        )
+    steps = _found(opt_state, optax.MultiStepsState)
+    coming = None
+    if opt_state is not None and (not steps or _found(opt_state, LossScalingState)):
+        coming = loss_scale(opt_state)
+    made = jnp.array(True)
+    for step in steps:
+        made &= jnp.asarray(step.mini_step) == 0
 
     def update(state: ScalingState, seen: ScalingState) -> ScalingState:
         recipe, used = state.recipe, seen.loss_scale  # 0 without value_and_grad
         state = recipe.rescale(state, jnp.where(used > 0, used, state.loss_scale))
-        if opt_state is None:
-            known = jnp.where(used > 0, used, 1.0)
+        following = coming
+        if following is None:
+            following = jnp.where(used > 0, used, 1.0)
             last = jnp.where(state.loss_scale > 0, state.loss_scale, 1.0)
             state = replace(state, loss_scale=last)
-            return recipe.update(state, seen.scale, known)
-        coming = loss_scale(opt_state)
-        return select_tree(
-            last_step_finite(opt_state),
-            recipe.update(state, seen.scale, coming),
-            recipe.rescale(state, coming),
-        )
+        if steps:
+            entered = _enter_microbatch(state, seen.scale, following, made)
+        else:
+            entered = recipe.update(state, seen.scale, following)
+        if coming is None:
+            return entered
+        skipped = recipe.rescale(state, coming)
+        return select_tree(last_step_finite(opt_state), entered, skipped)
 
-    return jax.tree.map(update, states, observed, is_leaf=_is_state)
+    structure = jax.tree.structure(states, is_leaf=_is_state)
+    return structure.unflatten(update(*pair) for pair in _pairs(states, observed))
+
+
+def rescale_scaling(states: ArrayTree, opt_state: ArrayTree) -> ArrayTree:
+    """The scaling states of a model for a step with another loss scale.
+
+    `update_scaling` takes care of what an optimizer does to its loss scale. This is for
+    what happens beside that: states that are restored without the optimizer's, or a
+    loss scale that is set by hand. Without it the gradients of one step would be
+    quantized by scales of another magnitude, and could saturate.
+
+    Args:
+      states: a tree of ``ScalingState``.
+      opt_state: any tree in which there is one `LossScalingState`, that of the step to
+        come.
+
+    Returns:
+      States with the same histories.
+
+    Raises:
+      ValueError: there is no loss scale in ``opt_state``.
+
+    Example:
+      >>> import jax.numpy as jnp, mpjax, optax
+      >>> recipe = mpjax.delayed_scaling()
+      >>> states = {"kernel": recipe.update(recipe.init(8.0), jnp.full(3, 448.0), 8.0)}
+      >>> tx = mpjax.static_loss_scaling(optax.sgd(0.1), 4.0)
+      >>> states = mpjax.rescale_scaling(states, tx.init(jnp.ones(2)))
+      >>> print(states["kernel"].loss_scale)
+      4.0
+    """
+    coming = loss_scale(opt_state)
+    return jax.tree.map(
+        lambda state: state.recipe.rescale(state, coming), states, is_leaf=_is_state
+    )
+
+
+def _enter_microbatch(
+    state: ScalingState, seen: Array, loss_scale: Array, made: Array
+) -> ScalingState:
+    """Merges the amaxes of a microbatch into the step that they belong to.
+
+    The last entry of the history is that of the step in hand, 0 when it begins.
+
+    Args:
+      state: of one product.
+      seen: f32[..., 3], amaxes.
+      loss_scale: f32[...], that of the step to come.
+      made: bool[], whether the step is made.
+    """
+    recipe, last = state.recipe, state.loss_scale[..., None]
+    unit = jnp.where(jnp.arange(3) == 2, last, 1.0)
+    known = jnp.isfinite(seen) & (last > 0)
+    amaxes = jnp.where(known, seen / jnp.where(known, unit, 1.0), 0.0)
+    amaxes = jnp.maximum(amaxes, state.history[..., -1])
+    state = recipe.rescale(state, 1.0)
+    earlier = jnp.roll(state.history, 1, axis=-1)  # update drops the first entry
+    entered = recipe.update(replace(state, history=earlier), amaxes)
+    empty = jnp.zeros_like(amaxes)[..., None]
+    next_history = jnp.concatenate([entered.history[..., 1:], empty], axis=-1)
+    state = select_tree(
+        made,
+        replace(entered, history=next_history),
+        replace(state, history=entered.history),
+    )
+    return recipe.rescale(state, loss_scale)
+
+
+def _pairs(states: ArrayTree, observed: ArrayTree) -> list[tuple[Any, Any]]:
+    """The states of a tree, each with its gradient.
+
+    Raises:
+      ValueError: they do not belong together.
+    """
+    wanted, found = _by_path(states), _by_path(observed)
+    for path in [*wanted, *found]:
+        name = repr(keystr(path, simple=True, separator="/"))
+        state, seen = wanted.get(path), found.get(path)
+        if state is None or seen is None:
+            wrong = f"{name} is only in {'states' if seen is None else 'observed'}"
+        elif not (_is_state(state) and _is_state(seen)):
+            kinds = type(seen).__name__, type(state).__name__
+            wrong = f"{name} is a {kinds[0]} for a {kinds[1]}, and no ScalingState"
+        elif seen.scale.shape != state.scale.shape:
+            wrong = f"{name} has scales {seen.scale.shape} for {state.scale.shape}"
+        elif replace(seen.recipe, calibrated=state.recipe.calibrated) != state.recipe:
+            wrong = f"{name} is of a recipe {seen.recipe} for another {state.recipe}"
+        else:
+            continue
+        raise ValueError(
+            "observed is the gradient with respect to states, which has their "
+            f"structure; got one in which {wrong}."
+        )
+    return [(state, found[path]) for path, state in wanted.items()]
+
+
+def _by_path(tree: ArrayTree) -> dict[Any, Any]:
+    return dict(jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_state)[0])
+
+
+def _found(tree: ArrayTree, kind: type) -> list[Any]:
+    leaves = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, kind))
+    return [node for node in leaves if isinstance(node, kind)]
 
 
 def _is_state(node) -> bool:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -304,6 +305,114 @@ def test_a_layer_called_twice_observes_the_maximum(lift):
     assert seen[0] == max(map(float, inputs))
 
 
+def observe(model, variables, x, **kwargs):
+    """What the layer of a model observes in a step."""
+    scaling = variables["scaling"]
+
+    @jax.jit
+    def grad(scaling):
+        def loss_fn(scaling):
+            out = model.apply({**variables, "scaling": scaling}, x, **kwargs)
+            return jnp.sum((out[0] if kwargs else out) ** 2)
+
+        return jax.grad(loss_fn)(scaling)
+
+    (seen,) = scales(grad(scaling)).values()
+    return seen
+
+
+class Around(nn.Module):
+    """A module that has the wrapper inside."""
+
+    lift: str
+
+    @nn.compact
+    def __call__(self, x):
+        return MixedPrecision(Twice(self.lift), rule(DELAYED))(x)
+
+
+def test_the_wrapper_inside_another_module():
+    x = normal(0, 4, 16)
+    model = MixedPrecision(Twice(), rule(DELAYED))
+    for lift in ("", "remat", "jit"):
+        inside = Around(lift)
+        variables = inside.init(jax.random.key(0), x)
+        kernel = variables["params"]["Twice_0"]["dense"]["kernel"]
+        top = float(jnp.abs(kernel.astype(BF16)).max())
+        seen = observe(inside, variables, x)
+        # States that cannot be written pass no border of Linen's transformations.
+        assert seen[1] == (2 * top if lift else top)
+        if not lift:
+            alone = {name: tree["Twice_0"] for name, tree in variables.items()}
+            np.testing.assert_array_equal(seen, observe(model, alone, x))
+        assert observe(inside, variables, x, mutable=["scaling"])[1] == top
+
+
+def test_a_bound_model_observes_the_maximum():
+    x = normal(0, 4, 16)
+    model = MixedPrecision(Twice(), rule(DELAYED))
+    variables = model.init(jax.random.key(0), x)
+
+    @jax.jit
+    def run(scaling):
+        return jnp.sum(model.bind({**variables, "scaling": scaling})(x) ** 2)
+
+    (seen,) = scales(jax.grad(run)(variables["scaling"])).values()
+    np.testing.assert_array_equal(seen, observe(model, variables, x))
+    bound = model.bind(variables)
+    for _ in range(2):  # nothing of one trace is left to another
+        np.testing.assert_array_equal(
+            jax.jit(lambda x: bound(x))(x), model.apply(variables, x)
+        )
+
+
+class OfJax(nn.Module):
+    """Calls a layer, twice, in a function that it gives to a transformation of JAX."""
+
+    way: Callable
+
+    def setup(self):
+        self.dense = nn.Dense(16, use_bias=False)
+
+    def __call__(self, x):
+        run = self.way(lambda x: self.dense(4 * self.dense(x)))
+        return run(x) if self.is_initializing() else self.dense(run(x))
+
+
+def of_scan(run):
+    return lambda x: jax.lax.scan(lambda x, _: (run(x), None), x, length=2)[0]
+
+
+WAYS = {
+    "checkpoint": (jax.checkpoint, 2),
+    "jit": (jax.jit, 2),
+    "scan": (of_scan, 3),
+    "vmap": (jax.vmap, 5),
+    "cond": (lambda run: lambda x: jax.lax.cond(True, run, jnp.sin, x), 2),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_transformations_of_jax_in_a_model(way):
+    transform, uses = WAYS[way]
+    x = normal(0, 4, 16)
+    models = (
+        MixedPrecision(OfJax(f), rule(DELAYED)) for f in (transform, lambda run: run)
+    )
+    model, plain = models
+    variables = plain.init(jax.random.key(0), x)
+    if way != "scan":  # no parameter is made in a scan
+        made = model.init(jax.random.key(0), x)["scaling"]
+        jax.tree.map(np.testing.assert_array_equal, made, variables["scaling"])
+    kernel = variables["params"]["dense"]["kernel"]
+    top = float(jnp.abs(kernel.astype(BF16)).max())
+    seen, exact = (observe(m, variables, x) for m in (model, plain))
+    assert exact[1] == top
+    # Uses within the function and outside of it add up; a loop is many of them.
+    np.testing.assert_allclose(seen[1], uses * top, rtol=1e-6)
+    assert seen[0] >= exact[0]
+
+
 def test_layers_of_a_scan_have_states_of_their_own():
     x = normal(0, 4, 16)
     model = MixedPrecision(Scanned(("params", "scaling")), rule(DELAYED))
@@ -408,6 +517,98 @@ def test_microbatches_observe_what_one_batch_does():
     jax.tree.map(np.testing.assert_array_equal, merged, observe(x))
 
 
+EXACT = mpjax.delayed_scaling(4, power_of_two=True)
+
+
+def integers(seed, *shape):
+    """Small enough to be exact in every format that is scaled by powers of two."""
+    return jax.random.randint(jax.random.key(seed), shape, -4, 5).astype(jnp.float32)
+
+
+def accumulate(tx, batches, factors=None):
+    """Updates and states of an optimizer step by step, of a layer that never moves."""
+    model = MixedPrecision(nn.Dense(8, use_bias=False), rule(EXACT))
+    params, weigh = {"kernel": integers(9, 16, 8)}, integers(8, 1, 8)
+    scaling = model.init(jax.random.key(0), batches[0])["scaling"]
+
+    @jax.jit
+    def step(scaling, opt_state, x, factor):
+        def loss_fn(params, scaling):
+            out = model.apply({"params": params, "scaling": scaling}, x)
+            return jnp.sum(out.astype(jnp.float32) * weigh * factor)
+
+        take = functools.partial(mpjax.value_and_grad, opt_state=opt_state)
+        take = take if is_scaled else jax.value_and_grad
+        _, (grads, observed) = take(loss_fn, argnums=(0, 1))(params, scaling)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        told = opt_state if is_scaled or is_multi else None
+        return updates, mpjax.update_scaling(scaling, observed, told), opt_state
+
+    opt_state, seen = tx.init(params), []
+    is_scaled = isinstance(opt_state, mpjax.LossScalingState)
+    is_multi = isinstance(opt_state, optax.MultiStepsState)
+    for x, factor in zip(batches, factors or [1.0] * len(batches), strict=True):
+        updates, scaling, opt_state = step(scaling, opt_state, x, jnp.float32(factor))
+        seen.append((updates["kernel"], scaling["kernel"]))
+    return seen
+
+
+def assert_same_step(actual, expected):
+    """That the next step of microbatches is that after one large batch."""
+    (updates, state), (large_updates, large) = actual, expected
+    np.testing.assert_array_equal(updates, large_updates)
+    np.testing.assert_array_equal(state.scale, large.scale)
+    np.testing.assert_array_equal(state.loss_scale, large.loss_scale)
+    # The last entry of the history is that of the step that begins.
+    np.testing.assert_array_equal(state.history[:, :-1], large.history[:, 1:])
+    assert not np.any(state.history[:, -1])
+
+
+@pytest.mark.parametrize("is_scaled", [False, True])
+@jax.numpy_dtype_promotion("standard")  # optax.MultiSteps mixes dtypes
+def test_multi_steps_enter_what_one_large_batch_does(is_scaled):
+    def scaled(inner):
+        return mpjax.static_loss_scaling(inner, 64.0) if is_scaled else inner
+
+    sizes = (1.0, 8.0, 0.5, 2.0, 1.0, 0.25)
+    batches = [size * integers(i, 8, 16) for i, size in enumerate(sizes)]
+    parts = [part for x in batches for part in (x[:2], x[2:4], x[4:6], x[6:])]
+    many = optax.MultiSteps(optax.sgd(1.0), 4, use_grad_mean=False)
+    many = optax.GradientTransformation(many.init, many.update)
+    one = optax.MultiSteps(optax.sgd(1.0), 1)  # which has a single microbatch
+    one = optax.GradientTransformation(one.init, one.update)
+    large = accumulate(scaled(optax.sgd(1.0)), batches)
+    small = accumulate(scaled(many), parts)
+    for step, expected in enumerate(large):
+        *before, done = small[4 * step : 4 * step + 4]
+        assert_same_step(done, expected)
+        last = large[step - 1][1].scale if step else np.zeros(3)
+        for updates, state in before:
+            assert not np.any(updates)
+            np.testing.assert_array_equal(state.scale, last)
+    for actual, expected in zip(accumulate(scaled(one), batches), large, strict=True):
+        assert_same_step(actual, expected)
+
+
+@jax.numpy_dtype_promotion("standard")
+def test_a_microbatch_that_is_skipped_is_not_entered():
+    many = optax.MultiSteps(optax.sgd(1.0), 2, use_grad_mean=False)
+    tx = mpjax.dynamic_loss_scaling(
+        optax.GradientTransformation(many.init, many.update), init_scale=64.0
+    )
+    x = integers(0, 8, 16)
+    seen = accumulate(tx, [x, 64 * x, 2 * x, x], [1.0, 1e37, 1.0, 1.0])
+    entries = [state.history for _, state in seen]
+    top = float(jnp.abs(x).max())
+    assert [float(h[0, -1]) for h in entries] == [top, top, 0, top]
+    assert float(entries[2][0, -2]) == 2 * top
+    # The gradient is that of the unscaled loss, whatever the scale became in between.
+    assert [float(state.loss_scale) for _, state in seen] == [64, 32, 32, 32]
+    grad = [float(h[2].max()) for h in entries]
+    assert grad == grad[:1] * 4
+    np.testing.assert_array_equal(seen[2][1].scale[2], grad[0] * 32 / 2**15)
+
+
 def test_apply_returns_what_it_always_returns():
     x = normal(0, 4, 8)
     module = nn.Sequential([nn.Dense(8), nn.BatchNorm(use_running_average=False)])
@@ -510,10 +711,85 @@ def test_training_can_be_resumed_bit_for_bit():
 def test_update_scaling_wants_the_gradient_of_the_states():
     model, x = MixedPrecision(nn.Dense(16), rule(DELAYED)), normal(0, 4, 8)
     variables = model.init(jax.random.key(0), x)
-    with pytest.raises(ValueError, match="has their structure"):
-        mpjax.update_scaling(variables["scaling"], variables["params"])
+    states = {"a": variables["scaling"]}
+    state = states["a"]["kernel"]
+    other = DELAYED.fnuz().init()
+    stack = jax.tree.map(lambda x: jnp.stack([x, x]), state)
+    for observed, wrong in (
+        ({"a": variables["params"]}, "'a/kernel' is a ArrayImpl for a ScalingState"),
+        ({"a": {}}, "'a/kernel' is only in states"),
+        ({"a": {"kernel": state, "other": state}}, "'a/other' is only in observed"),
+        ({"a": {"kernel": stack}}, r"'a/kernel' has scales \(2, 3\) for \(3,\)"),
+        ({"a": {"kernel": other}}, "'a/kernel' is of a recipe delayed e4m3fnuz/.* for"),
+    ):
+        with pytest.raises(ValueError, match="structure; got one in which") as error:
+            mpjax.update_scaling(states, observed)
+        assert error.match(wrong) and len(str(error.value)) < 250
     with pytest.raises(ValueError, match="loss scale"):
         mpjax.update_scaling(variables["scaling"], variables["scaling"], ())
+
+
+def test_without_updates_scaling_is_current():
+    """Also where states are trained, by mistake, as parameters are."""
+    x = normal(0, 4, 16)
+    model = MixedPrecision(nn.Dense(16), rule(DELAYED))
+    current = MixedPrecision(nn.Dense(16), rule(mpjax.current_scaling()))
+    variables = model.init(jax.random.key(0), x)
+    params = {"params": variables["params"]}
+    observed = loss_and_gradients(model, variables, x)[1][1]
+    tx = optax.sgd(1e-3)
+    moved, _ = tx.update(observed, tx.init(variables["scaling"]))
+    trained = optax.apply_updates(variables["scaling"], moved)
+    for scaling in (variables["scaling"], trained):
+        for factor in (1, 30):
+            variables = params | {"scaling": scaling}
+            loss, (grads, _) = loss_and_gradients(model, variables, factor * x)
+            expected, (other, _) = loss_and_gradients(current, params, factor * x)
+            assert loss == expected
+            jax.tree.map(np.testing.assert_array_equal, grads, other)
+
+
+def test_an_update_with_nothing_observed_changes_no_scale():
+    x = normal(0, 4, 16)
+    model = MixedPrecision(nn.Dense(16), rule(DELAYED))
+    variables = model.init(jax.random.key(0), x)
+    observed = loss_and_gradients(model, variables, x)[1][1]
+    states = mpjax.update_scaling(variables["scaling"], observed)
+    nothing = jax.tree.map(jnp.zeros_like, observed)
+    for _ in range(6):  # longer than the history
+        later = mpjax.update_scaling(states, nothing)
+        np.testing.assert_array_equal(later["kernel"].scale, states["kernel"].scale)
+        states = later
+
+
+def test_a_loss_scale_that_changes_beside_the_optimizer():
+    """Of restored states, say: the next gradients neither saturate nor vanish."""
+    x = normal(0, 4, 16)
+    model = MixedPrecision(nn.Dense(16), rule(DELAYED))
+    variables = model.init(jax.random.key(0), x)
+    params, scaling = variables["params"], variables["scaling"]
+
+    def gradients(scaling, scale):
+        opt_state = mpjax.static_loss_scaling(optax.sgd(0.0), scale).init(params)
+        _, grads = mpjax.value_and_grad(
+            lambda params, scaling: jnp.mean(
+                model.apply({"params": params, "scaling": scaling}, x) ** 2
+            ),
+            opt_state,
+            argnums=(0, 1),
+        )(params, scaling)
+        return *grads, opt_state
+
+    _, observed, opt_state = gradients(scaling, 2.0)
+    scaling = mpjax.update_scaling(scaling, observed, opt_state)
+    expected, _, _ = gradients(scaling, 2.0)
+    _, _, opt_state = gradients(scaling, 2.0**12)
+    actual, _, _ = gradients(mpjax.rescale_scaling(scaling, opt_state), 2.0**12)
+    saturated, _, _ = gradients(scaling, 2.0**12)
+    np.testing.assert_array_equal(actual["kernel"] / 2**11, expected["kernel"])
+    assert np.abs(saturated["kernel"]).max() < np.abs(actual["kernel"]).max() / 100
+    with pytest.raises(ValueError, match="no loss scale"):
+        mpjax.rescale_scaling(scaling, optax.sgd(0.1).init(params))
 
 
 @pytest.mark.parametrize("bad", [jnp.inf, jnp.nan])

@@ -705,6 +705,50 @@ def test_microbatches_observe_what_one_batch_does():
     jax.tree.map(np.testing.assert_array_equal, merged, observe(model, x))
 
 
+@jax.numpy_dtype_promotion("standard")  # optax.MultiSteps mixes dtypes
+def test_multi_steps_enter_what_one_large_batch_does():
+    x = jax.random.randint(jax.random.key(0), (8, 16), -4, 5).astype(jnp.float32)
+    x *= jnp.array([1, 8, 4, 2, 1, 1, 4, 2])[:, None]
+    recipe = mpjax.delayed_scaling(4, power_of_two=True)
+
+    @nnx.jit
+    def step(model, optimizer, x):
+        grads = nnx.grad(lambda model: jnp.sum(model(x)), argnums=WRT)(model)
+        optimizer.update(model, grads)
+        mpjax.nnx.update_scaling(model, grads, optimizer.opt_state)
+
+    def train(tx, batches):
+        linear = nnx.Linear(16, 8, use_bias=False, rngs=rngs())
+        linear.kernel[...] = jnp.round(4 * linear.kernel[...])
+        model = mixed_precision(linear, rule(recipe))
+        optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+        for batch in batches:
+            step(model, optimizer, batch)
+        return model.kernel_scaling.get_value(), model.kernel[...]
+
+    many = optax.MultiSteps(optax.sgd(1.0), 4, use_grad_mean=False)
+    many = optax.GradientTransformation(many.init, many.update)
+    once = optax.MultiSteps(optax.sgd(1.0), 1)
+    once = optax.GradientTransformation(once.init, once.update)
+    batches = [x[:2], x[2:4], x[4:6], x[6:]]
+    jax.tree.map(np.testing.assert_array_equal, train(many, batches), train(once, [x]))
+    state, _ = train(many, batches[:2])  # the step is not made
+    assert not np.any(state.scale) and state.history[0, -1] == amax(x[:4])
+
+
+def test_a_loss_scale_that_changes_beside_the_optimizer():
+    model, optimizer = trainer()
+    make_step([])(model, optimizer, normal(0, 4, 16))
+    make_step([])(model, optimizer, normal(0, 4, 16))
+    before = model.linear.kernel_scaling.get_value()
+    other = mpjax.static_loss_scaling(optax.sgd(0.1), 8 * before.loss_scale)
+    mpjax.nnx.rescale_scaling(model, other.init(jnp.ones(2)))
+    after = model.linear.kernel_scaling.get_value()
+    np.testing.assert_array_equal(after.scale, before.scale * jnp.array([1.0, 1.0, 8]))
+    np.testing.assert_array_equal(after.history, before.history)
+    assert after.loss_scale == 8 * before.loss_scale
+
+
 def by_flax(path, state):
     pure = nnx.to_pure_dict(state)
     path.write_bytes(flax.serialization.to_bytes(pure))
