@@ -46,11 +46,11 @@ class MixedPrecision(nn.Module):
     Delayed scaling has its states in a collection ``"scaling"``, with respect to which
     a loss is differentiated too, and which `mpjax.update_scaling` keeps. Of several
     uses of a layer the largest amax counts, through the transformations of Linen as
-    well. JAX adds up what is used in several calls of a function that the model gives
-    to a transformation of JAX (``jax.checkpoint``, ``jax.lax.scan``), or among the
-    examples of an ``nn.vmap`` with shared states; and of Linen's transformations where
-    the wrapper stands inside another module, unless ``apply`` is told ``mutable=
-    ["scaling"]``. A sum is an upper bound, under which nothing overflows.
+    well. JAX adds them up over the calls of a function that the model gives to
+    ``jax.checkpoint``, ``jax.lax.scan`` and the like; and over those of Linen's
+    transformations where the wrapper stands inside another module, unless ``apply`` is
+    told ``mutable=["scaling"]``. A sum is an upper bound, under which nothing
+    overflows.
 
     Some things stay the model's own. Batch statistics and other collections than
     ``params`` hold what the model writes there, as it writes it: activations that it

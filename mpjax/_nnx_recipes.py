@@ -36,10 +36,10 @@ class Scaling(nnx.Variable[ScalingState]):
     differentiated with respect to parameters and to them, and `update_scaling` enters
     what comes out. Left out of that, a layer scales by its current amaxes.
 
-    Of several uses of a layer the largest amax counts, under ``nnx.scan`` and
-    ``nnx.remat`` too. Where a ``vmap`` shares a model among its examples, or a function
-    that ``jax.checkpoint`` or ``jax.lax.scan`` runs has it as a constant, JAX adds up
-    what the uses observe: an upper bound, under which nothing overflows.
+    Of several uses of a layer the largest amax counts, under ``nnx.scan``, ``nnx.remat``
+    and ``vmap`` too. Where a function that ``jax.checkpoint`` or ``jax.lax.scan`` runs
+    has the model as a constant, JAX adds up what its uses observe: an upper bound,
+    under which nothing overflows.
 
     Example:
       >>> from flax import nnx

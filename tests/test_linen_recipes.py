@@ -387,7 +387,7 @@ WAYS = {
     "checkpoint": (jax.checkpoint, 2),
     "jit": (jax.jit, 2),
     "scan": (of_scan, 3),
-    "vmap": (jax.vmap, 5),
+    "vmap": (jax.vmap, 2),
     "cond": (lambda run: lambda x: jax.lax.cond(True, run, jnp.sin, x), 2),
 }
 
