@@ -34,7 +34,8 @@ def attributes(
       method: the name of the method.
 
     Raises:
-      ValueError: the module is one of NNX, which no Linen rule reaches.
+      ValueError: the module is one of NNX, which no Linen rule reaches, or multiplies
+        in a way that takes no recipe.
     """
     policy, lent = get_policy(rule.policy), {}
     own, kind = vars(module), type(module)
@@ -56,11 +57,15 @@ def attributes(
     if products is not None:
         lent |= stand_ins(module, products, rule)
     if policy.compute_dtype.itemsize == 2 or rule.attention:
-        attention = stand_in(
-            own.get("attention_fn"), products if rule.attention else None
-        )
+        function = own.get("attention_fn")
+        attention = stand_in(function, products if rule.attention else None)
         if attention is not None:
             lent["attention_fn"] = attention
+        elif rule.attention and function is not None:
+            raise ValueError(
+                f"Module {path!r} ({kind.__name__}) has an attention_fn of its own, "
+                "which takes no recipe. Leave attention=True out of its rule."
+            )
     # Flax's own layers cast what they read where that is cheapest, except in setup.
     casts_itself = method != "setup" and kind.__module__.startswith("flax.linen")
     lent["param"] = Param(module, path, policy, has_dtype, casts_itself)

@@ -36,10 +36,10 @@ class Scaling(nnx.Variable[ScalingState]):
     differentiated with respect to parameters and to them, and `update_scaling` enters
     what comes out. Left out of that, a layer scales by its current amaxes.
 
-    Of several uses of a layer the largest amax counts, under ``nnx.scan``, ``nnx.remat``
-    and ``vmap`` too. Where a function that ``jax.checkpoint`` or ``jax.lax.scan`` runs
-    has the model as a constant, JAX adds up what its uses observe: an upper bound,
-    under which nothing overflows.
+    Of several uses of a layer the largest amax counts, under ``nnx.scan`` and
+    ``nnx.remat`` and among the examples of a ``vmap`` too. Where a function that
+    ``jax.checkpoint`` or ``jax.lax.scan`` runs has the model as a constant, JAX adds up
+    what its uses observe: an upper bound, under which nothing overflows.
 
     Example:
       >>> from flax import nnx
@@ -230,7 +230,10 @@ def products_of(
     value = getattr(module, "attention_fn", None)
     if rule.attention and value is not None and not inspect.ismethod(value):
         if not _is_stock_attention(value):
-            raise _unserved(path, bare, "has an attention_fn of its own")
+            raise ValueError(
+                f"Module {path!r} ({bare.__name__}) has an attention_fn of its own, "
+                "which takes no recipe. Leave attention=True out of its rule."
+            )
         names |= {"query_key", "weights_value"}
     return names
 

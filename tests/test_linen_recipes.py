@@ -238,6 +238,11 @@ class Scanned(nn.Module):
             rule(mpjax.current_scaling()),
             "'out' .*dot_general of its own",
         ),
+        (
+            nn.MultiHeadDotProductAttention(2, attention_fn=lambda *qkv, **_: qkv[2]),
+            rule(mpjax.current_scaling(), attention=True),
+            r"Module '' .* has an attention_fn of its own.*Leave attention=True out",
+        ),
         (nn.LayerNorm(), "mixed_float8", None),
         (
             nn.Dense(16),
