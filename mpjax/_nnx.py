@@ -42,8 +42,10 @@ def mixed_precision(model: M, rules: Rules) -> M:
     ``compute_dtype`` and results to ``output_dtype``; elsewhere nothing is cast, so
     that under ``"mixed_bfloat16"`` everything between the model's inputs and its
     float32 outputs flows in bfloat16. Stock attention computes its softmax in float32.
-    Other state than ``nnx.Param`` holds what the model writes there, as it writes it:
-    batch statistics in float32, but activations that it sows in 16 bits.
+    A plain list or dict of parameters is read as a copy, to which no method may append;
+    ``nnx.List`` and ``nnx.Dict`` are themselves. Other state than ``nnx.Param`` holds
+    what the model writes there, as it writes it: batch statistics in float32, but
+    activations that it sows in 16 bits.
 
     Under a rule with a recipe Linear, Einsum and convolution layers, the projections of
     attention, ``Embed.attend`` and modules with a ``dot_general`` that is stock or None

@@ -338,7 +338,7 @@ def _products(module: Any) -> LayerProducts:
 
     def read(name: str) -> Array:
         state = vars(module).get(f"{name}_scaling")
-        # Without one, by a call with another einsum_str say, the current amax counts.
+        # Without one, taken off the model by nnx.pop say, the current amax counts.
         return jnp.zeros(3) if state is None else state.get_value().scale
 
     def write(name: str, scales: Array) -> None:

@@ -257,6 +257,59 @@ def test_modules_of_other_authors_that_take_a_dot_general(stock):
     assert np.all(scales(grads)["kernel"] > 0)
 
 
+class Several(nnx.Module):
+    """Parameters in a container, all of which one product multiplies with."""
+
+    def __init__(self, make):
+        self.w = make(nnx.Param(normal(0, 16, 16)), nnx.Param(4 * normal(1, 16, 16)))
+        self.dot_general = jax.lax.dot_general
+
+    def __call__(self, x):
+        for key in (0, 1) if isinstance(self.w, list | nnx.List) else ("a", "b"):
+            assert self.w[key].dtype == BF16
+            x = self.dot_general(x, self.w[key][...], MATMUL)
+        return x
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda a, b: nnx.List([a, b]),
+        lambda a, b: nnx.data([a, b]),
+        lambda a, b: nnx.Dict(a=a, b=b),
+        lambda a, b: nnx.data({"a": a, "b": b}),
+    ],
+    ids=["List", "list", "Dict", "dict"],
+)
+def test_parameters_in_containers(make):
+    model, x = mixed_precision(Several(make), rule(DELAYED)), normal(2, 4, 16)
+    _, grads = loss_and_gradients(model, x)
+    weights = jax.tree.leaves(nnx.state(model, nnx.Param))
+    seen = scales(grads)["kernel"]
+    assert seen[1] == max(map(amax, weights)) and np.all(seen > 0)
+    assert all(np.any(g) for g in jax.tree.leaves(nnx.state(grads, nnx.Param)))
+    jaxpr = jax.make_jaxpr(nnx.merge(*nnx.split(model)))(x)
+    assert [dot.lhs for dot in dots(jaxpr)].count(E4M3) == 2
+
+
+def test_an_einsum_that_is_called_with_other_indices_has_one_state():
+    make = functools.partial(nnx.Einsum, "bd,dh->bh", (16, 32), rngs=rngs())
+    model, x = mixed_precision(make(), rule(DELAYED)), normal(0, 4, 32)
+
+    def loss_fn(model):
+        return weigh(model(x, "bh,dh->bd")) + weigh(model(9 * x[:, :16]))
+
+    grads = nnx.grad(loss_fn, argnums=WRT)(model)
+    expected = [max(amax(x), amax(9 * x[:, :16])), amax(model.kernel[...])]
+    np.testing.assert_array_equal(scales(grads)["kernel"][:2], expected)
+    # A layer that is too small by its own indices has no recipe with others either.
+    small = mixed_precision(
+        nnx.List([make(), nnx.Linear(32, 32, rngs=rngs())]), rule(DELAYED, min_size=17)
+    )[0]
+    jaxpr = jax.make_jaxpr(lambda x: small(x, "bh,dh->bd"))(x)
+    assert [dot.lhs for dot in dots(jaxpr)] == [BF16]
+
+
 class Block(nnx.Module):
     def __init__(self, rngs):
         self.norm = nnx.RMSNorm(16, rngs=rngs)
