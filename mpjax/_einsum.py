@@ -139,12 +139,6 @@ def observed_einsum(
         quantized_rhs=quantized_rhs,
         out_sharding=_permuted(out_sharding, np.argsort(order).tolist()),
     )
-    if order != sorted(order):
-        # XLA takes a transposition into the products before and behind it, and on a CPU
-        # fails to run some of those.
-        product = lax.platform_dependent(
-            product, cpu=lax.optimization_barrier, default=lambda x: x
-        )
     return lax.transpose(product, order), scales
 
 

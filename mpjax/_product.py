@@ -1,5 +1,6 @@
 """One product of two operands, each in high precision or quantized."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, TypeAlias
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mpjax._cpu_faults import dot_general, dot_general_on_cpu
 from mpjax._numerics import format_info
 from mpjax._operand import Operand, varying_axes
 from mpjax._qarray import QArray, dequantize
@@ -49,7 +51,7 @@ def product(
         if lhs.dtype != rhs.dtype:  # only a backward product has such operands
             lhs, rhs = lhs.astype(jnp.float32), rhs.astype(jnp.float32)
         kind = dtype if lhs.dtype.itemsize <= jnp.dtype(dtype).itemsize else lhs.dtype
-        out = lax.dot_general(
+        out = dot_general(
             lhs, rhs, dimension_numbers, precision, kind, out_sharding=out_sharding
         )
     elif _is_blocked(lhs, lc) or _is_blocked(rhs, rc):
@@ -70,12 +72,13 @@ def _blocked(lhs, rhs, dimension_numbers, out_sharding, power_of_two) -> Array:
     wide = jnp.bfloat16 if power_of_two else jnp.float32
 
     def emulate(lhs, rhs):
-        return _dot_as_a_cpu_can(
+        return dot_general(
             dequantize(lhs, wide),
             dequantize(rhs, wide),
             dimension_numbers,
             None if power_of_two else lax.Precision.HIGHEST,
-            out_sharding,
+            jnp.float32,
+            out_sharding=out_sharding,
         )
 
     (lc, rc), (lb, rb) = dimension_numbers
@@ -163,40 +166,22 @@ def _dot_of_values(lhs, rhs, dimension_numbers, out_sharding) -> Array:
             out_sharding=out_sharding,
         )
 
-    def wide(lhs, rhs):
+    def wide(lhs, rhs, multiply=dot_general):
         lhs, rhs = lhs.astype(jnp.bfloat16), rhs.astype(jnp.bfloat16)
-        return _dot_as_a_cpu_can(lhs, rhs, dimension_numbers, None, out_sharding)
+        return multiply(
+            lhs,
+            rhs,
+            dimension_numbers,
+            preferred_element_type=jnp.float32,
+            out_sharding=out_sharding,
+        )
 
     if all(float8):
-        return lax.platform_dependent(lhs, rhs, cpu=wide, default=narrow)
+        on_cpu = functools.partial(wide, multiply=dot_general_on_cpu)
+        return lax.platform_dependent(lhs, rhs, cpu=on_cpu, default=narrow)
     if lhs.dtype == rhs.dtype == jnp.int8:
         return narrow(lhs, rhs, jnp.int32).astype(jnp.float32)
     return wide(lhs, rhs)
-
-
-def _dot_as_a_cpu_can(lhs: Array, rhs: Array, dimension_numbers, precision, sharding):
-    """f32, of operands in bfloat16 or float32.
-
-    Of bfloat16 operands, XLA makes of some products a call that fails when it runs on a
-    CPU. What is not [m, k] by [k, n], or one of these transposed, multiplies in
-    float32: the same numbers, more slowly.
-    """
-    (lc, rc), (lb, rb) = dimension_numbers
-
-    def lies_well(x, contracting, batch, last):
-        order = [i for i in range(x.ndim) if i not in batch]
-        count = len(contracting)
-        ends = set(order[:count]), set(order[len(order) - count :])
-        of_one_axis = len(order) <= count + 1
-        return set(contracting) == ends[last] or (
-            of_one_axis and set(contracting) == ends[not last]
-        )
-
-    if not (lies_well(lhs, lc, lb, True) and lies_well(rhs, rc, rb, False)):
-        lhs, rhs = lhs.astype(jnp.float32), rhs.astype(jnp.float32)
-    return lax.dot_general(
-        lhs, rhs, dimension_numbers, precision, jnp.float32, out_sharding=sharding
-    )
 
 
 def _scale_output(out: Array, lhs: QArray, rhs: QArray, dimension_numbers) -> Array:

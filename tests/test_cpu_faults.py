@@ -1,12 +1,13 @@
-"""The convolution that goes around a fault of XLA on CPUs."""
+"""The products that go around faults of XLA on CPUs."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jaxprs import dots, equations
 
-from mpjax._cpu_faults import _FAULTY, conv_general_dilated
+from mpjax._cpu_faults import _FAULTY, conv_general_dilated, dot_general
 
 BF16 = jnp.bfloat16
 
@@ -96,3 +97,52 @@ def test_the_barrier_is_only_where_it_is_needed(platform, dtype, strides, expect
 
     lowered = fn.trace(x, w).lower(lowering_platforms=(platform,))
     assert ("optimization_barrier" in lowered.as_text()) == expected
+
+
+def product(subscripts, x, y, dot=dot_general):
+    """In float32, of operands with one batch axis or none, which is called z."""
+    one, two, out = subscripts.replace("->", ",").split(",")
+    both = [c for c in one if c in two]
+    dims = [([t.index(c) for t in (one, two)], c == "z") for c in both]
+    contracting, batch = (
+        tuple(zip(*[at for at, is_batch in dims if is_batch == wanted], strict=True))
+        or ((), ())
+        for wanted in (False, True)
+    )
+    y = dot(x, y, (contracting, batch), None, jnp.float32)
+    result = [c for c in both if c == "z"] + [c for c in one + two if c not in both]
+    return lax.transpose(y, [result.index(c) for c in out])
+
+
+# Without a way around, the program fails when it runs.
+FAILING = ["mk,kn->nm", "zmk,zkn->znm", "km,kpn->mpn", "km,kpn->pmn"]
+OTHERS = ["mk,pkn->npm", "zmk,zpkn->znpm", "kzml,zmln->zkn"]
+RUNNING = ["mk,kn->mn", "zmk,zkn->zmn", "mk,nk->mn", "mzk,nzk->zmn", "mpk,kn->mpn"]
+
+
+def operands(subscripts):
+    sizes = {"z": 2, "m": 4, "k": 32, "l": 3, "n": 6, "p": 5}
+    shapes = ([sizes[c] for c in term] for term in subscripts.split("->")[0].split(","))
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.integers(-3, 4, shape), BF16) for shape in shapes]
+
+
+@pytest.mark.parametrize("subscripts", FAILING + OTHERS + RUNNING)
+def test_products_of_bfloat16_run(subscripts):
+    x, y = operands(subscripts)
+    out = jax.jit(lambda x, y: product(subscripts, x, y))(x, y)
+    np.testing.assert_array_equal(out, np.einsum(subscripts, *map(np.float32, (x, y))))
+
+
+@pytest.mark.parametrize("subscripts", RUNNING)
+def test_products_that_run_are_left_as_they_are(subscripts):
+    jaxpr = jax.make_jaxpr(lambda x, y: product(subscripts, x, y))
+    traced = jaxpr(*operands(subscripts))
+    assert {dot[1:] for dot in dots(traced)} == {
+        tuple(map(jnp.dtype, (BF16, BF16, jnp.float32)))
+    }
+    assert not any(
+        eqn.primitive.name in ("transpose", "convert_element_type")
+        and eqn.invars[0].aval.dtype == BF16
+        for eqn in equations(traced)
+    )

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -116,6 +117,42 @@ def test_the_result_is_sharded_as_asked():
 def test_what_it_does_not_do_is_said(subscripts, message):
     with pytest.raises(ValueError, match=message):
         einsum(subscripts, jnp.ones((4, 4)), jnp.ones((4, 4)), recipe=RECIPE)
+
+
+@pytest.mark.parametrize("subscripts", ["bpk,bqkn->bnqp", "ka,kdc->dac"])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        named.current_scaling(power_of_two=True),
+        named.mx_scaling(),
+        dataclasses.replace(named.current_scaling(), quantized=()),
+    ],
+)
+def test_products_run_on_a_cpu_whatever_their_axes(recipe, subscripts):
+    inputs, out = subscripts.split("->")
+    one, two = inputs.split(",")
+    sizes = dict(zip("bpqnkacd", (2, 4, 6, 5, 32, 32, 2, 32), strict=True))
+    x, y, grad = (
+        integers(i, *(sizes[c] for c in term)).astype(jnp.bfloat16)
+        for i, term in enumerate((one, two, out))
+    )
+    function = functools.partial(
+        einsum, subscripts, recipe=recipe, preferred_element_type=jnp.float32
+    )
+
+    @jax.jit
+    def step(x, y, grad):
+        out, pull = jax.vjp(function, x, y)
+        return out, *pull(grad.astype(jnp.float32))
+
+    x64, y64, grad64 = (np.float64(a) for a in (x, y, grad))
+    expected = (
+        np.einsum(subscripts, x64, y64),
+        np.einsum(f"{out},{two}->{one}", grad64, y64),
+        np.einsum(f"{one},{out}->{two}", x64, grad64),
+    )
+    for actual, exact in zip(step(x, y, grad), expected, strict=True):
+        np.testing.assert_allclose(np.float64(actual), exact, rtol=2**-8)
 
 
 @pytest.mark.parametrize("recipe", [named.current_scaling(), named.mx_scaling()])
