@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mpjax._dot_general import check_scales
-from mpjax._observations import hand_on, merge_observations
+from mpjax._observations import check_scales, hand_on, merge_observations
 from mpjax._operand import (
     Operand,
     check_operand,

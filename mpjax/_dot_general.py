@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mpjax._observations import hand_on, merge_observations
+from mpjax._observations import check_scales, hand_on, merge_observations
 from mpjax._operand import (
     check_operand,
     first_order,
@@ -83,8 +83,8 @@ def scaled_dot_general(
       f[batch..., lhs free..., rhs free...].
 
     Raises:
-      TypeError: an operand is not floating or has 8 bits already, or the call is one
-        that ``lax.dot_general`` refuses.
+      TypeError: an operand is not floating or has 8 bits already, ``scales`` is no
+        array, or the call is one that ``lax.dot_general`` refuses.
       ValueError: ``scales`` and the recipe do not go together, or ``quantized_rhs`` is
         not what the recipe would make of ``rhs``.
 
@@ -183,19 +183,6 @@ def observed_dot_general(
     lhs, rhs, quantized_rhs = match_varying(lhs, rhs, quantized_rhs)
     scales, later = hand_on(scales)
     return _dot(dot, lhs, rhs, scales, quantized_rhs), later
-
-
-def check_scales(recipe: Recipe, scales: Array | None):
-    """Raises a ValueError unless the recipe and the scales go together."""
-    if recipe.stateful and scales is None:
-        raise ValueError(
-            "A recipe with delayed scaling takes scales=state.scale, got none."
-        )
-    if scales is not None and scales.shape != (3,):
-        raise ValueError(
-            "scales has one number for each of lhs, rhs and gradient, shape (3,), got "
-            f"{scales.shape}; a stack of layers is to be sliced or mapped over."
-        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,41 @@ import jax.numpy as jnp
 from jax import lax
 
 from mpjax._operand import varying_axes
+from mpjax._recipe import Recipe, ScalingState
 from mpjax._typing import Array
+
+
+def check_scales(recipe: Recipe, scales: Array | None) -> None:
+    """Raises a TypeError or ValueError unless the two go together."""
+    if not isinstance(recipe, Recipe):
+        raise TypeError(
+            "recipe is what mpjax.current_scaling() or another such function returns, "
+            f"got {recipe!r}."
+        )
+    if scales is None:
+        if recipe.stateful:
+            raise ValueError(
+                "A recipe with delayed scaling takes scales=state.scale, got none."
+            )
+        return
+    if isinstance(scales, ScalingState):
+        raise TypeError("scales is an array, got a ScalingState; pass state.scale.")
+    kind = getattr(scales, "dtype", None)
+    if kind not in (jnp.float32, jnp.float64):  # the latter in programs of 64 bits
+        raise TypeError(
+            "scales is a float32 array, got "
+            f"{type(scales).__name__ if kind is None else kind.name}; pass state.scale."
+        )
+    if not recipe.stateful:
+        raise ValueError(
+            f"The recipe {str(recipe)!r} has no delayed scaling and no use for scales; "
+            "leave them out."
+        )
+    if scales.shape != (3,):
+        raise ValueError(
+            "scales has one number for each of lhs, rhs and gradient, shape (3,), got "
+            f"{scales.shape}; a stack of layers is to be sliced or mapped over."
+        )
 
 
 def hand_on(scales: Array | None) -> tuple[Array | None, Array | None]:

@@ -3,7 +3,8 @@
 import abc
 import dataclasses
 import math
-from typing import Literal, TypeAlias
+import operator
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -197,7 +198,14 @@ def check_block(block: Block | None, shape: tuple[int, ...]) -> Block:
             "block takes one size for each axis, positive or -1 for the whole axis, "
             f"got {block} for an array of shape {shape}."
         )
-    return tuple(-1 if b >= d > 0 else b for b, d in zip(block, shape, strict=True))
+    return tuple(-1 if b >= d else b for b, d in zip(block, shape, strict=True))
+
+
+def _whole_number(name: str, value: Any) -> int:
+    """The value as an ``int``, or a TypeError."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} is a whole number, got {value!r}; pass an int.")
+    return operator.index(value)
 
 
 def _power_of_two(amax: Array, fmt: Format, round_up: bool) -> Array:
@@ -304,6 +312,7 @@ class BlockScaling(Scaling):
     def __post_init__(self):
         super().__post_init__()
         object.__setattr__(self, "scale_dtype", jnp.dtype(self.scale_dtype))
+        object.__setattr__(self, "size", _whole_number("size", self.size))
         if self.size < 2:
             raise ValueError(
                 f"A block has at least two elements, got size={self.size}; "
@@ -345,6 +354,10 @@ class DelayedScaling(Scaling):
       algorithm: ``"max"`` of the history, or its ``"most_recent"`` entry.
       margin: the scale is made ``2^margin`` times larger, to leave headroom.
 
+    Raises:
+      TypeError: ``history_length`` is no whole number, or ``margin`` no number.
+      ValueError: one of the attributes is out of range.
+
     Example:
       >>> import jax.numpy as jnp, mpjax
       >>> mpjax.DelayedScaling(jnp.float8_e5m2, history_length=16).margin
@@ -360,7 +373,8 @@ class DelayedScaling(Scaling):
 
     def __post_init__(self):
         super().__post_init__()
-        object.__setattr__(self, "margin", float(self.margin))
+        length = _whole_number("history_length", self.history_length)
+        object.__setattr__(self, "history_length", length)
         if self.history_length < 1:
             raise ValueError(
                 "history_length counts the steps that are remembered and is at least "
@@ -370,12 +384,19 @@ class DelayedScaling(Scaling):
             raise ValueError(
                 f"algorithm is 'max' or 'most_recent', got {self.algorithm!r}."
             )
-        if not math.isfinite(self.margin):
-            raise ValueError(f"margin is a finite number, got {self.margin}.")
-        if self.rounding != "exact" and not self.margin.is_integer():
+        if isinstance(self.margin, bool | str) or not hasattr(self.margin, "__float__"):
+            raise TypeError(f"margin is a number, got {self.margin!r}; pass a float.")
+        margin = float(self.margin)
+        object.__setattr__(self, "margin", margin)
+        if not abs(margin) <= 126:
+            raise ValueError(
+                "Scales, made 2^margin times larger, stay within 2^-126 and 2^126: "
+                f"margin is at most 126, got {margin}; one or two are usual."
+            )
+        if self.rounding != "exact" and not margin.is_integer():
             raise ValueError(
                 "With scales that are powers of two, margin is a whole number, got "
-                f"{self.margin}."
+                f"{margin}."
             )
 
     def block(self, shape: tuple[int, ...], contracting: tuple[int, ...]) -> Block:

@@ -14,7 +14,7 @@ from mpjax._conv import observed_conv_general_dilated
 from mpjax._dot_general import observed_dot_general
 from mpjax._einsum import observed_einsum
 from mpjax._layer_products import LayerProducts
-from mpjax._named_recipes import delayed_scaling
+from mpjax._named_recipes import current_scaling, delayed_scaling
 
 RECIPE = delayed_scaling(16)
 SCALES, W = jnp.zeros(3), 3 * jnp.ones((4, 4))
@@ -48,6 +48,31 @@ def layer(x, w, scales):
 
 
 PRODUCTS = {"dot": dot, "conv": conv, "einsum": einsum, "layer": layer}
+
+
+@pytest.mark.parametrize("product", [dot, conv, einsum])
+@pytest.mark.parametrize(
+    ("scales", "error", "message"),
+    [
+        (None, ValueError, "takes scales=state.scale, got none"),
+        (RECIPE.init(), TypeError, "got a ScalingState; pass state.scale"),
+        ([0.0, 0.0, 0.0], TypeError, "float32 array, got list; pass state.scale"),
+        (jnp.zeros(3, jnp.bfloat16), TypeError, "got bfloat16"),
+        (jnp.zeros(3, jnp.int32), TypeError, "got int32"),
+        (jnp.zeros((2, 3)), ValueError, r"got \(2, 3\); a stack of layers"),
+    ],
+)
+def test_scales_that_do_not_fit_are_refused(product, scales, error, message):
+    with pytest.raises(error, match=message):
+        product(X[0], W, scales)
+
+
+def test_scales_go_with_a_recipe_that_has_a_use_for_them():
+    with pytest.raises(ValueError, match=r"'current .* no use for scales; leave"):
+        observed_einsum("ij,jk", X[0], W, SCALES, recipe=current_scaling())
+    for recipe in (current_scaling, "current"):
+        with pytest.raises(TypeError, match=r"recipe is what mpjax.current_scaling\("):
+            observed_einsum("ij,jk", X[0], W, None, recipe=recipe)
 
 
 def loss(product, x, w, scales):

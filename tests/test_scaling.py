@@ -1,3 +1,4 @@
+import functools
 import itertools
 
 import jax
@@ -138,12 +139,37 @@ def test_equal_scalings_hash_equal_however_the_dtype_is_named():
         ),
         (lambda: scaling.DelayedScaling(E4M3, history_length=0), "at least 1, got 0"),
         (lambda: scaling.DelayedScaling(E4M3, algorithm="mean"), "most_recent"),
-        (lambda: scaling.DelayedScaling(E4M3, margin=float("nan")), "finite number"),
+        *(
+            (functools.partial(scaling.DelayedScaling, E4M3, margin=m), "at most 126")
+            for m in (float("nan"), float("inf"), 2000, -127)
+        ),
     ],
 )
 def test_bad_scalings_are_refused_at_construction(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("value", [16.0, np.float32(16), True, "16", None])
+def test_counts_are_whole_numbers(value):
+    with pytest.raises(TypeError, match="history_length is a whole number, got"):
+        scaling.DelayedScaling(E4M3, history_length=value)
+    with pytest.raises(TypeError, match="size is a whole number, got"):
+        scaling.BlockScaling(E4M3, size=value)
+
+
+@pytest.mark.parametrize("value", [True, "1", None])
+def test_a_margin_is_a_number(value):
+    with pytest.raises(TypeError, match="margin is a number, got"):
+        scaling.DelayedScaling(E4M3, margin=value)
+
+
+def test_numbers_of_numpy_are_numbers():
+    one = scaling.DelayedScaling(E4M3, "exact", np.int64(16), margin=np.float32(1))
+    two = scaling.DelayedScaling(E4M3, "exact", 16, margin=1)
+    assert one == two and hash(one) == hash(two) and repr(one) == repr(two)
+    one = scaling.BlockScaling(E4M3, size=np.int8(32))
+    assert one == scaling.BlockScaling(E4M3, size=32) and "np" not in repr(one)
 
 
 def test_a_scaling_of_an_unknown_dtype_is_refused():
