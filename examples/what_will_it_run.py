@@ -97,7 +97,8 @@ def shares(report: mpjax.lowering.Report) -> dict[str, float]:
 
 def table(reports: list) -> Table:
     """One row for each target and policy."""
-    units = list(dict.fromkeys(unit for _, r in reports for unit in shares(r)))
+    found = dict.fromkeys([*UNITS, *(unit for _, r in reports for unit in shares(r))])
+    units = [unit for unit in found if any(unit in shares(r) for _, r in reports)]
     columns = "target", "policy", "native", *units, "memory", "Mcycles"
     result = Table(title="A train step, compiled ahead of time: operations by unit")
     for column in columns:
@@ -117,25 +118,49 @@ def table(reports: list) -> Table:
 
 
 def plot(reports: list, path: str) -> None:
-    """Draws the operations by matrix unit, and of TPUs the estimated cycles."""
-    figure = Figure(figsize=(9, 7), layout="constrained")
+    """Draws the operations by matrix unit, and of TPUs the estimated cycles.
+
+    Each target has a bar for each policy, in the order of the command line.
+    """
+    policies = list(dict.fromkeys(policy for policy, _ in reports))
+    timed = [(policy, r) for policy, r in reports if r.cycles is not None]
+    figure = Figure(figsize=(10, 7.5), layout="constrained")
     top, bottom = figure.subplots(2)
-    labels = [f"{report.target}\n{policy}" for policy, report in reports]
-    units = dict.fromkeys(unit for _, report in reports for unit in shares(report))
-    colors = matplotlib.colormaps["tab10"].colors
-    start = [0.0] * len(reports)
-    for unit, color in zip(units, colors, strict=False):
-        heights = [100 * shares(report).get(unit, 0.0) for _, report in reports]
-        top.bar(labels, heights, bottom=start, label=unit, color=color)
-        start = [low + height for low, height in zip(start, heights, strict=True)]
+    colors = dict(zip(UNITS, matplotlib.colormaps["tab10"].colors, strict=False))
+    legend = {}
+    for axes, shown in (top, reports), (bottom, timed):
+        targets = list(dict.fromkeys(report.target for _, report in shown))
+        width = 0.8 / len(policies)
+        places = [
+            targets.index(report.target) + (policies.index(policy) + 0.5) * width - 0.4
+            for policy, report in shown
+        ]
+        axes.set_xticks(range(len(targets)), targets)
+        axes.tick_params(axis="x", length=0, pad=14)
+        axes.set_xticks(places, [brief(p) for p, _ in shown], minor=True, fontsize=7)
+        axes.tick_params(axis="x", which="minor", length=0, pad=2)
+        axes.spines[["top", "right"]].set_visible(False)
+        for place, (_, report) in zip(places, shown, strict=True):
+            start, parts = 0.0, shares(report)
+            if axes is bottom:  # one part, in the colour of the most operations
+                parts = {max(parts, key=parts.get): report.cycles / 1e8}
+            for unit, part in parts.items():
+                style = {"width": 0.92 * width, "color": colors.get(unit, "gray")}
+                legend[unit] = axes.bar(place, 100 * part, bottom=start, **style)
+                start += 100 * part
     top.set(ylabel="operations, %", title="What matrix units multiply")
-    top.legend(ncols=len(units), loc="lower center")
-    timed = [i for i, (_, report) in enumerate(reports) if report.cycles is not None]
-    bottom.bar([labels[i] for i in timed], [reports[i][1].cycles / 1e6 for i in timed])
-    bottom.set(ylabel="million cycles", title="Estimates of the TPU compiler")
-    for axes in (top, bottom):
-        axes.tick_params(axis="x", labelsize=6)
+    title = "What the TPU compiler estimates, in the colour of most operations"
+    bottom.set(ylabel="million cycles", title=title)
+    units = [unit for unit in UNITS if unit in legend]
+    units += [unit for unit in legend if unit not in UNITS]
+    handles = [legend[unit] for unit in units]
+    figure.legend(handles, units, loc="outside upper center", ncols=len(units))
     figure.savefig(path, dpi=150)
+
+
+def brief(policy: str) -> str:
+    """A policy's name below a bar, such as "bf16"."""
+    return policy.removeprefix("mixed_").replace("bfloat", "bf").replace("float", "fp")
 
 
 def main(args=None) -> list:
