@@ -313,8 +313,8 @@ def main():
         if any(part in name for part in parts)
     }
     for target in args.targets.split(","):
-        if target != "cpu" and (package := _aot.missing(target)):
-            print(f"\n{target}: left out, for want of: pip install {package}")
+        if target != "cpu" and (problem := _aot.missing(target)):
+            print(f"\n{target}: left out. {problem}")
             continue
         if target == "cpu":
             for model in models:

@@ -94,7 +94,7 @@ def compile_for(
       ValueError: the program calls back into Python.
       LoweringError: JAX cannot lower the program, or the compiler refuses it.
     """
-    _check_installed(target)
+    check_installed(target)
     _check_callbacks(target, traced)
     program = _export(target, traced)
     mesh = traced.mesh or {"devices": program.nr_devices}
@@ -132,7 +132,8 @@ def compile_for(
         )
 
 
-def _check_installed(target: Target) -> None:
+def check_installed(target: Target) -> None:
+    """Raises an ImportError if a target's compiler is not installed."""
     needed = {
         "cpu": ["flatbuffers"],
         "tpu": ["flatbuffers", "libtpu"],

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import re
+from collections.abc import Callable
 
 from mpjax._jaxpr import tag_of
 
@@ -113,10 +114,7 @@ class Module:
                 launched = kernel or instruction
                 found.append((instruction, launched, name, runs))
                 control = kernel is None and instruction.opcode in _CONTROL
-                times = runs
-                if instruction.opcode == "while":
-                    trips = _TRIPS.search(instruction.line)
-                    times *= int(trips[1]) if trips else 1
+                times = runs * _trips(instruction)
                 if control or instruction.opcode in ("fusion", "call", "async-start"):
                     for called in self._called(instruction):
                         visit(called, None if control else launched, times)
@@ -162,13 +160,40 @@ class Module:
         """The TPU compiler's estimates for all runs, by kernel."""
         total: dict[str, int] = {}
         for instruction, kernel, _, runs in self.placed:
-            # 2**63 - 1 stands for unknown.
-            known = [
-                c for c in map(int, _CYCLES.findall(instruction.line)) if c < 2**62
-            ]
-            if kernel is instruction and known:
-                total[kernel.name] = total.get(kernel.name, 0) + sum(known) * runs
+            if kernel is instruction and (cycles := _cycles(instruction)):
+                total[kernel.name] = total.get(kernel.name, 0) + cycles * runs
         return total
+
+    def total(self, cost: Callable[[Instruction], int]) -> int:
+        """Sums a cost over the program, of conditionals that of the dearest branch.
+
+        Args:
+          cost: of one run of what is launched; nothing else is asked.
+        """
+
+        @functools.cache
+        def of(name: str) -> int:
+            return sum(map(run, self.computations[name]))
+
+        def run(instruction: Instruction) -> int:
+            if instruction.opcode not in _CONTROL:
+                return 0 if instruction.opcode in _FREE else cost(instruction)
+            inner = [of(name) for name in self._called(instruction)]
+            if instruction.opcode == "conditional":
+                return max(inner, default=0)
+            return sum(inner) * _trips(instruction)
+
+        return of(self.entry)
+
+    @functools.cached_property
+    def estimated_cycles(self) -> int:
+        """The TPU compiler's estimates, added up."""
+        return self.total(_cycles)
+
+    @functools.cached_property
+    def kernels(self) -> int:
+        """How many are launched."""
+        return self.total(lambda _: 1)
 
     @functools.cached_property
     def bytes_moved(self) -> int:
@@ -178,16 +203,27 @@ class Module:
             for body in self.computations.values()
             for i in body
         }
-        total = 0
-        for instruction, kernel, _, runs in self.placed:
-            idle = instruction.opcode in _FREE | _CONTROL
-            if kernel is instruction and not idle:
-                written = sizes[instruction.name]
-                if instruction.opcode == "custom-call":
-                    written = written[:1]  # without its workspace
-                read = sum(sum(sizes.get(o, [])) for o in instruction.operands)
-                total += runs * (sum(written) + read)
-        return total
+
+        def moved(instruction: Instruction) -> int:
+            written = sizes[instruction.name]
+            if instruction.opcode == "custom-call":
+                written = written[:1]  # without its workspace
+            read = sum(sum(sizes.get(o, [])) for o in instruction.operands)
+            return sum(written) + read
+
+        return self.total(moved)
+
+
+def _trips(instruction: Instruction) -> int:
+    """How often a loop runs, once if the compiler does not know."""
+    found = _TRIPS.search(instruction.line) if instruction.opcode == "while" else None
+    return int(found[1]) if found else 1
+
+
+def _cycles(instruction: Instruction) -> int:
+    """The compiler's estimate for a kernel, 0 without one."""
+    found = map(int, _CYCLES.findall(instruction.line))
+    return sum(cycles for cycles in found if cycles < 2**62)  # 2**63 - 1: unknown
 
 
 def _dtype(result: str) -> str:

@@ -47,7 +47,8 @@ class Report:
       memory: of one device.
       bytes_accessed: by the kernels of one device; the compiler's figure, which counts
         loops once, or of GPUs the sizes of all that their kernels read and write.
-      cycles: of a TPU, the compiler's estimates for all kernels added up.
+      cycles: of a TPU, the compiler's estimates for all kernels added up; of a
+        conditional, those of the dearest branch.
       gemm: of a GPU, whether products are those of cuBLAS or of Triton.
       jax_version: that of the compilers as well.
     """
@@ -258,7 +259,7 @@ def compiled_report(
             aliased=figures["alias"] or 0,
         ),
         bytes_accessed=module.bytes_moved if accessed is None else int(accessed),
-        cycles=sum(module.cycles.values()) if target.platform == "tpu" else None,
+        cycles=module.estimated_cycles if target.platform == "tpu" else None,
         gemm=gemm,
         jax_version=jax.__version__,
     )
