@@ -1,5 +1,6 @@
 """The products of one layer of a model, under the recipe of its rule."""
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from mpjax._product import DimensionNumbers
 from mpjax._recipe import Recipe
 from mpjax._scaling import BlockScaling
 from mpjax._typing import Array, DType
+
+_CONVOLUTION = inspect.signature(lax.conv_general_dilated)
 
 
 @dataclass(frozen=True)
@@ -85,38 +88,16 @@ class LayerProducts:
         )
 
     def conv_general_dilated(
-        self,
-        lhs: Array,
-        rhs: Array,
-        window_strides: Sequence[int],
-        padding: str | Sequence[tuple[int, int]],
-        lhs_dilation: Sequence[int] | None = None,
-        rhs_dilation: Sequence[int] | None = None,
-        dimension_numbers: Any = None,
-        feature_group_count: int = 1,
-        batch_group_count: int = 1,
-        precision: Any = None,
-        preferred_element_type: DType | None = None,
-        *,
-        out_sharding: Any = None,
+        self, lhs: Array, rhs: Array, *args, out_sharding: Any = None, **kwargs
     ) -> Array:
         """``lax.conv_general_dilated`` of images and a kernel."""
-        arguments = (
-            window_strides,
-            padding,
-            lhs_dilation,
-            rhs_dilation,
-            dimension_numbers,
-            feature_group_count,
-            batch_group_count,
-            precision,
-            preferred_element_type,
-        )
-        spec = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
+        given = _CONVOLUTION.bind(lhs, rhs, *args, **kwargs).arguments
+        numbers = given.get("dimension_numbers")
+        spec = lax.conv_dimension_numbers(lhs.shape, rhs.shape, numbers)
         features = rhs.shape[spec.rhs_spec[0]]
         if self._is_small(math.prod(rhs.shape) // features, features):
             options = {} if out_sharding is None else {"out_sharding": out_sharding}
-            return conv_general_dilated(lhs, rhs, *arguments, **options)
+            return conv_general_dilated(lhs, rhs, *args, **kwargs, **options)
         check_convolution(self.path, self.recipe)
         if out_sharding is not None:
             raise ValueError(
@@ -127,7 +108,7 @@ class LayerProducts:
         return self._observe(
             "kernel",
             lambda scales: observed_conv_general_dilated(
-                lhs, rhs, scales, *arguments, recipe=self.recipe
+                lhs, rhs, scales, *args, recipe=self.recipe, **kwargs
             ),
         )
 

@@ -85,3 +85,27 @@ def test_attention_stays_in_bfloat16_unless_asked_for():
     units = [p.unit for p in report.products]
     assert units.count("bfloat16") == PRODUCTS - 3 * LAYERS
     assert report.native == 1.0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("target", ["h100", "b200"])
+@pytest.mark.parametrize("name", ["current", "delayed"])
+def test_a_convolution_is_native_fp8_in_the_forward_pass(target, name):
+    recipe = RECIPES[name]
+
+    def fn(x, w):
+        return mpjax.scaled_conv_general_dilated(
+            x,
+            w,
+            (1, 1),
+            "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            recipe=recipe,
+            scales=jnp.ones(3) if recipe.stateful else None,
+        )
+
+    x = jnp.ones((4, 16, 16, 64), jnp.bfloat16)
+    w = jnp.ones((3, 3, 64, 64), jnp.bfloat16)
+    (product,) = mpjax.lowering.report(fn, x, w, target=target).products
+    assert product.unit == "float8_e4m3fn", product
+    assert "__cudnn$convForwardGraph" in product.evidence
