@@ -104,8 +104,9 @@ def _state(owner: nn.Module, path: str, recipe: Recipe, name: str) -> ScalingSta
                 f"apply the collection {SCALING!r} that init makes beside "
                 "'params', and name it to the transformations of the model: "
                 f"nn.scan(..., variable_axes={{'params': 0, {SCALING!r}: 0}}), the "
-                "axis that params has. A module that the model applies by itself "
-                "has none: give it a rule without delayed scaling."
+                "axis that params has. Where that cannot be, in a model that is not "
+                "yours or a module that the model applies by itself, give the module "
+                "a rule with mpjax.current_scaling()."
             )
         with jax.ensure_compile_time_eval():  # in whatever trace the layer runs first
             owner.put_variable(SCALING, name, recipe.init(loss_scale=0))

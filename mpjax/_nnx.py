@@ -215,7 +215,8 @@ def tabulate(model: nnx.Module) -> str:
     Returns:
       A table with a row a module: path, type, policy ("-": left alone), the recipe of
       its products ("-": none uses it) and the dtypes and number of the parameters of
-      its own.
+      its own. The model is not run: of a layer whose kernel another module reads and
+      multiplies with, the recipe is shown and not used; ``mpjax.lowering`` sees that.
 
     Example:
       >>> from flax import nnx
