@@ -28,6 +28,7 @@ def assert_native(
     topology: str | None = None,
     gemm: Gemm = "library",
     compiler_options: Mapping[str, Any] | None = None,
+    quick: bool = False,
     **kwargs: Any,
 ) -> Report:
     """Fails unless a share of a function's operations runs natively in a dtype.
@@ -45,6 +46,7 @@ def assert_native(
       topology: as of ``report``.
       gemm: as of ``report``.
       compiler_options: as of ``report``.
+      quick: as of ``report``.
       **kwargs: arguments of the function by name.
 
     Returns:
@@ -70,7 +72,8 @@ def assert_native(
     device = get_target(target)
     traced = tagged(trace(fn, args, kwargs))
     program = list(steps(traced.jaxpr, device.platform))
-    report = compiled_report(device, traced, program, topology, gemm, compiler_options)
+    options = topology, gemm, compiler_options, quick
+    report = compiled_report(device, traced, program, *options)
     running = [p for p in report.products if p.verdict != "removed"]
     offenders = [p for p in running if not _counts(p, dtype)]
     lost = sum(p.traced.flops for p in offenders)

@@ -1,6 +1,7 @@
 """What hardware will run for a program, known before it is rented.
 
-The compilers come with ``pip install 'mpjax[lowering]'``.
+The compilers come with ``pip install 'mpjax[lowering]'``. They bring plugins of JAX, which
+complain, and do no harm, where there is no device: ``JAX_PLATFORMS=cpu`` silences them.
 """
 
 from mpjax._census import Census as Census

@@ -189,9 +189,10 @@ TPU_TABLE = {
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("quick", [False, True], ids=["", "quick"])
 @pytest.mark.parametrize("target", TPUS)
-def test_single_products_on_tpus(target):
-    rows, made = report(PRODUCTS, target)
+def test_single_products_on_tpus(target, quick):
+    rows, made = report(PRODUCTS, target, quick=quick)
     for name, units in TPU_TABLE.items():
         row = rows[name]
         if units[target] == "yes":
@@ -205,7 +206,10 @@ def test_single_products_on_tpus(target):
     assert (rows["f32"].verdict, rows["f32"].unit) == ("narrowed", "bfloat16")
     assert (rows["f16"].verdict, rows["f16"].unit) == ("upcast", "float32")
     assert made.flops == len(PRODUCTS) * 2 * SIZE**3
-    assert made.cycles >= sum(row.cycles for row in rows.values()) > 0
+    if quick:
+        assert {made.cycles, *(row.cycles for row in rows.values())} == {None}
+    else:
+        assert made.cycles >= sum(row.cycles for row in rows.values()) > 0
 
 
 CYCLES = {
