@@ -1,6 +1,6 @@
 """What hardware will run for a program, known before it is rented.
 
-The compilers come with ``pip install 'mpjax[lowering]'``. They bring plugins of JAX, which
+The compilers come with ``pip install 'mpjax[lowering]'``, as plugins of JAX. These
 complain, and do no harm, where there is no device: ``JAX_PLATFORMS=cpu`` silences them.
 """
 
