@@ -1,5 +1,6 @@
 """Sends a traced program to a compiler in a process of its own."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -9,7 +10,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeAlias
 
 import jax
@@ -27,6 +29,7 @@ _GUARD = pathlib.Path(__file__).with_name("_guard.py")
 _INSTALL = "Install the compilers with pip install 'mpjax[lowering]' (Linux x86-64)."
 _CUSTOM_CALL = re.compile(r"custom_call @([\w.$]+)")
 _RAISED = re.compile(r"[A-Za-z][\w.]*(Error|Exception)\b: ")
+_CONFIG = threading.Lock()
 _LONGEST = 2000  # characters of an error message
 _DUMPS = re.compile(r"^\d+-(.*?)-\d+-final_bundles\.txt$")
 _EQUIVALENT = re.compile(
@@ -170,18 +173,32 @@ def _export(target: Target, traced: Traced) -> export.Exported:
     shardings = tuple(arg.sharding for arg in traced.args)
     fn = jax.jit(core.jaxpr_as_fun(traced.jaxpr), in_shardings=shardings)
     try:
-        lowered = fn.trace(*traced.args).lower(lowering_platforms=(platform,))
-        # Export accepts only custom calls that stay the same between versions, and
-        # this program is read by the version that writes it.
-        calls = sorted(set(_CUSTOM_CALL.findall(lowered.as_text())))
-        checks = [export.DisabledSafetyCheck.custom_call(call) for call in calls]
-        exporter = export.export(fn, platforms=(platform,), disabled_checks=checks)
-        return exporter(*traced.args)
+        with _names_kept():
+            lowered = fn.trace(*traced.args).lower(lowering_platforms=(platform,))
+            # Export accepts only custom calls that stay the same between versions, and
+            # this program is read by the version that writes it.
+            calls = sorted(set(_CUSTOM_CALL.findall(lowered.as_text())))
+            checks = [export.DisabledSafetyCheck.custom_call(call) for call in calls]
+            exporter = export.export(fn, platforms=(platform,), disabled_checks=checks)
+            return exporter(*traced.args)
     # What rules of lowering raise is up to each of them; it is told, not passed over.
     except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         raise LoweringError(
             f"JAX cannot lower this program for {target.name}: {str(error)[:_LONGEST]}"
         ) from error
+
+
+@contextlib.contextmanager
+def _names_kept() -> Iterator[None]:
+    """Without tracebacks JAX would hand over no scopes, which number the products."""
+    option = "jax_include_full_tracebacks_in_locations"
+    with _CONFIG:
+        before = getattr(jax.config, option)
+        jax.config.update(option, True)
+        try:
+            yield
+        finally:
+            jax.config.update(option, before)
 
 
 def _spec(sharding) -> list:

@@ -17,10 +17,19 @@ _CALLED = re.compile(
 _OPERAND = re.compile(r"%([\w.$-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
-_OP_NAME = re.compile(r'op_name="([^"]*)"')
+_CONDITION = re.compile(r"condition=%?([\w.$-]+)")
+_CONSTANT = re.compile(r" constant\((\d+)\)")
+_INDEX = re.compile(r"index=(\d+)")
+_OP_NAME = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 
-PRODUCT_CALLS = re.compile(r"cublas|cudnn\$(conv|blockScaledDot)|onednn\$(matmul|conv)")
+PRODUCT_CALLS = re.compile(
+    r"cublas\$(gemm|lt)|cudnn\$(conv|blockScaledDot)|onednn\$(matmul|conv)"
+)
+_HIGHEST = re.compile(
+    r"operand_precision[^}\]]*highest|algorithm\W+(alg_)?dot_f32_f32_f32\b",
+    re.IGNORECASE,
+)
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"}
 _CONTROL = {"while", "conditional", "call", "async-start"}
 
@@ -44,10 +53,15 @@ class Instruction:
     line: str
 
     @property
+    def op_name(self) -> str:
+        """The scope and the primitive of JAX that it comes from; "" if XLA drops it."""
+        found = _OP_NAME.search(self.line)
+        return found[1] if found else ""
+
+    @property
     def tag(self) -> int | None:
         """The number that the traced product has which it comes from."""
-        found = _OP_NAME.search(self.line)
-        return tag_of(found[1]) if found else None
+        return tag_of(self.op_name)[0]
 
     @property
     def call(self) -> str:
@@ -68,7 +82,7 @@ class Instruction:
     @property
     def highest(self) -> bool:
         """Whether its float32 operands are not to be rounded."""
-        return bool(re.search(r"operand_precision\W+highest", self.line, re.IGNORECASE))
+        return bool(_HIGHEST.search(self.line))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,13 +93,21 @@ class CompiledProduct:
       instruction: the product.
       kernel: the instruction that is launched for it: itself or a fusion.
       operands: the dtypes of its first two operands, in the names of HLO.
-      runs: how often it runs.
+      sizes: elements of its first two operands, in either order, and of its result.
+      runs: how often it runs, None in a loop that does not say.
     """
 
     instruction: Instruction
     kernel: Instruction
     operands: tuple[str, ...]
-    runs: int
+    sizes: tuple[int, ...]
+    runs: int | None
+
+    @property
+    def tag(self) -> int | None:
+        """The number of the traced product that it or else its kernel comes from."""
+        own = self.instruction.tag
+        return self.kernel.tag if own is None else own
 
 
 class Module:
@@ -105,7 +127,7 @@ class Module:
                 current.append(Instruction(name, result, opcode, operands, line))
 
     @functools.cached_property
-    def placed(self) -> list[tuple[Instruction, Instruction, str, int]]:
+    def placed(self) -> list[tuple[Instruction, Instruction, str, int | None]]:
         """Each instruction that runs, with its kernel, its computation and its runs."""
         found = []
 
@@ -114,13 +136,42 @@ class Module:
                 launched = kernel or instruction
                 found.append((instruction, launched, name, runs))
                 control = kernel is None and instruction.opcode in _CONTROL
-                times = runs * _trips(instruction)
+                times = runs
+                if instruction.opcode == "while":
+                    trips = self._trips(instruction, name)
+                    times = None if None in (times, trips) else times * trips
                 if control or instruction.opcode in ("fusion", "call", "async-start"):
                     for called in self._called(instruction):
                         visit(called, None if control else launched, times)
 
         visit(self.entry, None, 1)
         return found
+
+    def _trips(self, loop: Instruction, place: str) -> int | None:
+        """How often a loop runs, if the compiler says so or it counts up to a number.
+
+        Of loops the TPU's compiler shows conditions only; those of `lax.scan` count by
+        one.
+        """
+        if found := _TRIPS.search(loop.line):
+            return int(found[1])
+        condition = _CONDITION.search(loop.line)
+        body = self.computations[condition[1]] if condition else []
+        made = {i.name: i for i in body}
+        ends = [i for i in body if i.opcode == "compare" and "direction=LT" in i.line]
+        if len(ends) != 1 or len(ends[0].operands) != 2:
+            return None
+        counter, end = (made[name] for name in ends[0].operands)
+        limit, index = _CONSTANT.search(end.line), _INDEX.search(counter.line)
+        here = {i.name: i for i in self.computations[place]}
+        carried = here.get(loop.operands[0])
+        if not limit or not index or not carried or carried.opcode != "tuple":
+            return None
+        first = here.get(carried.operands[int(index[1])])
+        while first and first.opcode == "copy":
+            first = here.get(first.operands[0])
+        start = _CONSTANT.search(first.line) if first else None
+        return max(int(limit[1]) - int(start[1]), 0) if start else None
 
     def _called(self, instruction: Instruction) -> list[str]:
         line = instruction.line.partition("metadata=")[0]
@@ -130,30 +181,31 @@ class Module:
     @functools.cached_property
     def products(self) -> list[CompiledProduct]:
         """All products, in the order of the program."""
-        dtypes = {
-            name: {i.name: _dtype(i.result) for i in instructions}
+        types = {
+            name: {i.name: _type(i.result) for i in instructions}
             for name, instructions in self.computations.items()
         }
-        return [
-            CompiledProduct(
-                instruction,
-                kernel,
-                tuple(dtypes[name].get(o, "") for o in instruction.operands[:2]),
-                runs,
-            )
-            for instruction, kernel, name, runs in self.placed
-            if instruction.is_product
-        ]
+        products = []
+        for instruction, kernel, name, runs in self.placed:
+            if instruction.is_product:
+                operands = [types[name].get(o, ("", 0)) for o in instruction.operands]
+                dtypes, sizes = zip(*operands[:2], strict=True)
+                sizes = (*sorted(sizes), _type(instruction.result)[1])
+                products.append(
+                    CompiledProduct(instruction, kernel, dtypes, sizes, runs)
+                )
+        return products
 
     @functools.cached_property
     def leftover_tags(self) -> set[int]:
         """Numbers of products on arithmetic that no matrix unit does."""
         arithmetic = ("multiply", "reduce", "add", "fusion")
-        return {
-            instruction.tag
+        tags = {
+            tag_of(instruction.op_name)
             for instruction, *_ in self.placed
-            if instruction.opcode in arithmetic and instruction.tag is not None
+            if instruction.opcode in arithmetic
         }
+        return {number for number, own in tags if number is not None and own}
 
     @functools.cached_property
     def cycles(self) -> dict[str, int]:
@@ -161,7 +213,8 @@ class Module:
         total: dict[str, int] = {}
         for instruction, kernel, _, runs in self.placed:
             if kernel is instruction and (cycles := _cycles(instruction)):
-                total[kernel.name] = total.get(kernel.name, 0) + cycles * runs
+                every = cycles * (1 if runs is None else runs)
+                total[kernel.name] = total.get(kernel.name, 0) + every
         return total
 
     def total(self, cost: Callable[[Instruction], int]) -> int:
@@ -173,15 +226,18 @@ class Module:
 
         @functools.cache
         def of(name: str) -> int:
-            return sum(map(run, self.computations[name]))
+            return sum(run(i, name) for i in self.computations[name])
 
-        def run(instruction: Instruction) -> int:
+        def run(instruction: Instruction, place: str) -> int:
             if instruction.opcode not in _CONTROL:
                 return 0 if instruction.opcode in _FREE else cost(instruction)
             inner = [of(name) for name in self._called(instruction)]
             if instruction.opcode == "conditional":
                 return max(inner, default=0)
-            return sum(inner) * _trips(instruction)
+            if instruction.opcode != "while":
+                return sum(inner)
+            trips = self._trips(instruction, place)
+            return sum(inner) * (1 if trips is None else trips)
 
         return of(self.entry)
 
@@ -214,29 +270,28 @@ class Module:
         return self.total(moved)
 
 
-def _trips(instruction: Instruction) -> int:
-    """How often a loop runs, once if the compiler does not know."""
-    found = _TRIPS.search(instruction.line) if instruction.opcode == "while" else None
-    return int(found[1]) if found else 1
-
-
 def _cycles(instruction: Instruction) -> int:
     """The compiler's estimate for a kernel, 0 without one."""
     found = map(int, _CYCLES.findall(instruction.line))
     return sum(cycles for cycles in found if cycles < 2**62)  # 2**63 - 1: unknown
 
 
-def _dtype(result: str) -> str:
-    found = _SHAPE.search(result)
-    return found[1] if found else ""
+def _arrays(result: str) -> list[tuple[str, int]]:
+    """The dtype and the elements of each array of a type."""
+    return [
+        (dtype, math.prod(int(n) for n in dims.split(",") if n))
+        for dtype, dims in _SHAPE.findall(result)
+    ]
+
+
+def _type(result: str) -> tuple[str, int]:
+    """Those of the first."""
+    return next(iter(_arrays(result)), ("", 0))
 
 
 def _sizes(result: str) -> list[int]:
     """Bytes of each array of a type."""
-    return [
-        math.prod(int(n) for n in dims.split(",") if n) * bits(dtype) // 8
-        for dtype, dims in _SHAPE.findall(result)
-    ]
+    return [size * bits(dtype) // 8 for dtype, size in _arrays(result)]
 
 
 def bits(dtype: str) -> int:

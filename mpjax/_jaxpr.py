@@ -40,8 +40,8 @@ MOVES = (
     "transpose",
 )
 
-_TAG = "mpjax."
-_TAGS = re.compile(r"(?:^|[/(])mpjax\.(\d+)(?=[/)]|$)")
+_TAG = re.compile(r"mpjax\.(\d+)(\.out)?")
+_TAGS = re.compile(rf"(?:^|[/(]){_TAG.pattern}(?=[/)]|$)")
 _REMAT = ("checkpoint", "rematted_computation")
 # Their jaxprs say how two numbers become one.
 _COMBINERS = ("reduce", "scatter", "select_and", "argmax", "argmin", "sort", "cum")
@@ -59,6 +59,8 @@ class Step(NamedTuple):
       outputs: a number for each result.
       tag: the number that `tag` gave it.
       calls: the equations that it is inside of, outermost first.
+
+    Of its runs those of one device, `loops`, are what a compiled loop repeats.
     """
 
     eqn: core.JaxprEqn
@@ -69,6 +71,20 @@ class Step(NamedTuple):
     outputs: tuple[int, ...]
     tag: int | None
     calls: tuple[core.JaxprEqn, ...]
+
+    @property
+    def loops(self) -> int:
+        lengths = [c.params["length"] for c in self.calls if _name(c) == "scan"]
+        return math.prod(lengths)
+
+    @property
+    def in_kernel(self) -> bool:
+        """Whether it is written in Pallas."""
+        return any(_name(c) == "pallas_call" for c in self.calls)
+
+
+def _name(eqn) -> str:
+    return eqn.primitive.name
 
 
 def inner(jaxpr: Any) -> Any:
@@ -121,9 +137,11 @@ def _read(
                 )
             )
         path = "/".join(name for name, _ in itertools.groupby(names))
-        one = len(ends) == 1 and len(ends[0]) == len(eqn.outvars)
+        # Of a while loop, the condition comes first and the body last.
+        one = len(ends) == 1 or (len(ends) == 2 and _name(eqn) == "while")
+        one = one and len(ends[-1]) == len(eqn.outvars)
         results = [
-            ends[0][i] if one and ends[0][i] >= 0 else next(numbers)
+            ends[-1][i] if one and ends[-1][i] >= 0 else next(numbers)
             for i in range(len(eqn.outvars))
         ]
         env.update(zip(eqn.outvars, results, strict=True))
@@ -145,7 +163,16 @@ def _opened(eqn, operands, platform) -> list[tuple[Any, list[int], int]]:
             branches = list(itertools.islice(takes, 1))
         return [(branch, operands[1:], 1) for branch in branches]
     if name == "while":
-        return [(params["body_jaxpr"], operands[params["cond_nconsts"] :], 1)]
+        reads, carry = params["cond_nconsts"], params["body_nconsts"]
+        looked_at = operands[:reads] + operands[reads + carry :]
+        body = params["body_jaxpr"], operands[reads:], 1
+        return [(params["cond_jaxpr"], looked_at, 1), body]
+    if name == "custom_linear_solve":  # the rest is for its transpose
+        matvec, _, solve, _ = params["jaxprs"]
+        starts = list(itertools.accumulate(params["const_lengths"], initial=0))
+        i = 0 if solve is None else 2
+        reads = operands[starts[i] : starts[i + 1]] + operands[starts[-1] :]
+        return [(matvec if solve is None else solve, reads, 1)]
     if name.startswith(_COMBINERS):
         return []
     times = 1
@@ -171,8 +198,8 @@ def _names(eqn) -> tuple[list[str], bool, int | None]:
     for entry in eqn.source_info.name_stack.stack:
         if type(entry).__name__ == "Transform":
             transposed |= entry.name == "transpose"
-        elif entry.name.startswith(_TAG):
-            tag = int(entry.name.removeprefix(_TAG))
+        elif found := _TAG.fullmatch(entry.name):
+            tag = None if found[2] else int(found[1])
         elif entry.name not in _REMAT:
             names.append(entry.name)
     return names, transposed, tag
@@ -190,8 +217,8 @@ def tag(jaxpr: Any) -> Any:
     """Numbers each product of a program, in the names that compilers keep.
 
     XLA carries the scope of an operation through its rewrites into the program that it
-    emits. What only moves or casts the result of a product gets the number as well: a
-    transpose that is merged with the product leaves its own name on it.
+    emits. What only moves or casts the result of a product gets the number as well, in
+    another form: a transpose that is merged with the product leaves its own name on it.
     """
     return _tagged(jaxpr, itertools.count())
 
@@ -200,14 +227,14 @@ def _tagged(jaxpr, numbers):
     eqns, followers = [], {}
     for eqn in inner(jaxpr).eqns:
         params = {key: _tagged_param(v, numbers) for key, v in eqn.params.items()}
-        number = None
+        number, form = None, ""
         if eqn.primitive.name in PRODUCTS:
             number = next(numbers)
         elif eqn.primitive.name in MOVES and eqn.invars:
-            number = followers.get(_key(eqn.invars[0]))
+            number, form = followers.get(_key(eqn.invars[0])), ".out"
         source = eqn.source_info
         if number is not None:
-            stack = source.name_stack.extend(f"{_TAG}{number}")
+            stack = source.name_stack.extend(f"mpjax.{number}{form}")
             source = source.replace(name_stack=stack)
             followers |= {_key(var): number for var in eqn.outvars}
         eqns.append(eqn.replace(params=params, source_info=source))
@@ -222,22 +249,30 @@ def _key(atom):
 def _tagged_param(value, numbers):
     if _is_jaxpr(value):
         return _tagged(value, numbers)
-    if type(value) in (tuple, list):
-        return type(value)(_tagged_param(item, numbers) for item in value)
+    if isinstance(value, tuple | list):
+        items = [_tagged_param(item, numbers) for item in value]
+        is_named = hasattr(value, "_fields")
+        return type(value)(*items) if is_named else type(value)(items)
     return value
 
 
-def tag_of(op_name: str) -> int | None:
+def tag_of(op_name: str) -> tuple[int | None, bool]:
     """The number of a product in the name of a compiled operation.
 
     Without a scope around it a transformation wraps the number itself.
 
+    Returns:
+      The number, and whether the operation is the product or what it was rewritten to,
+      not what only moves or casts its result.
+
     Example:
-      >>> tag_of("jit(step)/Dense_0/mpjax.3/dot_general"), tag_of("jit(f)/jvp(mpjax.4)")
-      (3, 4)
+      >>> tag_of("jit(step)/Dense_0/mpjax.3/dot_general")
+      (3, True)
+      >>> tag_of("jit(f)/jvp(mpjax.4.out)/transpose")
+      (4, False)
     """
     found = _TAGS.findall(op_name)
-    return int(found[-1]) if found else None
+    return (int(found[-1][0]), not found[-1][1]) if found else (None, False)
 
 
 @functools.cache

@@ -2,16 +2,16 @@
 
 import collections
 import dataclasses
-import functools
 from collections.abc import Iterator
 from typing import Literal, TypeAlias
 
 from mpjax._compile import Compiled, Gemm
 from mpjax._hlo import CompiledProduct, Module, bits
-from mpjax._jaxpr import COMPOSITES
-from mpjax._products import Product
+from mpjax._jaxpr import Step
+from mpjax._match import match
+from mpjax._products import Product, product
 from mpjax._targets import Target
-from mpjax._unit import DTYPES, unit_of
+from mpjax._unit import unit_of
 
 Verdict: TypeAlias = Literal[
     "native", "block-scaled", "narrowed", "upcast", "vector", "removed", "unknown"
@@ -24,19 +24,22 @@ class LoweredProduct:
 
     Attributes:
       traced: the product as it was written.
+      flops: floating-point operations that the target does for it: none if it is
+        removed, and fewer than as written if the compiler takes it out of a loop.
       unit: the dtype that the matrix unit multiplies, such as "float8_e4m3fn",
         "bfloat16" or "tf32"; of a product that no matrix unit does, "".
       verdict: "native": in the dtypes as written; "block-scaled": so, with the scales
         of blocks; "narrowed": in a narrower one, as float32 is on a TPU; "upcast": in a
         wider one, for the target has no such unit; "vector": without a matrix unit;
         "removed": equal to another or not needed; "unknown": the compiler did not show.
-      kernel: the name of the kernel in the emitted program.
+      kernel: the name of the kernel in the emitted program, of several the first.
       evidence: the instruction or the library call that shows it.
       cycles: of a TPU, the compiler's estimate for all runs; of a kernel with several
         products, an equal part.
     """
 
     traced: Product
+    flops: int
     unit: str
     verdict: Verdict
     kernel: str
@@ -52,9 +55,10 @@ class LoweredProduct:
 def join(
     target: Target,
     gemm: Gemm,
-    written: dict[int, Product],
+    written: dict[int, Step],
     module: Module,
     compiled: Compiled,
+    devices: int,
 ) -> Iterator[LoweredProduct]:
     """Joins products as written with products as compiled.
 
@@ -64,46 +68,47 @@ def join(
       written: by number, in the order of the program.
       module: the compiled program, taken apart.
       compiled: the compiled program.
+      devices: how many the program is compiled for.
     """
-    found: dict[int, CompiledProduct] = {}
-    nameless = []
-    for p in module.products:
-        number = p.kernel.tag if p.instruction.tag is None else p.instruction.tag
-        if number is None:
-            nameless.append(p)
-        elif number in written:
-            found.setdefault(number, p)
-    for number in _without_name(written, found, nameless):
-        # Composites lose their names: formats tell them apart, and else their order.
-        own = written[number]
-        if own.primitive in COMPOSITES and nameless:
-            p = min(nameless, key=functools.partial(_strange, written=own))
-            nameless.remove(p)
-            found[number] = p
-    shared = collections.Counter(p.kernel.name for p in found.values())
-    for number, p in written.items():
+    found, unexplained = match(written, module.products, devices)
+    shared = collections.Counter(
+        p.kernel.name for products in found.values() for p in products
+    )
+    for number, step in written.items():
+        p = product(step)
         if number not in found:
-            verdict = "vector" if number in module.leftover_tags else "removed"
-            yield LoweredProduct(p, "", verdict, "", "", None)
+            verdict: Verdict = "removed"
+            if step.in_kernel or unexplained:
+                verdict = "unknown"
+            elif number in module.leftover_tags:
+                verdict = "vector"
+            flops = 0 if verdict == "removed" else p.flops
+            yield LoweredProduct(p, flops, "", verdict, "", "", None)
             continue
         made = found[number]
-        unit, evidence, scaled = unit_of(target, gemm, made, compiled)
-        kernel = made.kernel.name
-        cycles = module.cycles.get(kernel)
-        cycles = cycles // shared[kernel] if cycles is not None else None
-        verdict = _verdict(p, unit, evidence, scaled)
-        yield LoweredProduct(p, unit, verdict, kernel, evidence, cycles)
+        units = [unit_of(target, gemm, one, compiled) for one in made]
+        unit, evidence, scaled = collections.Counter(units).most_common(1)[0][0]
+        known = [one for one in made if one.kernel.name in module.cycles]
+        cycles = sum(
+            module.cycles[one.kernel.name] // shared[one.kernel.name] for one in known
+        )
+        yield LoweredProduct(
+            traced=p,
+            flops=_flops(p, step, made),
+            unit=unit,
+            verdict=_verdict(p, unit, evidence, scaled),
+            kernel=made[0].kernel.name,
+            evidence=evidence,
+            cycles=cycles if known else None,
+        )
 
 
-def _without_name(written, found, nameless) -> list[int]:
-    """Products not found by name, those first whose formats are still there."""
-    left = [number for number in written if number not in found]
-    return sorted(left, key=lambda n: all(_strange(p, written[n]) for p in nameless))
-
-
-def _strange(made: CompiledProduct, written: Product) -> bool:
-    """Whether a compiled product has other operands than a written one."""
-    return DTYPES.get(made.operands[0]) != written.lhs
+def _flops(written: Product, step: Step, made: list[CompiledProduct]) -> int:
+    """Without the runs of a loop that a product is taken out of."""
+    known = [one.runs for one in made if one.runs is not None]
+    if len(known) < len(made) or sum(known) >= step.loops:
+        return written.flops
+    return written.flops * sum(known) // step.loops
 
 
 def _verdict(written: Product, unit: str, evidence: str, scaled: bool) -> Verdict:
@@ -111,6 +116,8 @@ def _verdict(written: Product, unit: str, evidence: str, scaled: bool) -> Verdic
         return "vector" if evidence else "unknown"
     if scaled:
         return "block-scaled"
+    if unit == "bfloat16" and "float16" in (written.lhs, written.rhs):
+        return "narrowed"  # of as many bits, fewer are of the significand
     has = bits(unit) if unit != "tf32" else 19
     asked = [bits(written.lhs), bits(written.rhs)]
     if has > min(asked):

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from mpjax._compile import Gemm, compile_for
 from mpjax._hlo import Module
 from mpjax._jaxpr import Step, steps, tag
 from mpjax._lowered import LoweredProduct, join
-from mpjax._products import is_product, product
+from mpjax._products import is_product
 from mpjax._table import render
 from mpjax._targets import Target, get_target
 from mpjax._text import brief, html_table, short
@@ -64,17 +65,17 @@ class Report:
     @property
     def flops(self) -> int:
         """Floating-point operations of all products on all devices."""
-        return sum(p.traced.flops for p in self.products if p.verdict != "removed")
+        return sum(p.flops for p in self.products)
 
     @property
     def native(self) -> float:
         """The share of the operations that run in the dtypes as written."""
-        done = sum(p.traced.flops for p in self.products if p.native)
+        done = sum(p.flops for p in self.products if p.native)
         return done / max(self.flops, 1)
 
     def flops_by_unit(self) -> dict[str, int]:
         """Operations by the dtype that matrix units multiply, the most first."""
-        return self._total(lambda p: p.unit or "no matrix unit")
+        return self._total(lambda p: p.unit or _NO_UNIT[p.verdict])
 
     def flops_by_dtype(self) -> dict[str, int]:
         """Operations by the dtypes of the operands as written, the most first."""
@@ -84,7 +85,7 @@ class Report:
         total: collections.Counter[str] = collections.Counter()
         for p in self.products:
             if p.verdict != "removed":
-                total[key(p)] += p.traced.flops
+                total[key(p)] += p.flops
         return dict(total.most_common())
 
     def to_dict(self) -> dict[str, Any]:
@@ -92,7 +93,7 @@ class Report:
         products = []
         for p in self.products:
             row = dataclasses.asdict(p)
-            share = 0 if p.verdict == "removed" else p.traced.flops / max(self.flops, 1)
+            share = p.flops / max(self.flops, 1)
             products.append(row.pop("traced") | row | {"share": share})
         return dataclasses.asdict(self) | {
             "products": products,
@@ -140,7 +141,7 @@ class Report:
         rows = []
         for key, alike in groups.items():
             path, where, backward, operands, out, unit, verdict = key
-            flops = sum(p.traced.flops for p in alike)
+            flops = sum(p.flops for p in alike)
             share = "-" if verdict == "removed" else f"{flops / max(self.flops, 1):.1%}"
             rows.append(
                 (
@@ -158,6 +159,7 @@ class Report:
         return rows
 
 
+_NO_UNIT = {"vector": "no matrix unit", "unknown": "unknown"}
 _COLUMNS = (
     "path",
     "pass",
@@ -248,13 +250,13 @@ def compiled_report(
     """The report on a program that has been tagged and read."""
     options = topology, gemm, compiler_options, quick
     compiled = compile_for(target, traced, *options)
-    module = Module(compiled.text)
+    module, devices = Module(compiled.text), math.prod(traced.mesh.values())
     written = {
-        number: product(step)
+        number: step
         for step in program
         if is_product(step) and (number := step.tag) is not None
     }
-    products = tuple(join(target, gemm, written, module, compiled))
+    products = tuple(join(target, gemm, written, module, compiled, devices))
     timed = target.platform == "tpu" and not quick
     if not timed:
         products = tuple(dataclasses.replace(p, cycles=None) for p in products)

@@ -15,7 +15,7 @@ from mpjax._lowered import LoweredProduct
 from mpjax._lowering import Report, compiled_report, tagged
 from mpjax._table import render
 from mpjax._targets import Target, get_target
-from mpjax._text import brief
+from mpjax._text import brief, short
 from mpjax._trace import trace
 
 
@@ -74,14 +74,15 @@ def assert_native(
     program = list(steps(traced.jaxpr, device.platform))
     options = topology, gemm, compiler_options, quick
     report = compiled_report(device, traced, program, *options)
-    running = [p for p in report.products if p.verdict != "removed"]
+    # If nothing runs, nothing runs natively, and what was removed says why.
+    running = [p for p in report.products if p.flops or not report.flops]
     offenders = [p for p in running if not _counts(p, dtype)]
-    lost = sum(p.traced.flops for p in offenders)
-    share = 1 - lost / max(report.flops, 1)
+    lost = sum(p.flops for p in offenders)
+    share = 1 - lost / report.flops if report.flops else 0.0
     if share < at_least:
         title = (
-            f"{share:.1%} of the operations of this program run natively in {dtype} or "
-            f"narrower on {report.target}, {at_least:.1%} should:"
+            f"{share:.1%} of the {short(report.flops)}FLOP of a program run natively "
+            f"in {dtype} or narrower on {report.target}, {at_least:.1%} should:"
         )
         findings = [
             f for f in take(program).findings if f.kind in ("promotion", "dequantized")
@@ -107,12 +108,14 @@ def _message(title, report: Report, offenders, findings: list[Finding], dtype) -
     for p in offenders:
         why, remedy = _why(p, report, dtype, findings)
         key = p.traced.path or None, p.traced.where or None, why, remedy
-        groups[key] += p.traced.flops
+        groups[key] += p.flops
     largest = sorted(groups.items(), key=lambda item: -item[1])
     rows = [
         (path, f"{flops / max(report.flops, 1):.1%}", why, where)
         for (path, where, why, _), flops in largest
     ]
+    if not rows:
+        return f"{title} it has no matrix product and no convolution."
     lines = [render(rows, ("path", "share", "why", "where"), title), "What to do:"]
     lines += dict.fromkeys(f"- {remedy}" for (*_, remedy), _ in largest)
     for f in findings:
@@ -134,6 +137,16 @@ def _why(p: LoweredProduct, report: Report, dtype, findings) -> tuple[str, str]:
         return f"written in {written}", (
             f"Products written in {written} run in it or wider: give their modules a "
             f"rule whose policy or recipe is in {dtype}, or lower at_least."
+        )
+    if p.verdict == "removed":
+        return "removed", (
+            "Products whose results nobody needs, or that are equal to another, are not"
+            " run: return what they compute."
+        )
+    if p.verdict == "unknown":
+        return "unknown", (
+            "The compiler does not show what these run as, such as kernels of Pallas: "
+            "assert on the rest of the program, or lower at_least."
         )
     if p.verdict == "upcast" and bits(p.traced.lhs) >= 16:
         return f"{written} runs as {brief(p.unit)}", (

@@ -76,10 +76,17 @@ def trace(fn: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Traced:
 
 
 def _is_array(leaf) -> bool:
-    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+    # Classes of scalars, such as np.float32, have descriptors of these names.
+    is_type = isinstance(leaf, type)
+    return not is_type and hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
 def _struct(leaf) -> jax.ShapeDtypeStruct:
     sharding = getattr(leaf, "sharding", None)
     sharding = sharding if isinstance(sharding, NamedSharding) else None
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    return jax.ShapeDtypeStruct(
+        leaf.shape,
+        leaf.dtype,
+        sharding=sharding,
+        weak_type=getattr(leaf, "weak_type", False),
+    )

@@ -16,6 +16,7 @@ DTYPES = {
     "f8e4m3fn": "float8_e4m3fn",
     "f8e5m2": "float8_e5m2",
     "f8e4m3": "float8_e4m3fn",
+    "bf8": "float8_e5m2",
     "f4e2m1fn": "float4_e2m1fn",
     "s4": "int4",
     "s8": "int8",
@@ -28,6 +29,7 @@ DTYPES = {
     "tf32": "tf32",
 }
 _VMATMUL = re.compile(r"\bvmatmul((?:\.\w+)*)")
+_VMATPUSH = re.compile(r"\bvmatpush\d?((?:\.\w+)*)")
 _MMA = re.compile(r"\b(?:wgmma\.mma_async|mma)\.sync\.aligned\.([\w.]+)")
 _TCGEN05 = re.compile(r"\btcgen05\.mma[\w.:]*kind::(\w+)(\.block_scale)?")
 
@@ -61,22 +63,38 @@ def unit_of(
 
 
 def _tpu_unit(made, operands, code) -> tuple[str, str, bool]:
+    """Reads the operand that is kept in the unit, and the one that moves through it.
+
+    The wider of the two is rounded to the other, but not to 8 bits.
+    """
     if code is None:
         return "", "", False
-    counts: collections.Counter[str] = collections.Counter()
-    for suffixes in _VMATMUL.findall(code):
-        known = [s for s in suffixes.split(".") if s in DTYPES]
-        counts[known[0] if known else "f32"] += 1
-    if not counts:
+    moves = _own(made, _VMATMUL.findall(code))
+    stays = _own(made, _VMATPUSH.findall(code)) or moves
+    if not moves:
         return "", "no vmatmul", False
-    # A kernel may hold several products; a few of the instructions may be for the rest
-    # of a shape.
-    own = [dtype for dtype in made.operands if dtype in counts]
-    dtype = own[0] if own and len(counts) > 1 else counts.most_common(1)[0][0]
-    unit = DTYPES[dtype]
+    units = sorted((DTYPES[moves], DTYPES[stays]), key=bits)
+    unit = units[1] if bits(units[0]) == 8 else units[0]
+    if unit == "bfloat16" and "f32" in made.operands and made.instruction.highest:
+        unit = "float32"  # in several parts of 16 bits each
     if bits(unit) == 8 and all(bits(o) == 8 for o in made.operands):
         unit = operands
-    return unit, f"vmatmul.{dtype}", False
+    same = len({*units}) == 1
+    return unit, f"vmatmul.{moves}" + ("" if same else f" of vmatpush.{stays}"), False
+
+
+def _own(made: CompiledProduct, opcodes: list[str]) -> str:
+    """The dtype in the opcodes of a product, of which its kernel may hold several.
+
+    A few may be for the rest of a shape.
+    """
+    counts: collections.Counter[str] = collections.Counter()
+    for suffixes in opcodes:
+        names = suffixes.split(".")
+        if "lsf" not in names:  # once more what is there
+            counts[next((name for name in names if name in DTYPES), "f32")] += 1
+    own = [d for d in counts if DTYPES[d] in map(DTYPES.get, made.operands)]
+    return (own or [d for d, _ in counts.most_common(1)] or [""])[0]
 
 
 def _ptx_unit(operands, kernel) -> tuple[str, str, bool]:

@@ -21,7 +21,7 @@ LADDER = [
     ["_linen", "_nnx", "_nnx_trace"],
     ["_trace"],
     ["_compile", "_census"],
-    ["_unit", "_lowered", "_lowering"],
+    ["_unit", "_match", "_lowered", "_lowering"],
     ["_native", "_support"],
     ["linen", "nnx", "lowering", "__init__", "__main__"],
 ]

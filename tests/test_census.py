@@ -50,9 +50,9 @@ def test_jaxprs_are_laid_out_as_this_library_reads_them():
     same = jax.jit(jax.extend.core.jaxpr_as_fun(tagged))
     text = same.trace(Struct((4, 4), F32)).lower().as_text(debug_info=True)
     assert "mpjax.1" in text  # nobody needs the first
-    assert _jaxpr.tag_of("jit(f)/jvp(outer)/inner/mpjax.12/dot_general") == 12
-    assert _jaxpr.tag_of("jit(f)/transpose(jvp(mpjax.1))/transpose") == 1
-    assert _jaxpr.tag_of("jit(f)/outer/dot_general") is None
+    assert _jaxpr.tag_of("jit(f)/jvp(outer)/inner/mpjax.12/dot_general") == (12, True)
+    assert _jaxpr.tag_of("jit(f)/transpose(jvp(mpjax.1.out))/transpose") == (1, False)
+    assert _jaxpr.tag_of("jit(f)/outer/dot_general") == (None, False)
 
 
 def loop(x):
