@@ -127,11 +127,12 @@ def plot(reports: list, path: str) -> None:
     """
     policies = list(dict.fromkeys(policy for policy, _ in reports))
     timed = [(policy, r) for policy, r in reports if r.cycles is not None]
-    figure = Figure(figsize=(10, 7.5), layout="constrained")
-    top, bottom = figure.subplots(2)
+    panels = [reports, timed] if timed else [reports]
+    figure = Figure(figsize=(10, 3.75 * len(panels)), layout="constrained")
+    top, *bottom = figure.subplots(len(panels), squeeze=False)[:, 0]
     colors = dict(zip(UNITS, matplotlib.colormaps["tab10"].colors, strict=False))
     legend = {}
-    for axes, shown in (top, reports), (bottom, timed):
+    for axes, shown in zip((top, *bottom), panels, strict=True):
         targets = list(dict.fromkeys(report.target for _, report in shown))
         width = 0.8 / len(policies)
         places = [
@@ -145,7 +146,7 @@ def plot(reports: list, path: str) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         for place, (_, report) in zip(places, shown, strict=True):
             start, parts = 0.0, shares(report)
-            if axes is bottom:  # one part, in the colour of the most operations
+            if axes in bottom:  # one part, in the colour of the most operations
                 parts = {max(parts, key=parts.get): report.cycles / 1e8}
             for unit, part in parts.items():
                 style = {"width": 0.92 * width, "color": colors.get(unit, "gray")}
@@ -153,7 +154,8 @@ def plot(reports: list, path: str) -> None:
                 start += 100 * part
     top.set(ylabel="operations, %", title="What matrix units multiply")
     title = "What the TPU compiler estimates, in the colour of most operations"
-    bottom.set(ylabel="million cycles", title=title)
+    for axes in bottom:
+        axes.set(ylabel="million cycles", title=title)
     units = [unit for unit in UNITS if unit in legend]
     units += [unit for unit in legend if unit not in UNITS]
     handles = [legend[unit] for unit in units]
