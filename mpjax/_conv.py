@@ -79,7 +79,7 @@ def scaled_conv_general_dilated(
       >>> x, kernel = jnp.ones((1, 8, 8, 3)), jnp.ones((3, 3, 3, 16))
       >>> mpjax.scaled_conv_general_dilated(
       ...     x, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"),
-      ...     recipe=mpjax.current_scaling(power_of_two=True))[0, 0, 0, 0]
+      ...     recipe=mpjax.current_scaling())[0, 0, 0, 0]
       Array(27., dtype=float32)
     """
     out, _ = observed_conv_general_dilated(

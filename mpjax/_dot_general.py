@@ -148,7 +148,7 @@ def observed_dot_general(
 
     Example:
       >>> import jax, jax.numpy as jnp, mpjax
-      >>> recipe = mpjax.delayed_scaling(power_of_two=True)
+      >>> recipe = mpjax.delayed_scaling()
       >>> dims = (((1,), (0,)), ((), ()))
       >>> def loss_fn(scales, x, w):
       ...     for _ in range(2):

@@ -19,14 +19,15 @@ def current_scaling(
     dtype: DType = jnp.float8_e4m3fn,
     grad_dtype: DType = jnp.float8_e5m2,
     *,
-    power_of_two: bool = False,
+    power_of_two: bool = True,
 ) -> Recipe:
     """One scale a tensor, from its own amax. Stateless: the recipe to begin with.
 
     Args:
       dtype: the format of both operands.
       grad_dtype: the format of the output gradient.
-      power_of_two: round scales up to powers of two, which makes scaling exact.
+      power_of_two: round scales up to powers of two. Scaling is exact then, and a
+        compiler needs fewer passes over bfloat16.
 
     Returns:
       A recipe.
@@ -51,7 +52,7 @@ def delayed_scaling(
     *,
     dtype: DType = jnp.float8_e4m3fn,
     grad_dtype: DType = jnp.float8_e5m2,
-    power_of_two: bool = False,
+    power_of_two: bool = True,
 ) -> Recipe:
     """One scale a tensor, from the amaxes of earlier steps.
 
@@ -71,7 +72,8 @@ def delayed_scaling(
       margin: scales are made ``2^margin`` times larger, to leave headroom.
       dtype: the format of both operands.
       grad_dtype: the format of the output gradient.
-      power_of_two: round scales up to powers of two, which makes scaling exact.
+      power_of_two: round scales up to powers of two. Scaling is exact then, and a
+        compiler needs fewer passes over bfloat16.
 
     Returns:
       A recipe.
@@ -100,7 +102,7 @@ def per_channel_scaling(
     dtype: DType = jnp.float8_e4m3fn,
     grad_dtype: DType = jnp.float8_e4m3fn,
     *,
-    power_of_two: bool = False,
+    power_of_two: bool = True,
 ) -> Recipe:
     """One scale for each row of lhs and each column of rhs ("row-wise").
 
@@ -110,7 +112,8 @@ def per_channel_scaling(
     Args:
       dtype: the format of both operands.
       grad_dtype: the format of the output gradient.
-      power_of_two: round scales up to powers of two, which makes scaling exact.
+      power_of_two: round scales up to powers of two. Scaling is exact then, and a
+        compiler needs fewer passes over bfloat16.
 
     Returns:
       A recipe.

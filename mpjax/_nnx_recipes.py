@@ -94,8 +94,8 @@ def update_scaling(
       ...     optimizer.update(model, grads)
       ...     mpjax.nnx.update_scaling(model, grads)
       >>> train_step(model, optimizer, jnp.ones((4, 16)))
-      >>> print(f"{model.kernel_scaling.scale[0]:.5f}")  # 1 / 448
-      0.00223
+      >>> print(f"{model.kernel_scaling.scale[0]:.5f}")  # 1 / 448, rounded up
+      0.00391
     """
     states = dict(nnx.to_flat_state(nnx.state(model, Scaling)))
     observed = dict(nnx.to_flat_state(nnx.state(grads, Scaling)))

@@ -57,8 +57,7 @@ def product(
     elif _is_blocked(lhs, lc) or _is_blocked(rhs, rc):
         out = _blocked(lhs, rhs, dimension_numbers, out_sharding, power_of_two)
     else:
-        out = _dot_of_values(lhs.qvalue, rhs.qvalue, dimension_numbers, out_sharding)
-        out = _scale_output(out, lhs, rhs, dimension_numbers)
+        return _scaled(lhs, rhs, dimension_numbers, dtype, out_sharding, power_of_two)
     return out.astype(dtype)
 
 
@@ -148,39 +147,48 @@ def _rows(q: QArray, batch: Sequence[int], contracting: Sequence[int]):
     return values, scales, batch_shape, free_shape
 
 
-def _dot_of_values(lhs, rhs, dimension_numbers, out_sharding) -> Array:
-    """f32, with exact products of the values.
+def _scaled(lhs, rhs, dimension_numbers, dtype, out_sharding, power_of_two) -> Array:
+    """Of operands whose scales do not change along the contraction.
 
     fp8 operands go into the product as they are where a device may have units for them;
     on a CPU, and where formats of other kinds meet, as bfloat16, which holds all their
     values.
     """
-    float8 = [format_info(x.dtype).is_float8 for x in (lhs, rhs)]
+
+    def scale(out, lhs, rhs):
+        return _scale_output(out, lhs, rhs, dimension_numbers).astype(dtype)
 
     def narrow(lhs, rhs, accumulator=jnp.float32):
-        return lax.dot_general(
-            lhs,
-            rhs,
+        out = lax.dot_general(
+            lhs.qvalue,
+            rhs.qvalue,
             dimension_numbers,
             preferred_element_type=accumulator,
             out_sharding=out_sharding,
         )
+        wide = accumulator == jnp.int32
+        return scale(out.astype(jnp.float32) if wide else out, lhs, rhs)
 
     def wide(lhs, rhs, multiply=dot_general):
-        lhs, rhs = lhs.astype(jnp.bfloat16), rhs.astype(jnp.bfloat16)
-        return multiply(
-            lhs,
-            rhs,
+        out = multiply(
+            lhs.qvalue.astype(jnp.bfloat16),
+            rhs.qvalue.astype(jnp.bfloat16),
             dimension_numbers,
             preferred_element_type=jnp.float32,
             out_sharding=out_sharding,
         )
+        return scale(out, lhs, rhs)
 
-    if all(float8):
+    if all(format_info(q.dtype).is_float8 for q in (lhs, rhs)):
+        # A GPU's library rounds what it has summed up in float32, which saves a pass
+        # over memory. Scales of 2^k change no digit: they may follow the rounding.
+        early = power_of_two and jnp.dtype(dtype) == jnp.bfloat16
+        rounded = functools.partial(narrow, accumulator=jnp.bfloat16)
+        forms = {"cuda": rounded} if early else {}
         on_cpu = functools.partial(wide, multiply=dot_general_on_cpu)
-        return lax.platform_dependent(lhs, rhs, cpu=on_cpu, default=narrow)
+        return lax.platform_dependent(lhs, rhs, cpu=on_cpu, **forms, default=narrow)
     if lhs.dtype == rhs.dtype == jnp.int8:
-        return narrow(lhs, rhs, jnp.int32).astype(jnp.float32)
+        return narrow(lhs, rhs, jnp.int32)
     return wide(lhs, rhs)
 
 
@@ -199,8 +207,8 @@ def _scale_output(out: Array, lhs: QArray, rhs: QArray, dimension_numbers) -> Ar
         *batch[1], *[1] * lhs_free, *rhs_scale.shape[len(rb) :]
     )
     if lhs_scale.size == 1 or rhs_scale.size == 1:
-        return out * (lhs_scale * rhs_scale)
-    return out * lhs_scale * rhs_scale
+        return out * (lhs_scale * rhs_scale).astype(out.dtype)
+    return out * lhs_scale.astype(out.dtype) * rhs_scale.astype(out.dtype)
 
 
 def _batch_then_free(q: QArray, batch, contracting) -> Array:

@@ -228,7 +228,7 @@ class Scaling(abc.ABC):
     """
 
     dtype: DType
-    rounding: Rounding = "exact"
+    rounding: Rounding = "up"
 
     def __post_init__(self):
         fmt = format_info(self.dtype)
@@ -304,7 +304,6 @@ class BlockScaling(Scaling):
       DeepSeek-AI, DeepSeek-V3 Technical Report, arXiv 2412.19437, section 3.3.2.
     """
 
-    rounding: Rounding = "up"
     size: int = 128
     square: bool = False
     scale_dtype: DType = "float32"

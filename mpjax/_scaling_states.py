@@ -60,8 +60,8 @@ def update_scaling(
       ...     return model.apply({"params": params, "scaling": scaling}, x).mean()
       >>> grads, observed = jax.grad(loss_fn, argnums=(0, 1))(params, scaling)
       >>> scaling = mpjax.update_scaling(scaling, observed)
-      >>> print(f"{scaling['kernel'].scale[0]:.5f}")  # 1 / 448
-      0.00223
+      >>> print(f"{scaling['kernel'].scale[0]:.5f}")  # 1 / 448, rounded up
+      0.00391
     """
     steps = _found(opt_state, optax.MultiStepsState)
     coming = None

@@ -29,9 +29,13 @@ def equations(jaxpr) -> Iterator[core.JaxprEqn]:
                 yield from equations(param)
 
 
-def dots(jaxpr) -> list[Dot]:
-    """The matrix products and convolutions of a jaxpr, in order."""
-    return [
+def dots(jaxpr, gpu_forms: bool = False) -> list[Dot]:
+    """The matrix products and convolutions of a jaxpr, in order.
+
+    Without the form that GPUs have of a product in fp8, unless it is asked for: it is
+    the one that returns bfloat16.
+    """
+    found = [
         Dot(
             eqn.primitive.name,
             *(v.aval.dtype for v in eqn.invars[:2]),
@@ -39,6 +43,11 @@ def dots(jaxpr) -> list[Dot]:
         )
         for eqn in equations(jaxpr)
         if eqn.primitive.name in ("dot_general", "conv_general_dilated")
+    ]
+    return [
+        dot
+        for dot in found
+        if gpu_forms or (dot.lhs.itemsize, dot.out.name) != (1, "bfloat16")
     ]
 
 

@@ -18,7 +18,7 @@ RECIPES = {
     "current": named.current_scaling(),
     "delayed": named.delayed_scaling(16),
     "channel": named.per_channel_scaling(),
-    "channel up": named.per_channel_scaling(power_of_two=True),
+    "channel exact": named.per_channel_scaling(power_of_two=False),
     "int8": named.current_scaling("int8", "int8"),
 }
 CASES = {

@@ -24,7 +24,7 @@ E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
 MATMUL = (((1,), (0,)), ((), ()))
 RECIPES = {
     "current": named.current_scaling(),
-    "current up": named.current_scaling(power_of_two=True),
+    "current exact": named.current_scaling(power_of_two=False),
     "delayed": named.delayed_scaling(16),
     "channel": named.per_channel_scaling(),
     "block": named.block_scaling(size=16),
@@ -98,7 +98,7 @@ def test_product_and_gradients_equal_the_fake_quantized_oracle(name, shapes):
         )
 
 
-@pytest.mark.parametrize("name", ["current up", "mx", "block"])
+@pytest.mark.parametrize("name", ["current", "mx", "block"])
 def test_where_sums_are_exact_the_product_is_bit_for_bit(name):
     """Small integers times powers of two: no rounding in the sums either."""
     recipe = RECIPES[name]
@@ -158,15 +158,24 @@ def jaxpr_of_step(recipe, dtype=jnp.bfloat16):
 
 @pytest.mark.parametrize("name", ["current", "delayed", "channel", "fnuz"])
 def test_operands_reach_the_product_in_8_bits(name):
-    """Of each product there is a form for accelerators and, on bf16, one for CPUs."""
+    """Each product has a form for TPUs, one on bf16 for CPUs, one that GPUs round."""
     recipe = RECIPES[name]
-    found = dots(jaxpr_of_step(recipe))
-    pairs = [(d.lhs, d.rhs) for d in found if d.lhs != jnp.bfloat16]
+    found = dots(jaxpr_of_step(recipe), gpu_forms=True)
     lhs, rhs, grad = recipe.lhs.dtype, recipe.rhs.dtype, recipe.grad.dtype
-    assert sorted(pairs, key=str) == sorted(
-        [(lhs, rhs), (grad, rhs), (lhs, grad)], key=str
+    products = sorted([(lhs, rhs), (grad, rhs), (lhs, grad)], key=str)
+    wide, rounded = jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)
+    for out in (wide, rounded):
+        pairs = [(d.lhs, d.rhs) for d in found if d.out == out and d.lhs != rounded]
+        assert sorted(pairs, key=str) == products
+    assert [d.out for d in found if d.lhs == rounded] == [wide] * 3
+
+
+def test_only_scales_of_two_to_the_k_follow_a_rounding():
+    found = dots(
+        jaxpr_of_step(named.current_scaling(power_of_two=False)), gpu_forms=True
     )
-    assert [d.lhs for d in found].count(jnp.bfloat16) == 3
+    assert {d.out for d in found} == {jnp.dtype(jnp.float32)}
+    found = dots(jaxpr_of_step(named.current_scaling(), jnp.float32), gpu_forms=True)
     assert {d.out for d in found} == {jnp.dtype(jnp.float32)}
 
 
@@ -477,7 +486,7 @@ def test_microbatches_merge_to_what_one_batch_observes():
 
 
 def test_a_step_of_the_loss_scale_saturates_no_gradient():
-    recipe = named.delayed_scaling(power_of_two=True)
+    recipe = named.delayed_scaling()
     lhs, rhs, grad = normal(0, 6, 40), normal(1, 40, 24), normal(2, 6, 24)
 
     def step(state, coming):

@@ -13,7 +13,7 @@ from mpjax import _named_recipes as named
 from mpjax._einsum import einsum, observed_einsum
 from mpjax._qarray import quantize
 
-RECIPE = named.current_scaling(power_of_two=True)
+RECIPE = named.current_scaling()
 CASES = [
     ("ij,jk->ik", (4, 8), (8, 5)),
     ("ij,jk", (4, 8), (8, 5)),
