@@ -32,6 +32,7 @@ from mpjax._qarray import dequantize as dequantize
 from mpjax._qarray import quantize as quantize
 from mpjax._recipe import Recipe as Recipe
 from mpjax._recipe import ScalingState as ScalingState
+from mpjax._recipe import WeightCopy as WeightCopy
 from mpjax._rules import Rule as Rule
 from mpjax._rules import expand_rules as expand_rules
 from mpjax._scaled_loss import last_step_finite as last_step_finite
@@ -47,10 +48,12 @@ from mpjax._scaling import Scaling as Scaling
 from mpjax._scaling import amax_to_scale as amax_to_scale
 from mpjax._scaling import block_amax as block_amax
 from mpjax._scaling import quantize_with_scale as quantize_with_scale
+from mpjax._scaling_states import calibrate_scaling as calibrate_scaling
 from mpjax._scaling_states import rescale_scaling as rescale_scaling
 from mpjax._scaling_states import update_scaling as update_scaling
 from mpjax._tree import all_finite as all_finite
 from mpjax._tree import cast_floating as cast_floating
 from mpjax._tree import select_tree as select_tree
+from mpjax._weight_copies import keep_weights as keep_weights
 
 __version__ = "0.1.0"

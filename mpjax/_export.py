@@ -16,7 +16,7 @@ import jax.export
 
 from mpjax._loss_scaling import LossScalingState
 from mpjax._qarray import QArray
-from mpjax._recipe import Recipe, ScalingState
+from mpjax._recipe import Recipe, ScalingState, WeightCopy
 from mpjax._scaling import (
     BlockScaling,
     ChannelScaling,
@@ -71,6 +71,12 @@ def _register(kind: type, write: Callable, read: Callable) -> None:
 
 _register(ScalingState, _write, partial(json.loads, object_hook=_read))
 _register(QArray, lambda block: block, lambda data: tuple(json.loads(data)))
+jax.export.register_pytree_node_serialization(
+    WeightCopy,
+    serialized_name="mpjax.WeightCopy",
+    serialize_auxdata=lambda static: b"",
+    deserialize_auxdata=lambda data: (),
+)
 jax.export.register_namedtuple_serialization(
     LossScalingState, serialized_name="mpjax.LossScalingState"
 )

@@ -14,7 +14,7 @@ from mpjax._cpu_faults import conv_general_dilated
 from mpjax._dot_general import observed_dot_general
 from mpjax._einsum import observed_einsum
 from mpjax._product import DimensionNumbers
-from mpjax._recipe import Recipe
+from mpjax._recipe import Recipe, ScalingState
 from mpjax._scaling import BlockScaling
 from mpjax._typing import Array, DType
 
@@ -31,7 +31,7 @@ class LayerProducts:
       path: of the layer, for errors.
       recipe: formats and scalings.
       min_size: what sums over less, or gives fewer features, is left to ``lax``.
-      read: the scales of a product, f32[3], by its name.
+      read: the state of a product, by its name; of a stateful recipe.
       write: takes the scales that the product hands on, for its next use.
       served: is given the names of the products that used the recipe.
     """
@@ -39,7 +39,7 @@ class LayerProducts:
     path: str
     recipe: Recipe
     min_size: int
-    read: Callable[[str], Array] = field(compare=False)
+    read: Callable[[str], ScalingState] = field(compare=False)
     write: Callable[[str, Array], None] = field(compare=False)
     served: set[str] = field(compare=False)
 
@@ -69,8 +69,14 @@ class LayerProducts:
             return lax.dot_general(lhs, rhs, dimension_numbers, **options)
         return self._observe(
             name,
-            lambda scales: observed_dot_general(
-                lhs, rhs, scales, dimension_numbers, recipe=self.recipe, **options
+            lambda recipe, scales, weight: observed_dot_general(
+                lhs,
+                rhs,
+                scales,
+                dimension_numbers,
+                recipe=recipe,
+                quantized_rhs=weight,
+                **options,
             ),
         )
 
@@ -82,8 +88,8 @@ class LayerProducts:
             return jnp.einsum(subscripts, lhs, rhs, **options)
         return self._observe(
             name,
-            lambda scales: observed_einsum(
-                subscripts, lhs, rhs, scales, recipe=self.recipe, **options
+            lambda recipe, scales, _: observed_einsum(
+                subscripts, lhs, rhs, scales, recipe=recipe, **options
             ),
         )
 
@@ -107,8 +113,8 @@ class LayerProducts:
             )
         return self._observe(
             "kernel",
-            lambda scales: observed_conv_general_dilated(
-                lhs, rhs, scales, *args, recipe=self.recipe, **kwargs
+            lambda recipe, scales, _: observed_conv_general_dilated(
+                lhs, rhs, scales, *args, recipe=recipe, **kwargs
             ),
         )
 
@@ -156,9 +162,13 @@ class LayerProducts:
 
     def _observe(self, name: str, product: Callable) -> Array:
         self.served.add(name)
-        out, later = product(self.read(name) if self.recipe.stateful else None)
-        if self.recipe.stateful:
-            self.write(name, later)
+        if not self.recipe.stateful:
+            return product(self.recipe, None, None)[0]
+        state = self.read(name)
+        weight = None if state.weight is None else state.weight.values
+        recipe = self.recipe if self.recipe.calibrated else state.recipe
+        out, later = product(recipe, state.scale, weight)
+        self.write(name, later)
         return out
 
 

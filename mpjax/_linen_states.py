@@ -60,8 +60,10 @@ class States:
         self.keeper: Keeper | None = None
         self._handed_on: dict[tuple, list[tuple[Any, Array]]] = {}
 
-    def read(self, layer: nn.Module, path: str, recipe: Recipe, name: str) -> Array:
-        """The scales for a product of a layer, f32[3].
+    def read(
+        self, layer: nn.Module, path: str, recipe: Recipe, name: str
+    ) -> ScalingState:
+        """The state of a product of a layer, with the scales for its next use.
 
         Raises:
           ValueError: there is no state for it, or one of another recipe.
@@ -70,8 +72,8 @@ class States:
         state = _state(owner, path, recipe, name)
         for trace, scales in self._handed_on.get((owner.path, name), ()):
             if trace == get_opaque_trace_state():
-                return scales
-        return state.scale
+                return replace(state, scale=scales)
+        return state
 
     def write(self, layer: nn.Module, path: str, name: str, scales: Array) -> None:
         """Keeps the scales that a product hands on."""
@@ -111,8 +113,7 @@ def _state(owner: nn.Module, path: str, recipe: Recipe, name: str) -> ScalingSta
         with jax.ensure_compile_time_eval():  # in whatever trace the layer runs first
             owner.put_variable(SCALING, name, recipe.init(loss_scale=0))
     state = owner.get_variable(SCALING, name)
-    # The promise of a calibrated recipe changes nothing that a state holds.
-    if replace(state.recipe, calibrated=False) != replace(recipe, calibrated=False):
+    if not state.recipe.agrees_with(recipe):
         raise ValueError(
             f"The scaling state of module {path!r} is one of {state.recipe!r}, and "
             f"its rule has {recipe!r}. Take the recipe that the state was made "

@@ -20,7 +20,7 @@ from flax import nnx
 from flax.errors import TraceContextError
 from jax import lax
 
-from mpjax import _cpu_faults, _layers, _scaling_states
+from mpjax import _cpu_faults, _layers, _scaling_states, _weight_copies
 from mpjax._attention import dot_product_attention, drop_weights
 from mpjax._layer_products import LayerProducts, check_convolution, einsum_sizes
 from mpjax._recipe import Recipe, ScalingState
@@ -110,9 +110,10 @@ def update_scaling(
     _write(
         model,
         _scaling_states.update_scaling(
-            {path: variable.get_value() for path, variable in states.items()},
+            _values(states),
             {path: observed[path].get_value() for path in states},
             opt_state,
+            _kernels(model),
         ),
     )
 
@@ -143,8 +144,55 @@ def rescale_scaling(model: nnx.Module, opt_state: ArrayTree) -> None:
       4.0
     """
     states = dict(nnx.to_flat_state(nnx.state(model, Scaling)))
-    values = {path: variable.get_value() for path, variable in states.items()}
-    _write(model, _scaling_states.rescale_scaling(values, opt_state))
+    _write(model, _scaling_states.rescale_scaling(_values(states), opt_state))
+
+
+def calibrate_scaling(model: nnx.Module) -> None:
+    """Promises that the scales of a model are known, in place.
+
+    In its first step delayed scaling has nothing but the current amax, and a program
+    that can take it waits for that amax in every step. To be called once, between two
+    steps, when `update_scaling` has seen a step; what is jitted is then compiled again,
+    and no quantization waits for a reduction. See `mpjax.calibrate_scaling`.
+
+    Args:
+      model: from ``mixed_precision``.
+
+    Raises:
+      ValueError: no scale of the model is known yet.
+    """
+    states = dict(nnx.to_flat_state(nnx.state(model, Scaling)))
+    _write(model, _scaling_states.calibrate_scaling(_values(states)))
+
+
+def keep_weights(model: nnx.Module) -> None:
+    """Keeps weights in 8 bits from one step to the next, in place.
+
+    `update_scaling` then quantizes them where the optimizer has just written them. To
+    be called once, before training or after parameters were replaced. See
+    `mpjax.keep_weights`.
+
+    Args:
+      model: from ``mixed_precision``.
+
+    Raises:
+      ValueError: no layer of the model has delayed scaling.
+    """
+    states = dict(nnx.to_flat_state(nnx.state(model, Scaling)))
+    _write(model, _weight_copies.keep_weights(_values(states), _kernels(model)))
+
+
+def _values(states: Mapping[tuple, nnx.Variable]) -> dict[tuple, Any]:
+    return {path: variable.get_value() for path, variable in states.items()}
+
+
+def _kernels(model: nnx.Module) -> dict[tuple, Any]:
+    """Parameters, by the paths that their scaling states have or would have."""
+    params = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
+    return {
+        (*path[:-1], f"{path[-1]}_scaling"): value
+        for path, value in _values(params).items()
+    }
 
 
 def _write(model: nnx.Module, states: Mapping[tuple, ScalingState]) -> None:
@@ -261,7 +309,7 @@ def set_states(
             wanted = {f"{name}_scaling" for name in served[path]}
         for name, value in list(vars(module).items()):
             if isinstance(value, Scaling):
-                if name in wanted and value.get_value().recipe == recipe:
+                if name in wanted and value.get_value().recipe.agrees_with(recipe):
                     wanted.remove(name)
                 else:
                     delattr(module, name)
@@ -336,10 +384,10 @@ def _size(layer: nnx.Pytree) -> tuple[int, int] | None:
 def _products(module: Any) -> LayerProducts:
     rule = type(module)._mpjax_rule
 
-    def read(name: str) -> Array:
+    def read(name: str) -> ScalingState:
         state = vars(module).get(f"{name}_scaling")
         # Without one, taken off the model by nnx.pop say, the current amax counts.
-        return jnp.zeros(3) if state is None else state.get_value().scale
+        return rule.recipe.init() if state is None else state.get_value()
 
     def write(name: str, scales: Array) -> None:
         state = vars(module).get(f"{name}_scaling")

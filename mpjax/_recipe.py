@@ -7,12 +7,27 @@ import jax
 import jax.numpy as jnp
 
 from mpjax._numerics import format_info
+from mpjax._qarray import QArray
 from mpjax._scaling import BlockScaling, DelayedScaling, Scaling
 from mpjax._targets import get_target
 from mpjax._typing import Array
 
 Product: TypeAlias = Literal["out", "lhs_grad", "rhs_grad"]
 PRODUCTS: tuple[Product, ...] = ("out", "lhs_grad", "rhs_grad")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class WeightCopy:
+    """A weight in 8 bits, made where the optimizer writes the weight; a pytree.
+
+    Attributes:
+      values: of the weight, scaled by what was known before it.
+      amax: f32[...], of the weight.
+    """
+
+    values: QArray
+    amax: Array
 
 
 @jax.tree_util.register_dataclass
@@ -32,12 +47,14 @@ class ScalingState:
       loss_scale: f32[...], what the loss is multiplied with in the step to come; 0
         where that is not known.
       recipe: the recipe of the product.
+      weight: what `keep_weights` keeps of rhs, or ``None``.
     """
 
     scale: Array
     history: Array
     loss_scale: Array
     recipe: "Recipe" = dataclasses.field(metadata={"static": True})
+    weight: WeightCopy | None = None
     keeps_dtypes: ClassVar[bool] = True
 
 
@@ -61,9 +78,8 @@ class Recipe:
         own dtype. ``dataclasses.replace(recipe, quantized=("out", "lhs_grad"))`` keeps
         the weight gradient in high precision.
       calibrated: of delayed scaling: a promise that ``update`` has been called, so that
-        no product has to wait for the current amax. A scale that is still unknown, of
-        a tensor that was all zeros, is then 1 for a step. A program that branches once,
-        around the whole step, on ``jnp.all(scales > 0)`` makes it good.
+        no product has to wait for the current amax; see `calibrate_scaling`. A scale
+        that is still unknown, of a tensor that was all zeros, is then 1 for a step.
 
     Raises:
       TypeError: one of the three is no ``Scaling``.
@@ -211,7 +227,9 @@ class Recipe:
                 new = scaling.scale(amax) * (last if name == "grad" else 1.0)
                 scale = jnp.where(amax > 0, new, scale)
             scales.append(scale)
-        entered = ScalingState(jnp.stack(scales, axis=-1), history, last, self)
+        entered = dataclasses.replace(
+            state, scale=jnp.stack(scales, axis=-1), history=history, loss_scale=last
+        )
         return self.rescale(entered, loss_scale)
 
     def rescale(self, state: ScalingState, loss_scale: Array | float) -> ScalingState:
@@ -239,6 +257,10 @@ class Recipe:
             scale=jnp.where(state.scale > 0, scale, 0.0),
             loss_scale=jnp.broadcast_to(loss_scale, last.shape).astype(last.dtype),
         )
+
+    def agrees_with(self, other: "Recipe") -> bool:
+        """Whether states of one serve the other: all but ``calibrated`` is equal."""
+        return dataclasses.replace(other, calibrated=self.calibrated) == self
 
     def fnuz(self) -> "Recipe":
         """The same recipe in the fnuz formats of AMD's MI300.

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.tree_util import keystr
 
@@ -14,10 +15,14 @@ from mpjax._recipe import ScalingState
 from mpjax._scaled_loss import last_step_finite, loss_scale
 from mpjax._tree import select_tree
 from mpjax._typing import Array, ArrayTree
+from mpjax._weight_copies import copy_weights, seen_by_copy
 
 
 def update_scaling(
-    states: ArrayTree, observed: ArrayTree, opt_state: ArrayTree | None = None
+    states: ArrayTree,
+    observed: ArrayTree,
+    opt_state: ArrayTree | None = None,
+    params: ArrayTree | None = None,
 ) -> ArrayTree:
     """Enters the amaxes of one optimizer step into the scaling states of a model.
 
@@ -41,13 +46,15 @@ def update_scaling(
       opt_state: the new state of the optimizer, if the loss is scaled or gradients are
         accumulated: any tree in which there is one `LossScalingState`, or a
         ``optax.MultiStepsState``, or both.
+      params: the new parameters, if states keep copies of them (`keep_weights`).
 
     Returns:
       The states for the next step.
 
     Raises:
       ValueError: ``observed`` is not the gradient of ``states``, or there is neither a
-        loss scale in ``opt_state`` nor a count of microbatches.
+        loss scale in ``opt_state`` nor a count of microbatches, or no ``params`` for
+        states that keep copies.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, mpjax, mpjax.linen
@@ -72,6 +79,7 @@ def update_scaling(
         made &= jnp.asarray(step.mini_step) == 0
 
     def update(state: ScalingState, seen: ScalingState) -> ScalingState:
+        seen = seen_by_copy(state, seen)
         recipe, used = state.recipe, seen.loss_scale  # 0 without value_and_grad
         state = recipe.rescale(state, jnp.where(used > 0, used, state.loss_scale))
         following = coming
@@ -89,7 +97,54 @@ def update_scaling(
         return select_tree(last_step_finite(opt_state), entered, skipped)
 
     structure = jax.tree.structure(states, is_leaf=_is_state)
-    return structure.unflatten(update(*pair) for pair in _pairs(states, observed))
+    new = structure.unflatten(update(*pair) for pair in _pairs(states, observed))
+    return copy_weights(new, params)
+
+
+def calibrate_scaling(states: ArrayTree) -> ArrayTree:
+    """The same states with a promise: their scales are known.
+
+    In its first step delayed scaling has nothing but the current amax, and a program
+    that can take it waits for that amax in every step. To be called once, between two
+    steps, when `update_scaling` has seen a step; what is jitted is then compiled again,
+    and no quantization waits for a reduction. A tensor that was all zeros so far, whose
+    scale is unknown, has the scale 1 until it has been seen. ::
+
+        scaling = train_step(...)
+        scaling = mpjax.calibrate_scaling(scaling)
+
+    Args:
+      states: a tree of ``ScalingState``, and of anything else, a whole train state say.
+
+    Returns:
+      The tree with states whose recipes are ``calibrated``; of other static structure,
+      so not for the carry of a loop that has begun without.
+
+    Raises:
+      ValueError: no scale of the states is known yet.
+
+    Example:
+      >>> import jax.numpy as jnp, mpjax
+      >>> recipe = mpjax.delayed_scaling()
+      >>> states = {"kernel": recipe.update(recipe.init(), jnp.ones(3))}
+      >>> mpjax.calibrate_scaling(states)["kernel"].recipe.calibrated
+      True
+    """
+    found = _found(states, ScalingState)
+    concrete = all(not isinstance(state.scale, jax.core.Tracer) for state in found)
+    if concrete and not any((np.asarray(state.scale) > 0).any() for state in found):
+        raise ValueError(
+            "Scaling states are calibrated by at least one step: call update_scaling "
+            f"before calibrate_scaling. Got {len(found)} states of which none has been "
+            "updated."
+        )
+
+    def promise(leaf):
+        if not _is_state(leaf):
+            return leaf
+        return replace(leaf, recipe=replace(leaf.recipe, calibrated=True))
+
+    return jax.tree.map(promise, states, is_leaf=_is_state)
 
 
 def rescale_scaling(states: ArrayTree, opt_state: ArrayTree) -> ArrayTree:
@@ -174,7 +229,7 @@ def _pairs(states: ArrayTree, observed: ArrayTree) -> list[tuple[Any, Any]]:
             wrong = f"{name} is a {kinds[0]} for a {kinds[1]}, and no ScalingState"
         elif seen.scale.shape != state.scale.shape:
             wrong = f"{name} has scales {seen.scale.shape} for {state.scale.shape}"
-        elif replace(seen.recipe, calibrated=state.recipe.calibrated) != state.recipe:
+        elif not seen.recipe.agrees_with(state.recipe):
             wrong = f"{name} is of a recipe {seen.recipe} for another {state.recipe}"
         else:
             continue
