@@ -308,11 +308,13 @@ def set_states(
         if recipe is not None and recipe.stateful:
             wanted = {f"{name}_scaling" for name in served[path]}
         for name, value in list(vars(module).items()):
-            if isinstance(value, Scaling):
-                if name in wanted and value.get_value().recipe.agrees_with(recipe):
-                    wanted.remove(name)
-                else:
-                    delattr(module, name)
+            if not isinstance(value, Scaling):
+                continue
+            agrees = recipe and value.get_value().recipe.agrees_with(recipe)
+            if name in wanted and agrees:
+                wanted.remove(name)
+            else:
+                delattr(module, name)
         if recipe is not None and wanted:
             init = partial(_init, recipe, _stacked_axes(path, modules))
             for name in sorted(wanted):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 from jax.tree_util import keystr
 
 from mpjax import _export as _export  # so that programs with states can be stored
@@ -131,7 +132,7 @@ def calibrate_scaling(states: ArrayTree) -> ArrayTree:
       True
     """
     found = _found(states, ScalingState)
-    concrete = all(not isinstance(state.scale, jax.core.Tracer) for state in found)
+    concrete = all(not isinstance(state.scale, Tracer) for state in found)
     if concrete and not any((np.asarray(state.scale) > 0).any() for state in found):
         raise ValueError(
             "Scaling states are calibrated by at least one step: call update_scaling "

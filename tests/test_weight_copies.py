@@ -1,0 +1,246 @@
+"""The promises that make delayed scaling fast: calibrated states, kept weights."""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import mpjax
+import mpjax.linen
+import mpjax.nnx
+from tests import reference
+from tests.jaxprs import equations
+
+DELAYED = mpjax.delayed_scaling(4)
+RULE = mpjax.Rule(".*", "mixed_bfloat16", DELAYED)
+TX = optax.sgd(0.5)
+X = np.random.default_rng(0).normal(size=(16, 24)).astype(np.float32)
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, _=None):
+        return x + nn.Dense(24)(
+            nn.relu(nn.DenseGeneral((4, 8))(x).reshape(-1, 32))
+        ), None
+
+
+class Model(nn.Module):
+    depth: int
+
+    @nn.compact
+    def __call__(self, x):
+        axes = {"params": 0, "scaling": 0}
+        stack = nn.scan(Block, axes, split_rngs={"params": True}, length=self.depth)
+        return stack()(x, None)[0]
+
+
+@functools.cache
+def linen_model(depth=2):
+    model = mpjax.linen.MixedPrecision(Model(depth), RULE)
+    return model, model.init(jax.random.key(0), X)
+
+
+def loss_of(model, params, scaling):
+    y = model.apply({"params": params, "scaling": scaling}, X)
+    return jnp.mean(y**2)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def train_step(model, params, scaling, state):
+    grad = jax.grad(functools.partial(loss_of, model), argnums=(0, 1))
+    grads, seen = grad(params, scaling)
+    updates, state = TX.update(grads, state, params)
+    params = optax.apply_updates(params, updates)
+    return params, mpjax.update_scaling(scaling, seen, None, params), state
+
+
+def states_of(tree):
+    def is_state(node):
+        return isinstance(node, mpjax.ScalingState)
+
+    return [x for x in jax.tree.leaves(tree, is_leaf=is_state) if is_state(x)]
+
+
+def test_a_copy_is_the_parameter_in_8_bits_by_the_delayed_scale():
+    """By the definition: what was known before this parameter was."""
+    model, variables = linen_model()
+    params, state = variables["params"], TX.init(variables["params"])
+    scaling = mpjax.keep_weights(variables["scaling"], params)
+    amaxes = []
+    for _ in range(6):
+        for kernel, kept in zip(kernels(params), states_of(scaling), strict=True):
+            copy = kept.weight
+            np.testing.assert_array_equal(kept.scale[:, 1], copy.values.scale.ravel())
+            for layer, scale in enumerate(kept.scale[:, 1]):
+                expected = rounded(kernel[layer], scale)
+                got = reference.as_float64(copy.values.qvalue[layer])
+                np.testing.assert_array_equal(got, expected)
+                assert copy.amax[layer] == np.abs(kernel[layer]).max()
+        amaxes.append([np.asarray(kept.weight.amax) for kept in states_of(scaling)])
+        params, scaling, state = train_step(model, params, scaling, state)
+        for i, kept in enumerate(states_of(scaling)):
+            seen = np.stack([amax[i] for amax in amaxes[-4:]], axis=-1)
+            np.testing.assert_array_equal(kept.history[:, 1, -seen.shape[-1] :], seen)
+            known = 2.0 ** np.ceil(np.log2(seen.max(axis=-1) / 448))
+            np.testing.assert_array_equal(kept.scale[:, 1], known)
+
+
+def rounded(kernel, scale):
+    block, scale = (-1,) * kernel.ndim, np.reshape(scale, (1,) * kernel.ndim)
+    return reference.quantize(kernel, "float8_e4m3fn", block, scale=scale)[0]
+
+
+def kernels(params):
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return [np.asarray(x) for path, x in leaves if path[-1].key == "kernel"]
+
+
+def test_a_forward_pass_reads_the_copies():
+    model, variables = linen_model()
+    scaling = variables["scaling"]
+    params = jax.tree.map(  # so that no cast to bfloat16 makes a difference
+        lambda x: x.astype(jnp.bfloat16).astype(x.dtype), variables["params"]
+    )
+    kept = mpjax.keep_weights(scaling, params)
+    loss = loss_of(model, params, kept)
+    assert loss == loss_of(model, params, scaling)
+    nothing = jax.tree.map(jnp.zeros_like, params)  # all biases are 0 anyway
+    assert loss == loss_of(model, nothing, kept)
+    # No 8-bit cast of a weight is left in the step: they are as large as no other.
+    jaxpr = jax.make_jaxpr(jax.grad(functools.partial(loss_of, model)))(params, kept)
+    shapes = {x.shape[1:] for x in kernels(params)}
+    casts = [
+        eqn.outvars[0].aval
+        for eqn in equations(jaxpr)
+        if eqn.primitive.name == "convert_element_type"
+    ]
+    assert not [a for a in casts if a.dtype.itemsize == 1 and a.shape in shapes]
+
+
+def test_kept_weights_train_as_others_do():
+    model, variables = linen_model()
+    losses = {}
+    for keep in (False, True):
+        params, scaling = variables["params"], variables["scaling"]
+        scaling = mpjax.keep_weights(scaling, params) if keep else scaling
+        state = TX.init(params)
+        for _ in range(8):
+            params, scaling, state = train_step(model, params, scaling, state)
+        losses[keep] = loss_of(model, params, scaling)
+    assert losses[True] < 0.9 * loss_of(
+        model, variables["params"], variables["scaling"]
+    )
+    np.testing.assert_allclose(losses[True], losses[False], rtol=0.02)
+
+
+def test_a_skipped_step_keeps_the_copies():
+    model, variables = linen_model()
+    tx = mpjax.dynamic_loss_scaling(optax.sgd(0.5), init_scale=8.0)
+    params = variables["params"]
+    scaling, state = mpjax.keep_weights(variables["scaling"], params), tx.init(params)
+    _, seen = jax.grad(functools.partial(loss_of, model), argnums=(0, 1))(
+        params, scaling
+    )
+    grads = jax.tree.map(lambda x: jnp.full_like(x, jnp.inf), params)
+    updates, state = tx.update(grads, state, params)
+    params = optax.apply_updates(params, updates)
+    new = mpjax.update_scaling(scaling, seen, state, params)
+    for before, after in zip(states_of(scaling), states_of(new), strict=True):
+        jax.tree.map(np.testing.assert_array_equal, before.weight, after.weight)
+        np.testing.assert_array_equal(before.history, after.history)
+
+
+def test_weights_are_kept_only_of_parameters_and_never_go_stale():
+    model, variables = linen_model()
+    params, scaling = variables["params"], variables["scaling"]
+    with pytest.raises(ValueError, match="no state that belongs to a parameter"):
+        mpjax.keep_weights(scaling, {"other": params})
+    with pytest.raises(ValueError, match="no state that belongs to a parameter"):
+        mpjax.keep_weights({"kernel": mpjax.ScalingState(0, 0, 0, None)}, {})
+    kept = mpjax.keep_weights(scaling, params)
+    seen = jax.grad(functools.partial(loss_of, model, params))(kept)
+    with pytest.raises(ValueError, match="with the new parameters"):
+        mpjax.update_scaling(kept, seen)
+    moved = jax.tree.map(lambda x: jnp.moveaxis(x, 0, -1), params)
+    with pytest.raises(ValueError, match="stack both along the first axes"):
+        mpjax.keep_weights(scaling, moved)
+
+
+def test_copies_are_saved_and_restored():
+    _, variables = linen_model()
+    kept = mpjax.keep_weights(variables["scaling"], variables["params"])
+    empty = jax.tree.map(jnp.zeros_like, kept)
+    data = flax.serialization.to_bytes(kept)
+    back = flax.serialization.from_bytes(empty, data)
+    jax.tree.map(np.testing.assert_array_equal, back, kept)
+    with pytest.raises(ValueError, match="is read from scale, history, loss_scale"):
+        flax.serialization.from_bytes(variables["scaling"], data)
+
+
+def test_calibrated_states_wait_for_no_amax():
+    model, variables = linen_model()
+    params, scaling = variables["params"], variables["scaling"]
+    with pytest.raises(ValueError, match="call update_scaling before"):
+        mpjax.calibrate_scaling(scaling)
+    params, scaling, state = train_step(model, params, scaling, TX.init(params))
+    promised = mpjax.calibrate_scaling({"anything": 3, "scaling": scaling})["scaling"]
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        jax.tree.leaves(promised),
+        jax.tree.leaves(scaling),
+    )
+    assert all(state.recipe.calibrated for state in states_of(promised))
+    results = [train_step(model, params, s, state) for s in (scaling, promised)]
+    jax.tree.map(np.testing.assert_array_equal, *map(jax.tree.leaves, results))
+    text = [
+        str(jax.make_jaxpr(functools.partial(loss_of, model))(params, s))
+        for s in (scaling, promised)
+    ]
+    # the choice between the known and the current scale, of two operands of two layers
+    assert text[0].count("1/448") == text[1].count("1/448")
+    assert text[0].count("shift_right") > text[1].count("shift_right")
+
+
+def test_nnx_models_do_both_in_place():
+    model = nnx.Sequential(
+        nnx.Linear(24, 32, rngs=nnx.Rngs(0)),
+        nnx.relu,
+        nnx.Linear(32, 8, rngs=nnx.Rngs(1)),
+    )
+    model = mpjax.nnx.mixed_precision(model, RULE)
+    optimizer = nnx.Optimizer(model, TX, wrt=nnx.Param)
+    wrt = nnx.DiffState(0, nnx.Any(nnx.Param, mpjax.nnx.Scaling))
+
+    @nnx.jit
+    def step(model, optimizer):
+        grads = nnx.grad(lambda model: jnp.mean(model(X) ** 2), argnums=wrt)(model)
+        optimizer.update(model, grads)
+        mpjax.nnx.update_scaling(model, grads)
+
+    with pytest.raises(ValueError, match="call update_scaling before"):
+        mpjax.nnx.calibrate_scaling(model)
+    mpjax.nnx.keep_weights(model)
+    step(model, optimizer)
+    mpjax.nnx.calibrate_scaling(model)
+    for _ in range(2):
+        step(model, optimizer)
+    for layer in (model.layers[0], model.layers[2]):
+        state = layer.kernel_scaling.get_value()
+        assert state.recipe == dataclasses.replace(DELAYED, calibrated=True)
+        expected = rounded(layer.kernel[...], state.scale[1])
+        got = reference.as_float64(state.weight.values.qvalue)
+        np.testing.assert_array_equal(got, expected)
+    with pytest.raises(ValueError, match="no state that belongs to a parameter"):
+        mpjax.nnx.keep_weights(
+            mpjax.nnx.mixed_precision(
+                nnx.Linear(24, 32, rngs=nnx.Rngs(0)), "mixed_bfloat16"
+            )
+        )
