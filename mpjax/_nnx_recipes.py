@@ -20,139 +20,14 @@ from flax import nnx
 from flax.errors import TraceContextError
 from jax import lax
 
-from mpjax import _cpu_faults, _layers, _scaling_states
+from mpjax import _cpu_faults, _layers
 from mpjax._attention import dot_product_attention, drop_weights
 from mpjax._layer_products import LayerProducts, check_convolution, einsum_sizes
+from mpjax._nnx_states import Scaling
 from mpjax._recipe import Recipe, ScalingState
 from mpjax._rules import Rule
 from mpjax._tree import cast_floating
-from mpjax._typing import Array, ArrayTree
-
-
-class Scaling(nnx.Variable[ScalingState]):
-    """The state of delayed scaling of one product; its value is a ``ScalingState``.
-
-    ``mpjax.nnx.mixed_precision`` gives them to the layers that need some. A loss is
-    differentiated with respect to parameters and to them, and `update_scaling` enters
-    what comes out. Left out of that, a layer scales by its current amaxes.
-
-    Of several uses of a layer the largest amax counts, under ``nnx.scan`` and
-    ``nnx.remat`` and among the examples of a ``vmap`` too. Where a function that
-    ``jax.checkpoint`` or ``jax.lax.scan`` runs has the model as a constant, JAX adds up
-    what its uses observe: an upper bound, under which nothing overflows.
-
-    Example:
-      >>> from flax import nnx
-      >>> import mpjax, mpjax.nnx
-      >>> rule = mpjax.Rule(".*", "mixed_bfloat16", mpjax.delayed_scaling())
-      >>> model = mpjax.nnx.mixed_precision(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), rule)
-      >>> graph, params, scaling = nnx.split(model, nnx.Param, mpjax.nnx.Scaling)
-      >>> print(scaling["kernel_scaling"].scale)
-      [0. 0. 0.]
-    """
-
-
-def update_scaling(
-    model: nnx.Module, grads: ArrayTree, opt_state: ArrayTree | None = None
-) -> None:
-    """Enters the amaxes of one optimizer step into the states of a model, in place.
-
-    To be called after each ``update`` of the optimizer. A step that was skipped does
-    not enter the history, and scales of gradients follow the loss scale. Under
-    ``optax.MultiSteps`` a step has several microbatches: what they observe is merged,
-    and the scales change when the optimizer makes its step. In a loop of one's own, add
-    up the microbatches' gradients of ``nnx.Param`` and merge those of
-    ``mpjax.nnx.Scaling`` with ``jax.tree.map(jnp.maximum, ...)``. Which uses of a layer
-    JAX merges by a sum instead, see `Scaling`.
-
-    States that are not updated after a step keep their scales for the next, and nothing
-    tells of it but a ``history`` that does not change. States that have never been
-    updated scale by the current amax.
-
-    Args:
-      model: from ``mixed_precision``. Nothing is done if no recipe of it has a state.
-      grads: the gradient of the loss with respect to the `Scaling` variables of the
-        model; that of other variables may be there as well.
-      opt_state: the new state of the optimizer, if the loss is scaled or gradients are
-        accumulated: any tree in which there is one `mpjax.LossScalingState`, or a
-        ``optax.MultiStepsState``, or both.
-
-    Raises:
-      ValueError: ``grads`` lacks a `Scaling` of the model, or there is neither a loss
-        scale in ``opt_state`` nor a count of microbatches.
-
-    Example:
-      >>> from flax import nnx
-      >>> import jax.numpy as jnp, mpjax, mpjax.nnx, optax
-      >>> rule = mpjax.Rule(".*", "mixed_bfloat16", mpjax.delayed_scaling())
-      >>> model = mpjax.nnx.mixed_precision(nnx.Linear(16, 8, rngs=nnx.Rngs(0)), rule)
-      >>> optimizer = nnx.Optimizer(model, optax.sgd(1e-3), wrt=nnx.Param)
-      >>> wrt = nnx.DiffState(0, nnx.Any(nnx.Param, mpjax.nnx.Scaling))
-      >>> @nnx.jit
-      ... def train_step(model, optimizer, x):
-      ...     grads = nnx.grad(lambda model: model(x).mean(), argnums=wrt)(model)
-      ...     optimizer.update(model, grads)
-      ...     mpjax.nnx.update_scaling(model, grads)
-      >>> train_step(model, optimizer, jnp.ones((4, 16)))
-      >>> print(f"{model.kernel_scaling.scale[0]:.5f}")  # 1 / 448
-      0.00223
-    """
-    states = dict(nnx.to_flat_state(nnx.state(model, Scaling)))
-    observed = dict(nnx.to_flat_state(nnx.state(grads, Scaling)))
-    for path in states:
-        if path not in observed:
-            name = "/".join(map(str, path))
-            raise ValueError(
-                f"The gradients lack that of {name!r}, a state of delayed scaling. "
-                "Differentiate with respect to those states too: nnx.grad(loss_fn, "
-                "argnums=nnx.DiffState(0, nnx.Any(nnx.Param, mpjax.nnx.Scaling)))."
-            )
-    _write(
-        model,
-        _scaling_states.update_scaling(
-            {path: variable.get_value() for path, variable in states.items()},
-            {path: observed[path].get_value() for path in states},
-            opt_state,
-        ),
-    )
-
-
-def rescale_scaling(model: nnx.Module, opt_state: ArrayTree) -> None:
-    """Makes the states of a model those for a step with another loss scale, in place.
-
-    `update_scaling` takes care of what an optimizer does to its loss scale; this is for
-    states that are restored without the optimizer's, or a loss scale set by hand.
-
-    Args:
-      model: from ``mixed_precision``.
-      opt_state: any tree in which there is one `mpjax.LossScalingState`, that of the
-        step to come.
-
-    Raises:
-      ValueError: there is no loss scale in ``opt_state``.
-
-    Example:
-      >>> from flax import nnx
-      >>> import mpjax, mpjax.nnx, optax
-      >>> rule = mpjax.Rule(".*", "mixed_float16", mpjax.delayed_scaling())
-      >>> model = mpjax.nnx.mixed_precision(nnx.Linear(16, 8, rngs=nnx.Rngs(0)), rule)
-      >>> tx = mpjax.static_loss_scaling(optax.sgd(0.1), 4.0)
-      >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-      >>> mpjax.nnx.rescale_scaling(model, optimizer.opt_state)
-      >>> print(model.kernel_scaling.loss_scale)
-      4.0
-    """
-    states = dict(nnx.to_flat_state(nnx.state(model, Scaling)))
-    values = {path: variable.get_value() for path, variable in states.items()}
-    _write(model, _scaling_states.rescale_scaling(values, opt_state))
-
-
-def _write(model: nnx.Module, states: Mapping[tuple, ScalingState]) -> None:
-    """Gives a model new states, by their paths."""
-    old = dict(nnx.to_flat_state(nnx.state(model, Scaling)))
-    changed = [(path, old[path].copy(state)) for path, state in states.items()]
-    nnx.update(model, nnx.from_flat_state(changed))
-
+from mpjax._typing import Array
 
 # Attributes through which modules multiply: those of Flax and those that mimic them.
 _HOOKS: dict[str, tuple[str, tuple]] = {
