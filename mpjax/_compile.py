@@ -98,6 +98,8 @@ def compile_for(
       ValueError: the program calls back into Python.
       LoweringError: JAX cannot lower the program, or the compiler refuses it.
     """
+    if gemm not in _GEMM:
+        raise ValueError(f"gemm is one of {', '.join(_GEMM)}; got {gemm!r}.")
     check_installed(target)
     _check_callbacks(target, traced)
     program = _export(target, traced)
@@ -183,8 +185,12 @@ def _export(target: Target, traced: Traced) -> export.Exported:
             return exporter(*traced.args)
     # What rules of lowering raise is up to each of them; it is told, not passed over.
     except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        written = steps(traced.jaxpr, platform)
+        kernels = dict.fromkeys(where(step) for step in written if step.in_kernel)
+        hint = f" It has kernels of Pallas: {', '.join(kernels)}." if kernels else ""
         raise LoweringError(
-            f"JAX cannot lower this program for {target.name}: {str(error)[:_LONGEST]}"
+            f"JAX cannot lower this program for {target.name}.{hint} "
+            f"{str(error)[:_LONGEST]}"
         ) from error
 
 
@@ -215,7 +221,7 @@ def _run(target: Target, directory: pathlib.Path, devices: int, quick: bool) -> 
     }
     environment |= _ENVIRONMENT | dict(
         JAX_ENABLE_X64=str(int(jax.config.read("jax_enable_x64"))),
-        LIBTPU_INIT_ARGS=f"--xla_jf_dump_to={directory / 'dump'} "
+        LIBTPU_INIT_ARGS="--xla_jf_dump_to=dump "  # a path with a space ends there
         "--xla_jf_dump_llo_text=true "
         "--xla_jf_dump_llo_pass_label_regex=final_bundles|deduplication-map",
         TMPDIR=str(directory),

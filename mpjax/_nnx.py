@@ -18,7 +18,8 @@ from mpjax import _table
 from mpjax._cpu_faults import conv_general_dilated
 from mpjax._matcher import matcher
 from mpjax._nnx_params import own_params, store
-from mpjax._nnx_recipes import Scaling, attention, products_of, set_states
+from mpjax._nnx_recipes import attention, products_of, set_states
+from mpjax._nnx_states import Scaling
 from mpjax._nnx_types import bare_type, has_dtype, rule_of, set_type
 from mpjax._policy import Policy, get_policy, in_kind_of
 from mpjax._rules import Rule, Rules, expand_rules

@@ -43,6 +43,7 @@ def functional(
             _name(node)
         fn, args, kwargs = jax.tree.unflatten(tree, leaves)
         result = fn(*args, **kwargs)
+        known |= {id(leaf) for leaf in jax.tree.leaves(result)}
         written = jax.tree.leaves(nnx.split(nodes)[1])
         return result, [leaf for leaf in written if id(leaf) not in known]
 

@@ -4,6 +4,8 @@ import dataclasses
 import math
 from typing import Any
 
+import jax.numpy as jnp
+
 from mpjax._jaxpr import PRODUCTS, Step, where
 
 
@@ -65,7 +67,7 @@ def is_product(step: Step) -> bool:
 
 
 def flops(eqn) -> int:
-    """Twice the multiplications of one run."""
+    """Twice the multiplications of real numbers of one run."""
     lhs, rhs = (atom.aval.shape for atom in eqn.invars[:2])
     out = math.prod(eqn.outvars[0].aval.shape)
     match eqn.primitive.name:
@@ -87,4 +89,6 @@ def flops(eqn) -> int:
         case _:
             (contracted, _), _ = eqn.params["dimension_numbers"]
             terms = math.prod(lhs[axis] for axis in contracted)
-    return 2 * out * terms
+    # Two complex numbers are multiplied by four products.
+    parts = 4 if jnp.iscomplexobj(eqn.outvars[0].aval) else 1
+    return 2 * out * terms * parts

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import pathlib
+import re
 from typing import Literal, TypeAlias
 
 Platform: TypeAlias = Literal["cpu", "tpu", "cuda", "rocm"]
@@ -21,7 +22,7 @@ class Target:
       name: what it is called here.
       platform: of XLA.
       native: pairs of 8-bit formats, in either order, that its matrix units multiply as
-        they are; all others are cast to a wider format first.
+        they are; all others are cast to a wider format first. None: not known.
       block_scaled: whether its matrix units apply scales of the MX formats, blocks of
         32 float8 with a float8_e8m0fnu.
       aliases: other names of it.
@@ -33,7 +34,7 @@ class Target:
 
     name: str
     platform: Platform
-    native: tuple[tuple[str, str], ...] = ()
+    native: tuple[tuple[str, str], ...] | None = ()
     block_scaled: bool = False
     aliases: tuple[str, ...] = ()
     chip: str = ""
@@ -47,7 +48,15 @@ class Target:
         Args:
           lhs: name of a dtype.
           rhs: name of a dtype.
+
+        Raises:
+          ValueError: it is a GPU of the user's, and none here has its capability.
         """
+        if self.native is None:
+            raise ValueError(
+                f"What {self.name} multiplies is not known here: no GPU of the table "
+                "has its cuda_compute_capability. mpjax.lowering.report tells."
+            )
         return (lhs, rhs) in self.native or (rhs, lhs) in self.native
 
     def topology(self, devices: int, topology: str | None = None) -> tuple[str, dict]:
@@ -56,7 +65,21 @@ class Target:
         Args:
           devices: how many a program runs on.
           topology: chips along each axis, "4x4" or "2x2x4"; found out if left out.
+
+        Raises:
+          ValueError: the topology is none, or too small.
         """
+        axes = 3 if self.platform == "cuda" else self.axes
+        if topology is not None:
+            numbers = topology.split("x")
+            shaped = len(numbers) == axes and all(n.isdecimal() for n in numbers)
+            if not shaped or math.prod(map(int, numbers)) * self.cores < devices:
+                raise ValueError(
+                    f"A topology of {self.name} is {axes} numbers such as "
+                    f"{'x'.join('2' * axes)!r}, here for {devices} devices of JAX, "
+                    f"{self.cores} a chip; got {topology!r}. Leave it out to have one "
+                    "found."
+                )
         if self.platform == "cuda":
             hosts = math.ceil(devices / 8)
             each = topology or f"1x{hosts}x{math.ceil(devices / hosts)}"
@@ -127,6 +150,30 @@ TARGETS = {target.name: target for target in _ALL}
 _NAMES = TARGETS | {alias: target for target in _ALL for alias in target.aliases}
 
 
+_CAPABILITY = re.compile(r"cuda_compute_capability\s*\{([^}]*)\}")
+
+
+def _own_gpu(path: pathlib.Path) -> Target:
+    """One that multiplies what the GPU of the same capability does."""
+    config = path.read_text()
+    if "gpu_device_info" not in config or not (own := _capability(config)):
+        raise ValueError(
+            "Figures of a GPU have a gpu_device_info and a cuda_compute_capability, as "
+            f"mpjax/targets/h100.txtpb has; {path} has not."
+        )
+    for known in _ALL:
+        if known.platform == "cuda" and _capability(known.config) == own:
+            return dataclasses.replace(known, name=path.stem, aliases=(), config=config)
+    return Target(path.stem, "cuda", None, config=config)
+
+
+def _capability(config: str) -> dict[str, str]:
+    """Its major and minor number."""
+    found = _CAPABILITY.search(config)
+    numbers = re.findall(r"(major|minor):\s*(\d+)", found[1]) if found else ()
+    return {name: n for name, n in numbers if n != "0"}
+
+
 def get_target(target: "str | pathlib.Path | Target") -> Target:
     """Finds a device.
 
@@ -136,7 +183,7 @@ def get_target(target: "str | pathlib.Path | Target") -> Target:
         `mpjax/targets`; or a target, which is returned.
 
     Raises:
-      ValueError: there is none of that name.
+      ValueError: there is none of that name, or the file has no figures.
 
     Example:
       >>> import mpjax.lowering
@@ -147,7 +194,7 @@ def get_target(target: "str | pathlib.Path | Target") -> Target:
         return target
     path = pathlib.Path(target)
     if path.suffix == ".txtpb":
-        return Target(path.stem, "cuda", config=path.read_text())
+        return _own_gpu(path)
     name = str(target).lower()
     if name not in _NAMES:
         raise ValueError(

@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding
+import numpy as np
+from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
 
-from mpjax._jaxpr import inner
+from mpjax._jaxpr import inner, steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +60,21 @@ def trace(fn: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Traced:
         return fn(*args, **kwargs)
 
     structs = [_struct(leaves[i]) for i in arrays]
-    jaxpr = jax.jit(flat).trace(*structs).jaxpr
+    try:
+        jaxpr = jax.jit(flat).trace(*structs).jaxpr
+    except RuntimeError as error:
+        if "cuDNN" in str(error):
+            error.add_note("To trace a function of cuDNN it has to be installed.")
+        raise
+    consts = getattr(jaxpr, "consts", ())
+    if len(inner(jaxpr).invars) > len(structs) or any(
+        isinstance(value, Tracer) for value in consts
+    ):
+        raise ValueError(
+            "A function that is reported on cannot close over values that another "
+            "transformation traces, as inside of jax.jit or jax.grad; got one that "
+            "does. Hand them over as arguments."
+        )
     invars = inner(jaxpr).invars
     donated = set()
     for eqn in inner(jaxpr).eqns if len(inner(jaxpr).eqns) == 1 else ():
@@ -71,8 +87,22 @@ def trace(fn: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Traced:
             if isinstance(sharding, NamedSharding) and var in invars:
                 i = invars.index(var)
                 structs[i] = structs[i].update(sharding=sharding)
+    meshes = () if any(s.sharding for s in structs) else _meshes(jaxpr)
+    for mesh in meshes[:1]:  # the arguments lie on all of its devices
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        structs = [struct.update(sharding=everywhere) for struct in structs]
     positions = tuple(i for i, var in enumerate(invars) if var in donated)
     return Traced(jaxpr, tuple(structs), positions)
+
+
+def _meshes(jaxpr: Any) -> list[Any]:
+    """Those that a program names itself, of more than one device."""
+    found = []
+    for step in steps(jaxpr, "tpu"):
+        for eqn in (*step.calls, step.eqn):
+            sharding = eqn.params.get("sharding")
+            found += [eqn.params.get("mesh"), getattr(sharding, "mesh", None)]
+    return [mesh for mesh in found if mesh is not None and mesh.size > 1]
 
 
 def _is_array(leaf) -> bool:
@@ -84,9 +114,12 @@ def _is_array(leaf) -> bool:
 def _struct(leaf) -> jax.ShapeDtypeStruct:
     sharding = getattr(leaf, "sharding", None)
     sharding = sharding if isinstance(sharding, NamedSharding) else None
+    dtype = leaf.dtype
+    if isinstance(leaf, np.ndarray | np.generic):  # as jax.jit takes it
+        dtype = jax.dtypes.canonicalize_dtype(dtype)
     return jax.ShapeDtypeStruct(
         leaf.shape,
-        leaf.dtype,
+        dtype,
         sharding=sharding,
         weak_type=getattr(leaf, "weak_type", False),
     )

@@ -102,6 +102,16 @@ def manual(x):
     return own(x)
 
 
+def solved(x):
+    times = functools.partial(jnp.dot, x)
+    return lax.custom_linear_solve(times, x, solve=lambda times, b: times(b))
+
+
+def test_complex_products_are_four():
+    made = census(jnp.dot, *[Struct((8, 8), jnp.complex64)] * 2)
+    assert made.flops_by_dtype() == {"complex64": 4 * 2 * 8**3}
+
+
 @pytest.mark.parametrize(
     ("fn", "products"),
     [
@@ -117,6 +127,8 @@ def manual(x):
         (custom, 1),
         (jax.grad(lambda x: jnp.sum(custom(x))), 2),
         (custom_jvp, 1),
+        (lambda x: lax.while_loop(lambda c: (c @ c)[0, 0] < 1, jnp.sin, x), 1),
+        (solved, 1),
         (jax.vmap(lambda x: x @ x[:, None]), 1 / 8),
         (manual, 1 / 4),
     ],

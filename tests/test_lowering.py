@@ -393,9 +393,13 @@ def train_step(model, inputs):
 def test_scan_and_remat(target):
     model = mpjax.linen.MixedPrecision(Stack(), fp8())
     step, args = train_step(model, Struct((64, 128), F32))
-    made = mpjax.lowering.report(
-        jax.jit(step, donate_argnums=(0, 1)), *args, target=target
+    jitted = jax.jit(step, donate_argnums=(0, 1))
+    made, quick = (
+        mpjax.lowering.report(jitted, *args, target=target, quick=quick)
+        for quick in (False, True)
     )
+    units = [[(p.traced, p.unit, p.verdict) for p in r.products] for r in (made, quick)]
+    assert units[0] == units[1]
     written = mpjax.lowering.census(step, *args)
     # Forward, recomputed, and both gradients; XLA drops what nobody needs.
     assert made.flops <= written.flops

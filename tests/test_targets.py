@@ -100,3 +100,25 @@ def test_nodes_of_gpus():
     h100 = targets.TARGETS["h100"]
     assert h100.topology(4)[1]["topology"] == "1x1x4"
     assert h100.topology(16)[1]["topology"] == "1x2x8"
+
+
+def test_own_gpus_multiply_what_those_of_their_capability_do(tmp_path):
+    h100 = targets.TARGETS["h100"].config
+    own = tmp_path / "h200.txtpb"
+    own.write_text(h100)
+    recipe = mpjax.current_scaling()
+    assert recipe.is_supported(str(own))[0]
+    assert recipe.is_supported(str(own))[1].startswith("h200")
+    own.write_text(h100.replace("major: 9", "major: 8\n minor: 9"))
+    with pytest.raises(ValueError, match=r"not known here[\s\S]*report tells"):
+        recipe.is_supported(str(own))
+    own.write_text("")
+    with pytest.raises(ValueError, match=r"Figures of a GPU[\s\S]*h200.txtpb has not"):
+        recipe.is_supported(str(own))
+
+
+@pytest.mark.parametrize("topology", ["abc", "1x1", "1x1x1x1", "1x1x2"])
+def test_topologies_that_are_none_or_too_small(topology):
+    for name in ("v4", "h100"):
+        with pytest.raises(ValueError, match="for 4 devices"):
+            targets.TARGETS[name].topology(4, topology)
