@@ -207,7 +207,7 @@ class Recipe:
           >>> recipe = mpjax.delayed_scaling()
           >>> state = recipe.update(recipe.init(), jnp.array([448.0, 44.8, jnp.inf]))
           >>> state.scale
-          Array([1. , 0.1, 0. ], dtype=float32)
+          Array([1.   , 0.125, 0.   ], dtype=float32)
         """
         last = state.loss_scale
         if loss_scale is None:

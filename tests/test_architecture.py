@@ -13,7 +13,7 @@ LADDER = [
     ["_products", "_hlo", "_findings"],
     ["_recipe", "_named_recipes", "_scaled_loss", "_table"],
     ["_operand", "_observations", "_product", "_dot_general", "_einsum", "_conv"],
-    ["_export", "_rules", "_matcher", "_layer_products", "_layers"],
+    ["_export", "_weight_copies", "_rules", "_matcher", "_layer_products", "_layers"],
     ["_scaling_states", "_linen_states", "_nnx_states"],
     ["_linen_recipes", "_nnx_recipes", "_nnx_params", "_nnx_scopes", "_serialization"],
     ["_nnx_types"],

@@ -688,7 +688,7 @@ def test_loss_scaling_and_delayed_scaling_together():
             history.append(float(state().history[2, -1]))
             assert history[-1] == seen
             # The scale of the next step maps it below the top of the format.
-            up = 2.0 ** np.ceil(np.log2(max(history) / 57344))
+            up = 2.0 ** np.ceil(np.log2(max(history[-4:]) / 57344))
             assert state().scale[2] == up * state().loss_scale
     # Loss scales were 16 (unknown), 16, 32, 32 (skipped), 16, 16, 32.
     np.testing.assert_allclose(history, history[0], rtol=2e-3)
@@ -747,9 +747,10 @@ def test_without_updates_scaling_is_current():
     for scaling in (variables["scaling"], trained):
         for factor in (1, 30):
             variables = params | {"scaling": scaling}
-            loss, (grads, _) = loss_and_gradients(model, variables, factor * x)
-            expected, (other, _) = loss_and_gradients(current, params, factor * x)
-            assert loss == expected
+            _, (grads, _) = loss_and_gradients(model, variables, factor * x)
+            _, (other, _) = loss_and_gradients(current, params, factor * x)
+            out, expected = model.apply(variables, x), current.apply(params, x)
+            np.testing.assert_array_equal(out, expected)
             jax.tree.map(np.testing.assert_array_equal, grads, other)
 
 
@@ -820,7 +821,7 @@ def test_a_recipe_belongs_to_a_model_and_not_to_the_process():
     """PEERS 8 and 10: models of the same shapes, interleaved, each run as told."""
     x = normal(0, 16, 32)
     rules = {
-        "current": rule(mpjax.current_scaling()),
+        "current": rule(mpjax.current_scaling(power_of_two=False)),
         "mx": rule(mpjax.mx_scaling()),
         "none": "mixed_bfloat16",
     }

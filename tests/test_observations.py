@@ -1,5 +1,6 @@
 """What calls that share scales observe is their maximum, wherever they share them."""
 
+import dataclasses
 import functools
 
 import jax
@@ -40,8 +41,11 @@ def einsum(x, w, scales):
 def layer(x, w, scales):
     """That is used twice, the second time with half of the input."""
     held = {"kernel": scales}
-    write = held.__setitem__
-    products = LayerProducts("", RECIPE, 1, held.__getitem__, write, set())
+
+    def read(name):
+        return dataclasses.replace(RECIPE.init(), scale=held[name])
+
+    products = LayerProducts("", RECIPE, 1, read, held.__setitem__, set())
     dims = (((1,), (0,)), ((), ()))
     y = products.dot_general(x, w, dims)
     return y + products.dot_general(x / 2, w, dims), held["kernel"]
