@@ -20,8 +20,9 @@ class Finding:
 
     Attributes:
       kind: "promotion": a 16-bit stream becomes float32 and stays so, into a product or
-        out of the module; "dequantized": float8 values are cast up before a product;
-        "reduction": a sum in 16 bits; "exponential": exp or log in 16 bits;
+        out of the module, or is multiplied with it; "dequantized": float8, int8 or int4
+        values are cast up before a product; "reduction": a sum in 16 bits, a segment's
+        and one carried by a scan too; "exponential": exp or log in 16 bits;
         "statistics": a root of a mean in 16 bits, as in a norm; "accumulation": a
         product that adds up in less than 32 bits; "round trip": a cast to a wider
         dtype and back at once. A product of 16-bit operands with a 16-bit result is

@@ -57,7 +57,7 @@ _GEMM: dict[Gemm, dict[str, Any]] = {
         xla_gpu_enable_triton_gemm=True,
         xla_gpu_experimental_scaled_dot_with_triton=True,
         xla_gpu_override_gemm_autotuner="block_m: 128 block_n: 128 block_k: 64 "
-        "split_k: 1 num_stages: 3 num_warps: 4 num_ctas: 1",
+        "split_k: 1 num_stages: 3 num_warps: 8 num_ctas: 1",
         xla_gpu_dump_llvmir=True,
         xla_dump_emitter_re=".*",
     ),

@@ -1,11 +1,12 @@
 """Looks in a traced program for what mixed precision rarely means."""
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, TypeAlias
 
 import jax.numpy as jnp
 
-from mpjax._jaxpr import MOVES, Step
+from mpjax._jaxpr import MOVES, Step, inner
 from mpjax._products import is_product
 
 Kind: TypeAlias = Literal[
@@ -22,7 +23,7 @@ Found: TypeAlias = tuple[int, Kind, str]  # which step, and what happens there
 REMEDIES: dict[Kind, str] = {
     "promotion": "Cast the float32 operand down, or the result at once; parameters "
     "that a module reads itself follow its policy under MixedPrecision.",
-    "dequantized": "Multiply the float8 values and apply their scales to the result, "
+    "dequantized": "Multiply the 8-bit values and apply their scales to the result, "
     "as mpjax.scaled_dot_general does.",
     "reduction": "Sum in float32: jnp.sum(x, dtype=jnp.float32).",
     "exponential": "Cast to float32 before exp or log, and back after the softmax.",
@@ -33,7 +34,8 @@ REMEDIES: dict[Kind, str] = {
 }
 
 _CAST = "convert_element_type"
-_EXPONENTIALS = ("exp", "exp2", "expm1", "log", "log1p", "cumlogsumexp")
+# Near 0 expm1 and log1p keep all bits.
+_EXPONENTIALS = ("exp", "exp2", "log", "cumlogsumexp")
 _SUMS = ("reduce_sum", "cumsum", "reduce_prod", "cumprod", "psum", "psum_invariant")
 _ENDS_A_STREAM = ("reduce_", "argm", "cum", "gather", "iota", "random", "sort")
 _SHORT_ACCUMULATION = ("F16_F16_F16", "BF16_BF16_BF16")
@@ -42,6 +44,8 @@ _SHORT_ACCUMULATION = ("F16_F16_F16", "BF16_BF16_BF16")
 def find(program: list[Step]) -> Iterator[Found]:
     """Yields the indices of suspicious steps, their kind, and what happens there."""
     made = {output: step for step in program for output in step.outputs}
+    # As in softplus, whose exp is at most 1.
+    in_log1p = {s.inputs[0] for s in program if s.eqn.primitive.name == "log1p"}
     yield from _promotions(program)
     for index, step in enumerate(program):
         if not step.eqn.invars:
@@ -50,7 +54,7 @@ def find(program: list[Step]) -> Iterator[Found]:
             yield from _product(index, step, made)
         elif step.eqn.primitive.name == _CAST:
             yield from _round_trip(index, step, made)
-        else:
+        elif step.outputs[0] not in in_log1p:
             yield from _half(index, step)
 
 
@@ -85,6 +89,8 @@ def _promotions(program: list[Step]) -> Iterator[Found]:
     """
     feeds = _feeding_products(program)
     casts: list[int] = []  # indices of steps
+    products = 0  # the bits of those that are products with a float32 result
+    entered: dict[int, str] = {}  # a bit -> the first module that it enters
     sources: dict[int, int] = {}  # a value of 16 bits -> the bits of its casts
     streams: dict[int, int] = {}
     guilty: dict[int, str] = {}  # a bit -> what comes of it
@@ -97,20 +103,35 @@ def _promotions(program: list[Step]) -> Iterator[Found]:
             streams[step.outputs[0]] = bit
             continue
         carried = [streams.get(value, 0) for value in step.inputs]
+        if is_product(step) and not step.backward and not any(carried):
+            sizes = sorted(_bits(_in(step, i)) for i in (0, 1))
+            if sizes == [16, 16] and _bits(_out(step)) == 32:
+                products |= 1 << len(casts)
+                streams[step.outputs[0]] = 1 << len(casts)
+                casts.append(index)
+            elif sizes == [16, 32]:
+                narrow = next(i for i in (0, 1) if _bits(_in(step, i)) == 16)
+                what = f"{_in(step, narrow).dtype} is multiplied with float32"
+                yield index, "promotion", what
         if not any(carried) or (name == _CAST and _bits(_out(step)) < 32):
             continue
         joint = 0
         for bits in carried:
             joint |= bits
         if is_product(step):
-            guilty |= dict.fromkeys(_ones(joint), "is multiplied in float32")
+            known = joint & ~products if step.backward else joint
+            guilty |= dict.fromkeys(_ones(known), "is multiplied in float32")
             continue
         forward = not step.backward and any(feeds[value] for value in step.outputs)
-        for bit in _ones(joint) if forward and name not in MOVES else ():
+        known = joint & ~products
+        for bit in _ones(known) if forward and name not in MOVES else ():
             cast = program[casts[bit]]
             if cast.path and step.path and cast.path != step.path:
-                module = step.path.rpartition("/")[2]
-                guilty.setdefault(bit, f"enters {module} in float32")
+                # A module that is alone in it was handed float32 on purpose.
+                first = entered.setdefault(bit, step.path)
+                if not f"{step.path}/".startswith(f"{first}/"):
+                    module = first.rpartition("/")[2]
+                    guilty.setdefault(bit, f"enters {module} in float32")
             elif name == "add" and _in(cast).size == _out(step).size:
                 own, size = sources[cast.inputs[0]], _in(cast).size
                 others = _ones(joint & ~own) if all(carried) else ()
@@ -169,7 +190,7 @@ def _narrow_source(value: int, made: dict[int, Step], depth: int = 16) -> str | 
     step = made.get(value)
     if step is None or depth == 0:
         return None
-    if _widens(step, 8, 16):
+    if _widens(step, 8, 16) or _is_scaled_integer(step):
         return _in(step).dtype.name
     if step.eqn.primitive.name in MOVES:
         return _narrow_source(step.inputs[0], made, depth - 1)
@@ -177,6 +198,14 @@ def _narrow_source(value: int, made: dict[int, Step], depth: int = 16) -> str | 
         found = (_narrow_source(i, made, depth - 1) for i in step.inputs)
         return next(filter(None, found), None)
     return None
+
+
+def _is_scaled_integer(step: Step) -> bool:
+    """Whether it casts int8 or int4 up; uint8 are images."""
+    if step.eqn.primitive.name != _CAST or _in(step).size < 2:
+        return False
+    signed = jnp.issubdtype(_in(step).dtype, jnp.signedinteger)
+    return signed and _in(step).dtype.itemsize == 1 and _bits(_out(step)) >= 16
 
 
 def _round_trip(index: int, step: Step, made: dict[int, Step]) -> Iterator[Found]:
@@ -202,7 +231,49 @@ def _half(index: int, step: Step) -> Iterator[Found]:
             yield index, "reduction", f"{name} in {value.dtype} of {terms} terms"
         elif not name.startswith("reduce"):
             yield index, "reduction", f"{name} in {value.dtype}"
+    elif name == "reduce_window_sum":
+        terms = math.prod(step.eqn.params["window_dimensions"])
+        if terms > 1:
+            yield index, "reduction", f"{name} in {value.dtype} of {terms} terms"
+    elif name == "scatter-add":
+        terms = _in(step, 2).size // value.size
+        if terms > 1:
+            yield index, "reduction", f"{name} in {value.dtype} of {terms} terms"
+    elif name in ("add", "add_any") and (terms := _terms(step)) > 1:
+        yield index, "reduction", f"sum in {value.dtype} over {terms} steps of a scan"
     elif name in _EXPONENTIALS:
         yield index, "exponential", f"{name} in {value.dtype}"
     elif name in ("rsqrt", "sqrt"):
         yield index, "statistics", f"{name} in {value.dtype}"
+
+
+def _terms(step: Step) -> int:
+    """How many values a scan adds to what it carries by this, or 0.
+
+    The residual stream of layers in a scan is no such sum: what is added depends on it.
+    """
+    scan = step.calls[-1] if step.calls else None
+    if scan is None or scan.primitive.name != "scan":
+        return 0
+    body = inner(scan.params["jaxpr"])
+    carries = _alike(scan.outvars, body.outvars)  # the rest are stacked
+    unstacked = _alike(scan.invars, body.invars)
+    for i in range(carries):
+        carried = body.invars[unstacked - carries + i]
+        if body.outvars[i] is step.eqn.outvars[0] and any(
+            atom is carried for atom in step.eqn.invars
+        ):
+            depends = {id(carried)}
+            for eqn in body.eqns:
+                if any(id(atom) in depends for atom in eqn.invars):
+                    depends |= set(map(id, eqn.outvars))
+            others = [atom for atom in step.eqn.invars if atom is not carried]
+            own = any(id(atom) in depends for atom in others)
+            return 0 if own else scan.params["length"]
+    return 0
+
+
+def _alike(outside: list[Any], inside: list[Any]) -> int:
+    """How many values of a scan have no axis for its steps."""
+    pairs = zip(outside, inside, strict=True)
+    return sum(one.aval.shape == two.aval.shape for one, two in pairs)

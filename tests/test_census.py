@@ -291,7 +291,7 @@ def test_assert_native_names_what_is_wrong(target):
     (line,) = [line for line in message.splitlines() if "careless_dot" in line]
     assert "e4m3fn becomes bf16 before the product" in line
     assert "test_census.py:" in line
-    assert "- Multiply the float8 values and apply their scales" in message
+    assert "- Multiply the 8-bit values and apply their scales" in message
 
 
 def test_assert_native_lists_promotions():
@@ -422,3 +422,68 @@ def test_takes_milliseconds_and_makes_no_array():
     made = census(loop, x)
     assert time.perf_counter() - start < 2
     assert made.flops == 5 * 2 * 2**45 and len(jax.live_arrays()) == before
+
+
+def accumulated(x):
+    return lax.scan(lambda c, row: (c + row, None), jnp.zeros((64,), BF16), x)[0]
+
+
+def into_segments(x):
+    return jnp.zeros((4, 64), BF16).at[jnp.arange(64) % 4].add(x)
+
+
+def pooled(x):
+    return lax.reduce_window(x, np.array(0, BF16), lax.add, (8, 8), (8, 8), "VALID")
+
+
+def streamed(x):
+    hidden = lax.dot(x, x, preferred_element_type=F32)
+    return lax.dot(jax.nn.relu(hidden), jnp.zeros((64, 64)))
+
+
+def mixed(x):
+    return lax.dot(x, jnp.zeros((64, 64), F32), preferred_element_type=F32)
+
+
+def integers(x):
+    return x @ (lax.bitcast_convert_type(x, jnp.int8)[..., 0].astype(BF16) * 2)
+
+
+@pytest.mark.parametrize(
+    ("fn", "kind", "detail"),
+    [
+        (accumulated, "reduction", "sum in bfloat16 over 64 steps of a scan"),
+        (into_segments, "reduction", "scatter-add in bfloat16 of 16 terms"),
+        (pooled, "reduction", "reduce_window_sum in bfloat16 of 64 terms"),
+        (
+            streamed,
+            "promotion",
+            "bfloat16 becomes float32 and is multiplied in float32",
+        ),
+        (mixed, "promotion", "bfloat16 is multiplied with float32"),
+        (integers, "dequantized", "int8 becomes bfloat16 before the product"),
+    ],
+)
+def test_what_adds_up_or_widens_without_a_cast(fn, kind, detail):
+    assert [(f.kind, f.detail) for f in census(fn, half(64, 64)).findings] == [
+        (kind, detail)
+    ]
+
+
+def attention_in_a_scope(x):
+    with jax.named_scope("attention"):
+        scores = (x @ x.T).astype(F32)
+        with jax.named_scope("softmax"):
+            weights = jax.nn.softmax(scores)
+        return weights.astype(BF16) @ x
+
+
+def residual_layers(x):
+    return lax.scan(lambda c, _: (c + jnp.tanh(c @ c), None), x, length=4)[0]
+
+
+@pytest.mark.parametrize(
+    "fn", [attention_in_a_scope, residual_layers, jax.nn.elu, jax.nn.softplus]
+)
+def test_float32_in_one_scope_and_safe_functions_are_no_findings(fn):
+    assert census(fn, half(64, 64)).findings == ()

@@ -274,7 +274,8 @@ def test_block_scaled_products_on_gpus(target):
             assert (row.verdict, row.unit) == ("vector", "")  # decomposed, no MMA
 
 
-TRITON = {name: PRODUCTS[name] for name in ("e4m3", "e4m3 x e5m2", "dequantize")}
+_TRITON = "e4m3", "e4m3 x e5m2", "dequantize", "f32"
+TRITON = {name: PRODUCTS[name] for name in _TRITON}
 
 
 @pytest.mark.long
@@ -294,6 +295,7 @@ def test_single_products_under_triton(target, products):
         return
     instruction = {"h100": "mma e4m3.e4m3", "b200": "tcgen05.mma f8f6f4"}[target]
     assert rows["e4m3"].native and rows["e4m3"].evidence == instruction
+    assert (rows["f32"].verdict, rows["f32"].unit) == ("narrowed", "tf32")
     assert rows["e4m3 x e5m2"].native
     # The older compiler has block scales for float8 only.
     formats = {"mxfp8": "mxf8f6f4", "nvfp4": "mxf4nvf4"}
