@@ -142,7 +142,8 @@ def census(fn: Callable, *args: Any, platform: str = "tpu", **kwargs: Any) -> Ce
       *args: its arguments as of ``report``: arrays, shapes or NNX models.
       platform: "cpu", "tpu" or "cuda": of ``lax.platform_dependent`` only this branch
         is read.
-      **kwargs: arguments of the function by name.
+      **kwargs: arguments of the function by name; `platform` of its own goes into a
+        ``functools.partial``.
 
     Returns:
       A census; nothing is compiled and no array is made.

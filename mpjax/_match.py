@@ -44,6 +44,7 @@ def match(
             number
             for number, step in written.items()
             if _fits(p, step, devices) and not (named and number in found)
+            if not step.in_kernel
         ]
         if fits:
             lhs = DTYPES.get(p.operands[0])

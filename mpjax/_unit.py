@@ -18,6 +18,8 @@ DTYPES = {
     "f8e4m3": "float8_e4m3fn",
     "bf8": "float8_e5m2",
     "f4e2m1fn": "float4_e2m1fn",
+    "c64": "complex64",
+    "c128": "complex128",
     "s4": "int4",
     "s8": "int8",
     "u8": "uint8",

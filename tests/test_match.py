@@ -170,3 +170,11 @@ def test_cycles_of_all_runs_of_a_loop_on_a_tpu():
         cycles.append((made.cycles, made.products[0].cycles))
     (less, one), (more, two) = cycles
     assert two == pytest.approx(2 * one, rel=0.1) and more > 1.8 * less
+
+
+@pytest.mark.long
+def test_complex_products_of_a_tpu_are_one():
+    x = Struct((256, 256), jnp.complex64)
+    (row,) = report(jnp.dot, x, x, target="v5e").products
+    assert (row.flops, row.verdict) == (4 * 2 * 256**3, "narrowed")
+    assert row.cycles and row.unit == "bfloat16"
