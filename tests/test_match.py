@@ -205,8 +205,8 @@ ENTRY %main (a: f32[3,5], b: f32[5,7]) -> f32[3,7] {
 def test_nameless_products(name, unexplained, shape):
     other = full(shape[1], 7)
     program = jax.jit(jnp.dot).trace(full(*shape), other).jaxpr
-    written = {0: step for step in steps(program, "cpu") if is_product(step)}
+    (product,) = (step for step in steps(program, "cpu") if is_product(step))
     module = Module(PROGRAM.replace("METADATA", name))
-    found, left = match(written, module.products, 1)
+    found, left = match({0: product}, module.products, 1)
     assert len(left) == unexplained
     assert set(found) == ({0} if shape == (3, 5) or "mpjax" in name else set())
