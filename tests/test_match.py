@@ -8,6 +8,10 @@ import pytest
 from jax import lax
 
 import mpjax.lowering
+from mpjax._hlo import Module
+from mpjax._jaxpr import steps
+from mpjax._match import match
+from mpjax._products import is_product
 
 Struct = jax.ShapeDtypeStruct
 BF16, F32 = jnp.bfloat16, jnp.float32
@@ -178,3 +182,31 @@ def test_complex_products_of_a_tpu_are_one():
     (row,) = report(jnp.dot, x, x, target="v5e").products
     assert (row.flops, row.verdict) == (4 * 2 * 256**3, "narrowed")
     assert row.cycles and row.unit == "bfloat16"
+
+
+PROGRAM = """
+ENTRY %main (a: f32[3,5], b: f32[5,7]) -> f32[3,7] {
+  %a = f32[3,5]{1,0} parameter(0)
+  %b = f32[5,7]{1,0} parameter(1)
+  ROOT %dot = f32[3,7]{1,0} dot(%a, %b), METADATA
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "unexplained", "shape"),
+    [
+        ("", 1, (8, 8)),  # whatever it is, nothing else may be called removed
+        ("", 0, (3, 5)),
+        ('metadata={op_name="jit(f)/qr/dot"}', 0, (8, 8)),  # a part of QR
+        ('metadata={op_name="jit(f)/mpjax.0/dot_general"}', 0, (8, 8)),
+    ],
+)
+def test_nameless_products(name, unexplained, shape):
+    other = full(shape[1], 7)
+    program = jax.jit(jnp.dot).trace(full(*shape), other).jaxpr
+    (product,) = (step for step in steps(program, "cpu") if is_product(step))
+    module = Module(PROGRAM.replace("METADATA", name))
+    found, left = match({0: product}, module.products, 1)
+    assert len(left) == unexplained
+    assert set(found) == ({0} if shape == (3, 5) or "mpjax" in name else set())
