@@ -17,7 +17,7 @@ from mpjax._lowered import LoweredProduct, join
 from mpjax._products import is_product
 from mpjax._table import render
 from mpjax._targets import Target, get_target
-from mpjax._text import brief, html_table, short
+from mpjax._text import below_common, brief, html_table, short
 from mpjax._trace import Traced, trace
 
 
@@ -108,7 +108,12 @@ class Report:
         return json.dumps(self.to_dict(), **options)
 
     def __str__(self):
-        return render(self._rows(), _COLUMNS, self._title())
+        """For a terminal: without what all paths begin with, and the last column."""
+        rows = self._rows()
+        above, paths = below_common([str(row[0]) for row in rows])
+        title = self._title() + (f"\nPaths are below {above}" if above else "")
+        rows = [(path, *row[1:-1]) for path, row in zip(paths, rows, strict=True)]
+        return render(rows, _COLUMNS[:-1], title)
 
     def _repr_html_(self):
         return html_table(self._rows(), _COLUMNS, self._title())

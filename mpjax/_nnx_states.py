@@ -168,11 +168,20 @@ def _values(states: Mapping[tuple, nnx.Variable]) -> dict[tuple, Any]:
 
 
 def _kernels(model: nnx.Module) -> dict[tuple, Any]:
-    """Parameters, by the paths that their scaling states have or would have."""
+    """Parameters, by the paths that their scaling states have or would have.
+
+    Without those that another module changes before they multiply.
+    """
+    changed = [
+        path
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, nnx.WeightNorm | nnx.SpectralNorm)
+    ]
     params = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
     return {
         (*path[:-1], f"{path[-1]}_scaling"): value
         for path, value in _values(params).items()
+        if not any(path[: len(norm)] == norm for norm in changed)
     }
 
 

@@ -29,6 +29,24 @@ def short(number: float) -> str:
     return f"{number / 1000**power:.3g} {['', 'k', 'M', 'G', 'T', 'P', 'E'][power]}"
 
 
+def below_common(paths: Sequence[str]) -> tuple[str, list[str]]:
+    """What all paths are below of, and what is left of them.
+
+    Example:
+      >>> below_common(["Model/a/query", "Model/b", "Model/a/key"])
+      ('Model', ['a/query', 'b', 'a/key'])
+    """
+    parts = [path.split("/") for path in paths]
+    shared = 0
+    for names in zip(*(p[:-1] for p in parts), strict=False):
+        if len(set(names)) > 1:
+            break
+        shared += 1
+    if not parts:
+        return "", []
+    return "/".join(parts[0][:shared]), ["/".join(p[shared:]) for p in parts]
+
+
 def html_table(
     rows: Iterable[Sequence[Any]], columns: Sequence[str], title: str
 ) -> str:

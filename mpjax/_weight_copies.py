@@ -26,9 +26,11 @@ def keep_weights(states: ArrayTree, params: ArrayTree) -> ArrayTree:
         params = optax.apply_updates(params, updates)
         scaling = mpjax.update_scaling(scaling, observed, opt_state, params)
 
-    Dense layers and projections of attention multiply with the copies; einsums,
-    convolutions and embeddings go on without. A parameter that changes without
-    `update_scaling` leaves an old copy behind: call this again.
+    Dense layers and projections of attention multiply with the copies; einsums and
+    convolutions go on without, and so do layers inside of a ``WeightNorm`` or
+    ``SpectralNorm``. A kernel that other modules change before it multiplies is not to
+    be kept. A parameter that changes without `update_scaling` leaves an old copy
+    behind: call this again.
 
     Args:
       states: a tree of ``ScalingState``: the collection ``"scaling"`` of a Linen model.

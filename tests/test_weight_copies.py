@@ -244,3 +244,25 @@ def test_nnx_models_do_both_in_place():
                 nnx.Linear(24, 32, rngs=nnx.Rngs(0)), "mixed_bfloat16"
             )
         )
+
+
+def test_normalized_weights_are_not_kept():
+    """What multiplies there is not the parameter."""
+    linear = nnx.Linear(24, 32, rngs=nnx.Rngs(0))
+    model = nnx.Sequential(
+        nnx.WeightNorm(linear, rngs=nnx.Rngs(1)), nnx.Linear(32, 8, rngs=nnx.Rngs(2))
+    )
+    model = mpjax.nnx.mixed_precision(model, RULE)
+    before = model(X)
+    mpjax.nnx.keep_weights(model)
+    kept = [
+        s.get_value().weight
+        for _, s in nnx.to_flat_state(nnx.state(model, mpjax.nnx.Scaling))
+    ]
+    assert [copy is None for copy in kept] == [True, False]
+    np.testing.assert_allclose(model(X), before, rtol=0.1, atol=0.05)
+    dense = nn.WeightNorm(nn.Dense(32))
+    linen = mpjax.linen.MixedPrecision(dense, RULE)
+    variables = linen.init(jax.random.key(0), X)
+    with pytest.raises(ValueError, match="no state that belongs to a parameter"):
+        mpjax.keep_weights(variables["scaling"], variables["params"])
