@@ -326,7 +326,7 @@ def test_assert_native_takes_all_float8_as_one():
         mpjax.lowering.assert_native(fn, x, x, target="h100", dtype=dtype)
     with pytest.raises(
         AssertionError,
-        match=r"e4m3fn runs as f16[\s\S]*is_supported",
+        match=r"e4m3fn runs as bf16[\s\S]*is_supported",
     ):
         mpjax.lowering.assert_native(fn, x, x, target="a100", dtype=E4M3)
 
