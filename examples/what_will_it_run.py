@@ -1,4 +1,4 @@
-"""Shows what every accelerator would run for a language model's train step.
+"""Shows what every target would run for a language model's train step.
 
     python examples/what_will_it_run.py --policy mixed_bfloat16 mixed_float8
 
@@ -27,7 +27,7 @@ import mpjax.lowering
 # The plugins that came with the compilers need not look for devices here.
 jax.config.update("jax_platforms", "cpu")
 
-TARGETS = ["v4", "v5e", "v5p", "v6e", "v7x", "a100", "h100", "b200"]
+TARGETS = ["cpu", "v4", "v5e", "v5p", "v6e", "v7x", "a100", "h100", "b200"]
 BATCH, LENGTH, VOCABULARY = 16, 128, 1024
 UNITS = ["float8", "bfloat16", "float16", "tf32", "float32"]
 
