@@ -159,6 +159,37 @@ def observed_dot_general(
       >>> jax.grad(loss_fn)(recipe.init().scale, x, w)  # amax of x: 1, then 4
       Array([4., 1., 4.], dtype=float32)
     """
+    return dot_general_of_layer(
+        lhs,
+        rhs,
+        scales,
+        dimension_numbers,
+        precision,
+        preferred_element_type,
+        recipe=recipe,
+        quantized_rhs=quantized_rhs,
+        follows_recipe=quantized_rhs is None,
+        out_sharding=out_sharding,
+    )
+
+
+def dot_general_of_layer(
+    lhs: Array,
+    rhs: Array,
+    scales: Array | None,
+    dimension_numbers: DimensionNumbers,
+    precision: Any = None,
+    preferred_element_type: DType | None = None,
+    *,
+    recipe: Recipe,
+    quantized_rhs: QArray | None = None,
+    follows_recipe: bool = True,
+    out_sharding: Any = None,
+) -> tuple[Array, Array | None]:
+    """``observed_dot_general`` that can rely on the scales of ``quantized_rhs``.
+
+    Where they do not follow the recipe they may be no powers of two.
+    """
     lhs, rhs = check_operand("lhs", lhs), check_operand("rhs", rhs)
     check_scales(recipe, scales)
     lax_dot = functools.partial(
@@ -177,6 +208,7 @@ def observed_dot_general(
         out_dtype=out.dtype,
         precision=precision,
         out_sharding=out_sharding,
+        follows_recipe=follows_recipe,
     )
     if quantized_rhs is not None:
         dot.check_quantized(rhs, quantized_rhs)
@@ -215,6 +247,7 @@ class _Dot:
     out_dtype: DType
     precision: Any
     out_sharding: Any
+    follows_recipe: bool  # what a quantized rhs that was given is scaled by
 
     @property
     def grad(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
@@ -278,13 +311,16 @@ class _Dot:
             dtype=self.out_dtype,
             precision=self.precision,
             out_sharding=self.out_sharding,
-            power_of_two=_powers(self.recipe.lhs, self.recipe.rhs),
+            power_of_two=self.follows_recipe
+            and _powers(self.recipe.lhs, self.recipe.rhs),
         )
 
     def lhs_grad(self, grad, rhs):
         batch, _, rhs_free = self.grad
         dims = ((rhs_free, self.rhs.free), (batch, self.rhs.batch))
-        power_of_two = _powers(self.recipe.grad, self.recipe.rhs)
+        power_of_two = self.follows_recipe and _powers(
+            self.recipe.grad, self.recipe.rhs
+        )
         order = np.argsort(self.rhs.contracting)
         kept = (*self.lhs.free, *(self.lhs.contracting[i] for i in order))
         return self._gradient(grad, rhs, dims, power_of_two, self.lhs, kept)

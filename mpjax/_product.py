@@ -181,7 +181,8 @@ def _scaled(lhs, rhs, dimension_numbers, dtype, out_sharding, power_of_two) -> A
 
     if all(format_info(q.dtype).is_float8 for q in (lhs, rhs)):
         # A GPU's library rounds what it has summed up in float32, which saves a pass
-        # over memory. Scales of 2^k change no digit: they may follow the rounding.
+        # over memory. Scales of 2^k change no digit: they may follow the rounding. What
+        # is summed over devices is then summed in bfloat16, as of bfloat16 operands.
         early = power_of_two and jnp.dtype(dtype) == jnp.bfloat16
         rounded = functools.partial(narrow, accumulator=jnp.bfloat16)
         forms = {"cuda": rounded} if early else {}

@@ -4,11 +4,19 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.tree_util import keystr
 
+from mpjax._numerics import format_info
+from mpjax._operand import varying_axes
 from mpjax._qarray import QArray
 from mpjax._recipe import ScalingState, WeightCopy
-from mpjax._scaling import DelayedScaling, block_amax, quantize_with_scale
+from mpjax._scaling import (
+    DelayedScaling,
+    block_amax,
+    quantize_with_scale,
+    round_scale_up,
+)
 from mpjax._typing import Array, ArrayTree
 
 
@@ -29,8 +37,12 @@ def keep_weights(states: ArrayTree, params: ArrayTree) -> ArrayTree:
     Dense layers and projections of attention multiply with the copies; einsums and
     convolutions go on without, and so do layers inside of a ``WeightNorm`` or
     ``SpectralNorm``. A kernel that other modules change before it multiplies is not to
-    be kept. A parameter that changes without `update_scaling` leaves an old copy
-    behind: call this again.
+    be kept.
+
+    A layer multiplies with the copy, whatever parameters it is given: call this again
+    with averaged parameters (an EMA, say) before they are evaluated, and after any
+    change without `update_scaling`. The gradient with respect to such states has zeros
+    of the size of the copies: use it within the ``jit`` that computes it.
 
     Args:
       states: a tree of ``ScalingState``: the collection ``"scaling"`` of a Linen model.
@@ -56,9 +68,14 @@ def keep_weights(states: ArrayTree, params: ArrayTree) -> ArrayTree:
 
     def keep(path, state: ScalingState) -> ScalingState:
         nonlocal found
-        kernel = _at(params, path)
-        if kernel is None or not isinstance(state.recipe.rhs, DelayedScaling):
+        kernel, scaling = _at(params, path), state.recipe.rhs
+        if kernel is None or not isinstance(scaling, DelayedScaling):
             return state
+        if not format_info(scaling.dtype).is_float8:
+            raise ValueError(
+                f"keep_weights keeps weights in fp8, got {scaling.dtype.name} at "
+                f"{keystr(path)}: such weights are quantized in every step."
+            )
         found += 1
         return with_copy(state, kernel, path)
 
@@ -84,26 +101,33 @@ def with_copy(state: ScalingState, kernel: Array, path=()) -> ScalingState:
             f"The state of {keystr(path)} is one of {stacked} stacked layers, got a "
             f"parameter of shape {kernel.shape}: stack both along the first axes."
         )
-    scaling = state.recipe.rhs
-    assert isinstance(scaling, DelayedScaling)
-    amax = jnp.max(jnp.abs(kernel), axis=range(len(stacked), kernel.ndim))
-    amax = amax.astype(jnp.float32)
-    known = state.scale[..., 1]
-    scale = jnp.where(known > 0, known, scaling.scale(amax))
-    return refresh(replace(state, scale=state.scale.at[..., 1].set(scale)), kernel)
+    return refresh(state, kernel)
 
 
 def refresh(state: ScalingState, kernel: Array) -> ScalingState:
     """The copy of a new kernel, by the scale that the state has now."""
+    scaling = state.recipe.rhs
+    assert isinstance(scaling, DelayedScaling)
+
+    def amax_of(kernel, block, scale):
+        amax = block_amax(kernel, block).reshape(())
+        # Within shard_map, that of the shards on all devices.
+        axes = tuple(varying_axes(amax) - varying_axes(scale))
+        return lax.pmax(amax, axes) if axes else amax
 
     def copy(scale, kernel):
         block = (-1,) * kernel.ndim
-        values = quantize_with_scale(kernel, scale, state.recipe.rhs.dtype, block)
+        scale = round_scale_up(scale) if scaling.rounding != "exact" else scale
+        unknown = 1.0
+        if not state.recipe.calibrated:
+            unknown = scaling.scale(amax_of(kernel, block, scale))
+        scale = jnp.where(scale > 0, scale, unknown)
+        values = quantize_with_scale(kernel, scale, scaling.dtype, block)
         qarray = QArray(values, scale.reshape((1,) * kernel.ndim), block)
         # An amax that comes after the values: XLA has both made with the new kernel,
         # where an amax of the kernel alone pushes the values out into another pass.
         seen = jnp.where(jnp.isnan(values), jnp.nan, kernel)
-        return WeightCopy(qarray, block_amax(seen, block).reshape(()))
+        return WeightCopy(qarray, amax_of(seen, block, scale))
 
     for _ in state.scale.shape[:-1]:
         copy = jax.vmap(copy)

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 import mpjax
 import mpjax.linen
@@ -78,8 +79,10 @@ def test_a_copy_is_the_parameter_in_8_bits_by_the_delayed_scale():
     for _ in range(6):
         for kernel, kept in zip(kernels(params), states_of(scaling), strict=True):
             copy = kept.weight
-            np.testing.assert_array_equal(kept.scale[:, 1], copy.values.scale.ravel())
-            for layer, scale in enumerate(kept.scale[:, 1]):
+            if amaxes:  # the first copy is scaled by its own amax
+                by = copy.values.scale.ravel()
+                np.testing.assert_array_equal(kept.scale[:, 1], by)
+            for layer, scale in enumerate(copy.values.scale.ravel()):
                 expected = rounded(kernel[layer], scale)
                 got = reference.as_float64(copy.values.qvalue[layer])
                 np.testing.assert_array_equal(got, expected)
@@ -164,7 +167,7 @@ def test_weights_are_kept_only_of_parameters_and_never_go_stale():
     with pytest.raises(ValueError, match="no state that belongs to a parameter"):
         mpjax.keep_weights(scaling, {"other": params})
     with pytest.raises(ValueError, match="no state that belongs to a parameter"):
-        mpjax.keep_weights({"kernel": mpjax.ScalingState(0, 0, 0, None)}, {})
+        mpjax.keep_weights({"kernel": DELAYED.init()}, {})
     kept = mpjax.keep_weights(scaling, params)
     seen = jax.grad(functools.partial(loss_of, model, params))(kept)
     with pytest.raises(ValueError, match="with the new parameters"):
@@ -266,3 +269,64 @@ def test_normalized_weights_are_not_kept():
     variables = linen.init(jax.random.key(0), X)
     with pytest.raises(ValueError, match="no state that belongs to a parameter"):
         mpjax.keep_weights(variables["scaling"], variables["params"])
+
+
+def test_copies_of_zeros_and_of_what_is_not_finite():
+    """They scale by the current amax as soon as there is one."""
+    state = {"kernel": DELAYED.init()}
+    good = {"kernel": jnp.full((24, 8), 3e-4)}
+    for first in (0.0, jnp.nan, jnp.inf):
+        bad = {"kernel": jnp.zeros((24, 8)).at[0, 0].set(first)}
+        kept = mpjax.keep_weights(state, bad)
+        new = mpjax.update_scaling(kept, jax.tree.map(jnp.zeros_like, kept), None, good)
+        back = mpjax.dequantize(new["kernel"].weight.values)
+        np.testing.assert_allclose(back, good["kernel"], rtol=1 / 16)
+
+
+def test_keeping_weights_calibrates_nothing():
+    _, variables = linen_model()
+    kept = mpjax.keep_weights(variables["scaling"], variables["params"])
+    with pytest.raises(ValueError, match="call update_scaling before"):
+        mpjax.calibrate_scaling(kept)
+
+
+def test_a_copy_has_scales_of_the_recipe():
+    old = dataclasses.replace(DELAYED.init(), scale=jnp.full(3, 0.003))
+    kept = mpjax.keep_weights({"kernel": old}, {"kernel": jnp.ones((24, 8))})
+    assert kept["kernel"].weight.values.scale == 2.0**-8
+    int8 = mpjax.delayed_scaling(4, dtype="int8").init()
+    with pytest.raises(ValueError, match="keeps weights in fp8, got int8"):
+        mpjax.keep_weights({"kernel": int8}, {"kernel": jnp.ones((24, 8))})
+
+
+def test_other_copies_may_have_any_scale():
+    """Those that callers bring to a recipe whose own scales are powers of two."""
+    x, w = (jnp.asarray(a, jnp.bfloat16) for a in (X, X.T))
+    copy = mpjax.quantize(w, jnp.float8_e4m3fn)
+    recipe, dims = mpjax.current_scaling(), (((1,), (0,)), ((), ()))
+
+    def product(x, w):
+        return mpjax.scaled_dot_general(x, w, dims, recipe=recipe, quantized_rhs=copy)
+
+    text = jax.jit(product).trace(x, w).lower(lowering_platforms=("cuda",)).as_text()
+    (line,) = [line for line in text.splitlines() if "dot_general" in line]
+    assert line.endswith("-> tensor<16x16xf32>") or "-> tensor<16x16xf32>" in line
+
+
+def test_tensor_parallel_copies_agree_over_devices():
+    mesh = jax.make_mesh((8,), ("m",), axis_types=(jax.sharding.AxisType.Auto,))
+    kernel = jnp.asarray(np.random.default_rng(1).normal(size=(24, 32)), jnp.float32)
+    kept = mpjax.keep_weights({"kernel": DELAYED.init()}, {"kernel": kernel})
+    seen = jax.tree.map(jnp.ones_like, kept)
+    specs = jax.tree.map(lambda x: P(None, "m") if x.shape == (24, 32) else P(), kept)
+    update = jax.shard_map(
+        lambda kept, seen, kernel: mpjax.update_scaling(
+            kept, seen, None, {"kernel": kernel}
+        ),
+        mesh=mesh,
+        in_specs=(specs, specs, P(None, "m")),
+        out_specs=specs,
+    )
+    got = jax.jit(update)(kept, seen, 2 * kernel)
+    want = mpjax.update_scaling(kept, seen, None, {"kernel": 2 * kernel})
+    jax.tree.map(np.testing.assert_array_equal, got, want)
