@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from mpjax._hlo import CompiledProduct
-from mpjax._jaxpr import Step
+from mpjax._jaxpr import COMPOSITES, Step
 from mpjax._unit import DTYPES
 
 
@@ -36,7 +36,7 @@ def match(
             found[p.tag].append(p)
         else:
             loose.append(p)
-    unexplained = []
+    strays = []
     for p in loose:
         # What has the name of something else is an algorithm's own, such as that of QR.
         named = bool(p.instruction.op_name)
@@ -51,8 +51,13 @@ def match(
             strange = {n: _avals(written[n])[0].dtype.name != lhs for n in fits}
             best = min(fits, key=lambda n: (len(found.get(n, ())), strange[n], n))
             found[best].append(p)
-        elif not named:
-            unexplained.append(p)
+        else:
+            strays.append(p)
+    # A composite may be compiled in sizes of the compiler's own.
+    for number, step in written.items():
+        if strays and number not in found and step.eqn.primitive.name in COMPOSITES:
+            found[number].append(strays.pop(0))
+    unexplained = [p for p in strays if not p.instruction.op_name]
     return dict(found), unexplained
 
 
