@@ -40,14 +40,14 @@ from mpjax._scaled_loss import loss_scale as loss_scale
 from mpjax._scaled_loss import scale_loss as scale_loss
 from mpjax._scaled_loss import skipped_steps as skipped_steps
 from mpjax._scaled_loss import value_and_grad as value_and_grad
+from mpjax._scales import amax_to_scale as amax_to_scale
+from mpjax._scales import block_amax as block_amax
+from mpjax._scales import quantize_with_scale as quantize_with_scale
 from mpjax._scaling import BlockScaling as BlockScaling
 from mpjax._scaling import ChannelScaling as ChannelScaling
 from mpjax._scaling import CurrentScaling as CurrentScaling
 from mpjax._scaling import DelayedScaling as DelayedScaling
 from mpjax._scaling import Scaling as Scaling
-from mpjax._scaling import amax_to_scale as amax_to_scale
-from mpjax._scaling import block_amax as block_amax
-from mpjax._scaling import quantize_with_scale as quantize_with_scale
 from mpjax._scaling_states import calibrate_scaling as calibrate_scaling
 from mpjax._scaling_states import rescale_scaling as rescale_scaling
 from mpjax._scaling_states import update_scaling as update_scaling

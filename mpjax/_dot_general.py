@@ -22,7 +22,7 @@ from mpjax._operand import (
 from mpjax._product import DimensionNumbers, product
 from mpjax._qarray import QArray
 from mpjax._recipe import Recipe
-from mpjax._scaling import check_block
+from mpjax._scales import check_block
 from mpjax._typing import Array, DType
 
 
@@ -159,37 +159,6 @@ def observed_dot_general(
       >>> jax.grad(loss_fn)(recipe.init().scale, x, w)  # amax of x: 1, then 4
       Array([4., 1., 4.], dtype=float32)
     """
-    return dot_general_of_layer(
-        lhs,
-        rhs,
-        scales,
-        dimension_numbers,
-        precision,
-        preferred_element_type,
-        recipe=recipe,
-        quantized_rhs=quantized_rhs,
-        follows_recipe=quantized_rhs is None,
-        out_sharding=out_sharding,
-    )
-
-
-def dot_general_of_layer(
-    lhs: Array,
-    rhs: Array,
-    scales: Array | None,
-    dimension_numbers: DimensionNumbers,
-    precision: Any = None,
-    preferred_element_type: DType | None = None,
-    *,
-    recipe: Recipe,
-    quantized_rhs: QArray | None = None,
-    follows_recipe: bool = True,
-    out_sharding: Any = None,
-) -> tuple[Array, Array | None]:
-    """``observed_dot_general`` that can rely on the scales of ``quantized_rhs``.
-
-    Where they do not follow the recipe they may be no powers of two.
-    """
     lhs, rhs = check_operand("lhs", lhs), check_operand("rhs", rhs)
     check_scales(recipe, scales)
     lax_dot = functools.partial(
@@ -208,7 +177,6 @@ def dot_general_of_layer(
         out_dtype=out.dtype,
         precision=precision,
         out_sharding=out_sharding,
-        follows_recipe=follows_recipe,
     )
     if quantized_rhs is not None:
         dot.check_quantized(rhs, quantized_rhs)
@@ -229,9 +197,8 @@ class _Axes:
 
     @classmethod
     def of(cls, x: Array, contracting, batch):
-        contracting = tuple(i % x.ndim for i in contracting)
-        batch = tuple(i % x.ndim for i in batch)
-        free = tuple(i for i in range(x.ndim) if i not in (*batch, *contracting))
+        batch, contracting = tuple(batch), tuple(contracting)
+        free = tuple(i for i in range(x.ndim) if i not in batch + contracting)
         sharding = jax.typeof(x).sharding
         explicit = not sharding.mesh.empty and sharding.mesh.explicit_axes
         return cls(batch, free, contracting, x.dtype, sharding if explicit else None)
@@ -247,7 +214,6 @@ class _Dot:
     out_dtype: DType
     precision: Any
     out_sharding: Any
-    follows_recipe: bool  # what a quantized rhs that was given is scaled by
 
     @property
     def grad(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
@@ -311,29 +277,23 @@ class _Dot:
             dtype=self.out_dtype,
             precision=self.precision,
             out_sharding=self.out_sharding,
-            power_of_two=self.follows_recipe
-            and _powers(self.recipe.lhs, self.recipe.rhs),
         )
 
     def lhs_grad(self, grad, rhs):
         batch, _, rhs_free = self.grad
         dims = ((rhs_free, self.rhs.free), (batch, self.rhs.batch))
-        power_of_two = self.follows_recipe and _powers(
-            self.recipe.grad, self.recipe.rhs
-        )
         order = np.argsort(self.rhs.contracting)
         kept = (*self.lhs.free, *(self.lhs.contracting[i] for i in order))
-        return self._gradient(grad, rhs, dims, power_of_two, self.lhs, kept)
+        return self._gradient(grad, rhs, dims, self.lhs, kept)
 
     def rhs_grad(self, lhs, grad):
         batch, lhs_free, _ = self.grad
         dims = ((self.lhs.free, lhs_free), (self.lhs.batch, batch))
-        power_of_two = _powers(self.recipe.lhs, self.recipe.grad)
         order = np.argsort(self.lhs.contracting)
         kept = (*(self.rhs.contracting[i] for i in order), *self.rhs.free)
-        return self._gradient(lhs, grad, dims, power_of_two, self.rhs, kept)
+        return self._gradient(lhs, grad, dims, self.rhs, kept)
 
-    def _gradient(self, one, two, dims, power_of_two, axes, kept):
+    def _gradient(self, one, two, dims, axes, kept):
         """A product whose axes come in another order than those of its operand."""
         order = (*axes.batch, *kept)
         sharding = axes.sharding
@@ -348,13 +308,8 @@ class _Dot:
             dtype=axes.dtype,
             precision=self.precision,
             out_sharding=sharding,
-            power_of_two=power_of_two,
         )
         return lax.transpose(out, np.argsort(order))
-
-
-def _powers(*scalings) -> bool:
-    return all(s.rounding != "exact" for s in scalings)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

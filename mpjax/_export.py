@@ -9,7 +9,6 @@ import dataclasses
 import inspect
 import json
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax.export
@@ -17,12 +16,7 @@ import jax.export
 from mpjax._loss_scaling import LossScalingState
 from mpjax._qarray import QArray
 from mpjax._recipe import Recipe, ScalingState, WeightCopy
-from mpjax._scaling import (
-    BlockScaling,
-    ChannelScaling,
-    CurrentScaling,
-    DelayedScaling,
-)
+from mpjax._scaling import BlockScaling, ChannelScaling, CurrentScaling, DelayedScaling
 
 _KINDS: dict[str, Callable[..., Any]] = {
     kind.__name__: kind
@@ -55,28 +49,31 @@ def _read(fields: dict[str, Any]) -> Any:
             "which this version of mpjax does not know. Read it with the version that "
             "has written it, or export the program again."
         )
-    # Of all that JSON has, only tuples come back as another type.
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-    return kind(**fields)
+    return kind(**{key: _tuples(value) for key, value in fields.items()})
 
 
-def _register(kind: type, write: Callable, read: Callable) -> None:
+def _tuples(value: Any) -> Any:
+    """Of all that JSON has, only tuples come back as another type."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _register(kind: type) -> None:
+    def write(static: tuple) -> bytes:
+        return json.dumps([_write(value) for value in static]).encode()
+
+    def read(data: bytes) -> tuple:
+        return tuple(map(_tuples, json.loads(data, object_hook=_read)))
+
     jax.export.register_pytree_node_serialization(
         kind,
         serialized_name=f"mpjax.{kind.__name__}",
-        serialize_auxdata=lambda static: json.dumps(write(*static)).encode(),
-        deserialize_auxdata=lambda data: (read(data),),
+        serialize_auxdata=write,
+        deserialize_auxdata=read,
     )
 
 
-_register(ScalingState, _write, partial(json.loads, object_hook=_read))
-_register(QArray, lambda block: block, lambda data: tuple(json.loads(data)))
-jax.export.register_pytree_node_serialization(
-    WeightCopy,
-    serialized_name="mpjax.WeightCopy",
-    serialize_auxdata=lambda static: b"",
-    deserialize_auxdata=lambda data: (),
-)
+for _kind in (ScalingState, QArray, WeightCopy):
+    _register(_kind)
 jax.export.register_namedtuple_serialization(
     LossScalingState, serialized_name="mpjax.LossScalingState"
 )

@@ -11,7 +11,7 @@ from jax import lax
 
 from mpjax._conv import observed_conv_general_dilated
 from mpjax._cpu_faults import conv_general_dilated
-from mpjax._dot_general import dot_general_of_layer
+from mpjax._dot_general import observed_dot_general
 from mpjax._einsum import observed_einsum
 from mpjax._product import DimensionNumbers
 from mpjax._recipe import Recipe, ScalingState
@@ -69,7 +69,7 @@ class LayerProducts:
             return lax.dot_general(lhs, rhs, dimension_numbers, **options)
         return self._observe(
             name,
-            lambda recipe, scales, weight: dot_general_of_layer(
+            lambda recipe, scales, weight: observed_dot_general(
                 lhs,
                 rhs,
                 scales,

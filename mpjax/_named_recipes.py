@@ -5,13 +5,8 @@ from typing import Literal
 import jax.numpy as jnp
 
 from mpjax._recipe import Recipe
-from mpjax._scaling import (
-    BlockScaling,
-    ChannelScaling,
-    CurrentScaling,
-    DelayedScaling,
-    Rounding,
-)
+from mpjax._scales import Rounding
+from mpjax._scaling import BlockScaling, ChannelScaling, CurrentScaling, DelayedScaling
 from mpjax._typing import DType
 
 

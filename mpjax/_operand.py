@@ -10,15 +10,14 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from mpjax._qarray import QArray
-from mpjax._scaling import (
-    DelayedScaling,
-    Scaling,
+from mpjax._scales import (
     amax_to_scale,
     block_amax,
     check_block,
     quantize_with_scale,
     round_scale_up,
 )
+from mpjax._scaling import DelayedScaling, Scaling
 from mpjax._typing import Array, DType
 
 Operand: TypeAlias = Array | QArray  # in high precision, or quantized
@@ -94,6 +93,7 @@ def quantize_operand(
             ),
             block_scale.astype(getattr(scaling, "scale_dtype", jnp.float32)),
             block,
+            scaling.rounding,
         )
         named = jax.tree.map(lambda x: checkpoint_name(x, RESIDUAL_NAME), keep(q))
         forms[block] = restore(named)

@@ -13,7 +13,7 @@ from mpjax._cpu_faults import dot_general, dot_general_on_cpu
 from mpjax._numerics import format_info
 from mpjax._operand import Operand, varying_axes
 from mpjax._qarray import QArray, dequantize
-from mpjax._scaling import expand_scale
+from mpjax._scales import expand_scale
 from mpjax._typing import Array, DType
 
 DimensionNumbers: TypeAlias = tuple[
@@ -29,7 +29,6 @@ def product(
     dtype: DType,
     precision: Any = None,
     out_sharding: Any = None,
-    power_of_two: bool = False,
 ) -> Array:
     """``lax.dot_general`` of operands that are both quantized, or both not.
 
@@ -40,7 +39,6 @@ def product(
       dtype: of the result.
       precision: of a product in high precision.
       out_sharding: as for ``lax.dot_general``.
-      power_of_two: whether all scales are powers of two.
 
     Returns:
       dtype[batch..., lhs free..., rhs free...].
@@ -55,9 +53,9 @@ def product(
             lhs, rhs, dimension_numbers, precision, kind, out_sharding=out_sharding
         )
     elif _is_blocked(lhs, lc) or _is_blocked(rhs, rc):
-        out = _blocked(lhs, rhs, dimension_numbers, out_sharding, power_of_two)
+        out = _blocked(lhs, rhs, dimension_numbers, out_sharding)
     else:
-        return _scaled(lhs, rhs, dimension_numbers, dtype, out_sharding, power_of_two)
+        return _scaled(lhs, rhs, dimension_numbers, dtype, out_sharding)
     return out.astype(dtype)
 
 
@@ -65,17 +63,22 @@ def _is_blocked(q: QArray, contracting: Sequence[int]) -> bool:
     return any(q.scale.shape[axis] > 1 for axis in contracting)
 
 
-def _blocked(lhs, rhs, dimension_numbers, out_sharding, power_of_two) -> Array:
+def _powers_of_two(*operands: QArray) -> bool:
+    return all(q.rounding != "exact" for q in operands)
+
+
+def _blocked(lhs, rhs, dimension_numbers, out_sharding) -> Array:
     """f32, of operands whose scales change along the contraction."""
     # Values times powers of two are exact in bfloat16, so every single product is.
-    wide = jnp.bfloat16 if power_of_two else jnp.float32
+    exact = _powers_of_two(lhs, rhs)
+    wide = jnp.bfloat16 if exact else jnp.float32
 
     def emulate(lhs, rhs):
         return dot_general(
             dequantize(lhs, wide),
             dequantize(rhs, wide),
             dimension_numbers,
-            None if power_of_two else lax.Precision.HIGHEST,
+            None if exact else lax.Precision.HIGHEST,
             jnp.float32,
             out_sharding=out_sharding,
         )
@@ -147,7 +150,7 @@ def _rows(q: QArray, batch: Sequence[int], contracting: Sequence[int]):
     return values, scales, batch_shape, free_shape
 
 
-def _scaled(lhs, rhs, dimension_numbers, dtype, out_sharding, power_of_two) -> Array:
+def _scaled(lhs, rhs, dimension_numbers, dtype, out_sharding) -> Array:
     """Of operands whose scales do not change along the contraction.
 
     fp8 operands go into the product as they are where a device may have units for them;
@@ -183,7 +186,7 @@ def _scaled(lhs, rhs, dimension_numbers, dtype, out_sharding, power_of_two) -> A
         # A GPU's library rounds what it has summed up in float32, which saves a pass
         # over memory. Scales of 2^k change no digit: they may follow the rounding. What
         # is summed over devices is then summed in bfloat16, as of bfloat16 operands.
-        early = power_of_two and jnp.dtype(dtype) == jnp.bfloat16
+        early = _powers_of_two(lhs, rhs) and jnp.dtype(dtype) == jnp.bfloat16
         rounded = functools.partial(narrow, accumulator=jnp.bfloat16)
         forms = {"cuda": rounded} if early else {}
         on_cpu = functools.partial(wide, multiply=dot_general_on_cpu)

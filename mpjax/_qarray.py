@@ -6,7 +6,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from mpjax._scaling import (
+from mpjax._scales import (
     Block,
     Rounding,
     amax_to_scale,
@@ -28,11 +28,13 @@ class QArray:
       scale: f32 or e8m0, one number for each block: [ceil(d0 / b0), ...].
       block: how many elements along each axis share a scale, -1 for a whole axis.
         Axes that ``vmap`` or ``scan`` put in front have scales of their own.
+      rounding: of the scales; all are powers of two unless it is ``"exact"``.
     """
 
     qvalue: Array
     scale: Array
     block: Block = dataclasses.field(metadata={"static": True})
+    rounding: Rounding = dataclasses.field(default="exact", metadata={"static": True})
     keeps_dtypes: ClassVar[bool] = True
 
     @property
@@ -97,7 +99,7 @@ def quantize(
     block = check_block(block, x.shape)
     scale = amax_to_scale(block_amax(x, block), dtype, rounding)
     qvalue = quantize_with_scale(x, scale, dtype, block)
-    return QArray(qvalue, scale.astype(scale_dtype), block)
+    return QArray(qvalue, scale.astype(scale_dtype), block, rounding)
 
 
 def dequantize(q: QArray, dtype: DType = jnp.float32) -> Array:

@@ -11,12 +11,8 @@ from mpjax._numerics import format_info
 from mpjax._operand import varying_axes
 from mpjax._qarray import QArray
 from mpjax._recipe import ScalingState, WeightCopy
-from mpjax._scaling import (
-    DelayedScaling,
-    block_amax,
-    quantize_with_scale,
-    round_scale_up,
-)
+from mpjax._scales import block_amax, quantize_with_scale, round_scale_up
+from mpjax._scaling import DelayedScaling
 from mpjax._typing import Array, ArrayTree
 
 
@@ -123,7 +119,9 @@ def refresh(state: ScalingState, kernel: Array) -> ScalingState:
             unknown = scaling.scale(amax_of(kernel, block, scale))
         scale = jnp.where(scale > 0, scale, unknown)
         values = quantize_with_scale(kernel, scale, scaling.dtype, block)
-        qarray = QArray(values, scale.reshape((1,) * kernel.ndim), block)
+        qarray = QArray(
+            values, scale.reshape((1,) * kernel.ndim), block, scaling.rounding
+        )
         # An amax that comes after the values: XLA has both made with the new kernel,
         # where an amax of the kernel alone pushes the values out into another pass.
         seen = jnp.where(jnp.isnan(values), jnp.nan, kernel)

@@ -8,7 +8,7 @@ import mpjax
 ROOT = pathlib.Path(mpjax.__file__).parent
 LADDER = [
     ["_typing", "_numerics", "_tree", "_targets", "_jaxpr", "_text"],
-    ["_compile_worker", "_guard"],
+    ["_compile_worker", "_guard", "_scales"],
     ["_qarray", "_scaling", "_policy", "_loss_scaling", "_attention", "_cpu_faults"],
     ["_products", "_hlo", "_findings"],
     ["_recipe", "_named_recipes", "_scaled_loss", "_table"],

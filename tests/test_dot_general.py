@@ -179,6 +179,18 @@ def test_only_scales_of_two_to_the_k_follow_a_rounding():
     assert {d.out for d in found} == {jnp.dtype(jnp.float32)}
 
 
+@pytest.mark.parametrize("rounding", ["up", "exact"])
+def test_a_quantized_copy_says_whether_its_scale_is_two_to_the_k(rounding):
+    lhs, rhs = (normal(i, 8, 8, dtype=jnp.bfloat16) for i in range(2))
+    copy = quantize(rhs, E4M3, rounding=rounding)
+    product = functools.partial(
+        scaled_dot_general, dimension_numbers=MATMUL, recipe=named.current_scaling()
+    )
+    jaxpr = jax.make_jaxpr(lambda *args: product(*args, quantized_rhs=copy))(lhs, rhs)
+    found = {d.out for d in dots(jaxpr, gpu_forms=True)}
+    assert (jnp.dtype(jnp.bfloat16) in found) == (rounding == "up")
+
+
 def test_integers_are_multiplied_as_integers():
     found = dots(jaxpr_of_step(RECIPES["int8"]))
     assert {(d.lhs, d.rhs, d.out) for d in found} == {
