@@ -3,14 +3,24 @@
 import collections
 import dataclasses
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from mpjax._findings import REMEDIES, Kind, find
 from mpjax._jaxpr import Step, steps, where
 from mpjax._products import Product, is_product, name, product
-from mpjax._table import render
-from mpjax._text import brief, html_table, short
+from mpjax._table import render, work
+from mpjax._text import (
+    WIDTH,
+    below,
+    brief,
+    common,
+    count,
+    fold_layers,
+    html_table,
+    passed,
+    short,
+)
 from mpjax._trace import trace
 
 
@@ -96,42 +106,63 @@ class Census:
         return json.dumps(self.to_dict(), **options)
 
     def __str__(self):
-        return "\n\n".join(render(*table) for table in self._tables())
+        """For a terminal: layers of a stack are one row, long paths are shortened."""
+        products = [
+            ((p.path or p.where, passed(p.backward), brief(p.signature)), p.flops)
+            for p in self.products
+        ]
+        paths = (path for (path, *_), _ in products)
+        above = common(paths, (f.path for f in self.findings if f.path))
+        columns = "path", "pass", "dtypes"
+        tables = [work(products, columns, self._title(), above), self._found()]
+        columns = "path", "pass", "n", "what", "line"
+        for kind, remedy in REMEDIES.items():
+            rows = [
+                (below(path, above), *rest, line.split(" in ")[0])
+                for own, *rest, line, path in self._alike()
+                if own == kind
+            ]
+            if rows:
+                tables.append(render(rows, columns, f"{kind}: {remedy}", WIDTH))
+        return "\n\n".join(tables)
 
     def _repr_html_(self):
-        return "".join(html_table(*table) for table in self._tables())
-
-    def _tables(self):
-        shares = ", ".join(
-            f"{flops / max(self.flops, 1):.1%} {brief(dtypes)}"
-            for dtypes, flops in self.flops_by_dtype().items()
-        )
-        title = f"{len(self.products)} products, {short(self.flops)}FLOP: {shares}"
         groups: dict[tuple, int] = collections.defaultdict(int)
         for p in self.products:
-            dtypes = f"{brief(p.operands)} -> {brief(p.out)}"
-            groups[p.path or p.where, dtypes] += p.flops
+            groups[p.path or p.where, brief(p.signature)] += p.flops
         rows = [
             (*key, f"{short(flops)}FLOP", f"{flops / max(self.flops, 1):.1%}")
             for key, flops in groups.items()
         ]
-        yield rows, ("path", "dtypes", "work", "share"), title
-        alike: dict[tuple, list[Finding]] = collections.defaultdict(list)
+        columns = "path", "dtypes", "work", "share"
+        page = html_table(rows, columns, self._title())
+        columns = "finding", "pass", "n", "what", "where", "path"
+        return page + html_table(self._alike(), columns, self._found())
+
+    def _title(self) -> str:
+        shares = ", ".join(
+            f"{flops / max(self.flops, 1):.1%} {brief(dtypes)}"
+            for dtypes, flops in self.flops_by_dtype().items()
+        )
+        products = count(len(self.products), "product")
+        return f"{products}, {short(self.flops)}FLOP: {shares}"
+
+    def _found(self) -> str:
+        number = len(self.findings)
+        return count(number, "finding") if number else "No findings"
+
+    def _alike(self) -> Iterator[tuple]:
+        """One row for findings of the same line."""
+        alike: dict[tuple, dict[tuple, tuple[int, ...]]] = {}
         for f in self.findings:
-            alike[f.kind, f.backward, f.detail, f.where].append(f)
-        rows = [
-            (
-                kind,
-                "backward" if backward else "forward",
-                sum(f.count for f in same),
-                brief(detail),
-                where or None,
-                same[0].path + (", ..." if len(same) > 1 else "") or None,
-            )
-            for (kind, backward, detail, where), same in alike.items()
-        ]
-        columns = ("finding", "pass", "n", "what", "where", "path")
-        yield rows, columns, f"{len(self.findings)} findings" if rows else "No findings"
+            line = f.where or "-"
+            key = f.kind, passed(f.backward), brief(f.detail), line
+            alike.setdefault(key, {})[f.path or "-",] = (f.count,)
+        for (kind, direction, detail, line), same in alike.items():
+            number = sum(n for (n,) in same.values())
+            (path,), *others = fold_layers(same)
+            path += ", ..." if others else ""
+            yield kind, direction, number, detail, line, path
 
 
 def census(fn: Callable, *args: Any, platform: str = "tpu", **kwargs: Any) -> Census:

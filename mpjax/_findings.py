@@ -25,7 +25,9 @@ REMEDIES: dict[Kind, str] = {
     "that a module reads itself follow its policy under MixedPrecision.",
     "dequantized": "Multiply the 8-bit values and apply their scales to the result, "
     "as mpjax.scaled_dot_general does.",
-    "reduction": "Sum in float32: jnp.sum(x, dtype=jnp.float32).",
+    "reduction": "Sum in float32: jnp.sum(x, dtype=jnp.float32). In a backward pass it "
+    "is the gradient of what was broadcast, as a bias: add that in float32 if it "
+    "matters.",
     "exponential": "Cast to float32 before exp or log, and back after the softmax.",
     "statistics": "Compute means, variances and their roots in float32; policies with "
     "a name do so for normalization layers.",

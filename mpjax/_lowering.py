@@ -15,9 +15,9 @@ from mpjax._hlo import Module
 from mpjax._jaxpr import Step, steps, tag
 from mpjax._lowered import LoweredProduct, join
 from mpjax._products import is_product
-from mpjax._table import render
+from mpjax._table import work
 from mpjax._targets import Target, get_target
-from mpjax._text import below_common, brief, html_table, short
+from mpjax._text import brief, common, count, html_table, passed, short
 from mpjax._trace import Traced, trace
 
 
@@ -108,12 +108,16 @@ class Report:
         return json.dumps(self.to_dict(), **options)
 
     def __str__(self):
-        """For a terminal: without what all paths begin with, and the last column."""
-        rows = self._rows()
-        above, paths = below_common([str(row[0]) for row in rows])
-        title = self._title() + (f"\nPaths are below {above}" if above else "")
-        rows = [(path, *row[1:-1]) for path, row in zip(paths, rows, strict=True)]
-        return render(rows, _COLUMNS[:-1], title)
+        """For a terminal: layers of a stack are one row, long paths are shortened."""
+        products = []
+        for p in self.products:
+            t = p.traced
+            runs_as = _SAID.get(p.verdict) or f"{brief(p.unit)}, {p.verdict}"
+            key = t.path or t.where, passed(t.backward), brief(t.signature), runs_as
+            products.append((key, p.flops))
+        above = common(path for (path, *_), _ in products)
+        columns = "path", "pass", "as written", "runs as"
+        return work(products, columns, self._title(), above)
 
     def _repr_html_(self):
         return html_table(self._rows(), _COLUMNS, self._title())
@@ -125,16 +129,17 @@ class Report:
         )
         memory = self.memory
         gemm = f" ({self.gemm})" if self.gemm == "triton" else ""
-        title = (
-            f"{self.target}{gemm}: {len(self.products)} products, "
-            f"{short(self.flops)}FLOP, {self.native:.1%} of it native: {units}\n"
+        lines = [
+            f"{self.target}{gemm}: {count(len(self.products), 'product')}, "
+            f"{short(self.flops)}FLOP, {self.native:.1%} native: run as written",
+            f"Matrix units multiply {units or 'nothing'}",
             f"On a device: arguments {short(memory.argument)}B, results "
-            f"{short(memory.output)}B, temporary {short(memory.temporary)}B, "
-            f"accessed {short(self.bytes_accessed)}B"
-        )
-        if self.cycles is None:
-            return title
-        return f"{title}, estimated {short(self.cycles)}cycles"
+            f"{short(memory.output)}B, temporary {short(memory.temporary)}B",
+            f"Kernels access {short(self.bytes_accessed)}B",
+        ]
+        if self.cycles is not None:
+            lines[-1] += f" and take an estimated {short(self.cycles)}cycles"
+        return "\n".join(lines)
 
     def _rows(self) -> list[tuple]:
         """One row for products that are alike, such as those of the two gradients."""
@@ -165,6 +170,7 @@ class Report:
 
 
 _NO_UNIT = {"vector": "no matrix unit", "unknown": "unknown"}
+_SAID = {v: v for v in ("native", "block-scaled", "removed")} | _NO_UNIT
 _COLUMNS = (
     "path",
     "pass",

@@ -1,6 +1,5 @@
 """An assertion for test suites: this program runs in that dtype on that device."""
 
-import collections
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from mpjax._lowered import LoweredProduct
 from mpjax._lowering import Report, compiled_report, tagged
 from mpjax._table import render
 from mpjax._targets import Target, get_target
-from mpjax._text import brief, short
+from mpjax._text import WIDTH, brief, fold_layers, short
 from mpjax._trace import trace
 
 
@@ -103,20 +102,23 @@ def _at_most(name: str, dtype) -> bool:
     return bits(name) < size or name == dtype.name
 
 
+_COLUMNS = "path", " share", "why", "line"
+
+
 def _message(title, report: Report, offenders, findings: list[Finding], dtype) -> str:
-    groups: dict[tuple, int] = collections.defaultdict(int)
+    groups: dict[tuple, tuple[int, ...]] = {}
     for p in offenders:
-        why, remedy = _why(p, report, dtype, findings)
-        key = p.traced.path or None, p.traced.where or None, why, remedy
-        groups[key] += p.flops
-    largest = sorted(groups.items(), key=lambda item: -item[1])
+        t, (why, remedy) = p.traced, _why(p, report, dtype, findings)
+        key = t.path or t.where or "-", t.where.split(" in ")[0] or None, why, remedy
+        groups[key] = (sum(groups.get(key, ())) + p.flops,)
+    largest = sorted(fold_layers(groups).items(), key=lambda item: -item[1][0])
     rows = [
-        (path, f"{flops / max(report.flops, 1):.1%}", why, where)
-        for (path, where, why, _), flops in largest
+        (path, f"{flops / max(report.flops, 1):6.1%}", why, line)
+        for (path, line, why, _), (flops,) in largest
     ]
     if not rows:
         return f"{title} it has no matrix product and no convolution."
-    lines = [render(rows, ("path", "share", "why", "where"), title), "What to do:"]
+    lines = [render(rows, _COLUMNS, title, WIDTH), "What to do:"]
     lines += dict.fromkeys(f"- {remedy}" for (*_, remedy), _ in largest)
     for f in findings:
         if f.kind == "promotion" and not f.backward:

@@ -40,6 +40,11 @@ class Product:
         """The dtypes of both operands, once if they are equal."""
         return self.lhs if self.lhs == self.rhs else f"{self.lhs} x {self.rhs}"
 
+    @property
+    def signature(self) -> str:
+        """The dtypes of operands and result."""
+        return f"{self.operands} -> {self.out}"
+
 
 def product(step: Step) -> Product:
     """Describes one step that `is_product`."""

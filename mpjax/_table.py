@@ -2,6 +2,7 @@
 
 import io
 import math
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -12,15 +13,22 @@ from rich.text import Text
 
 from mpjax._policy import Policy, dtype_to_names
 from mpjax._recipe import Recipe
+from mpjax._text import WIDTH, below, fold_layers, short, shorten
 
 
-def render(rows: Iterable[Sequence[Any]], columns: Sequence[str], title: str) -> str:
+def render(
+    rows: Iterable[Sequence[Any]],
+    columns: Sequence[str],
+    title: str,
+    width: int | None = None,
+) -> str:
     """Lays rows out under a header. Columns of numbers are aligned to the right.
 
     Args:
       rows: one sequence of cells a row; ``str`` of a cell is shown, ``None`` as "-".
       columns: the header.
       title: the line above.
+      width: of the lines, for which cells of the first column may lose their middle.
 
     Returns:
       Lines without colours or trailing spaces, as wide as their contents ask for.
@@ -35,7 +43,15 @@ def render(rows: Iterable[Sequence[Any]], columns: Sequence[str], title: str) ->
         head         -   -
     """
     rows = [["-" if cell is None else cell for cell in row] for row in rows]
-    table = Table(box=SIMPLE_HEAD)
+    table = Table(box=SIMPLE_HEAD, collapse_padding=width is not None)
+    if width is not None:  # two spaces are between columns, three at the ends
+        others = zip(*(map(str, row[1:]) for row in (columns, *rows)), strict=True)
+        taken = sum(2 + max(map(len, column)) for column in others)
+        first = shorten([str(row[0]) for row in rows], max(width - 3 - taken, 16))
+        rows = [[cell, *row[1:]] for cell, row in zip(first, rows, strict=True)]
+        title = "\n".join(
+            part for line in title.splitlines() for part in textwrap.wrap(line, width)
+        )
     for index, column in enumerate(columns):
         cells = [row[index] for row in rows if row[index] != "-"]
         numbers = cells and all(isinstance(cell, int | float) for cell in cells)
@@ -46,6 +62,36 @@ def render(rows: Iterable[Sequence[Any]], columns: Sequence[str], title: str) ->
     Console(file=file, width=10_000, color_system=None).print(table)
     lines = [title, *(line.rstrip() for line in file.getvalue().splitlines())]
     return "\n".join(filter(None, lines))
+
+
+def work(
+    products: Iterable[tuple[tuple, int]],
+    columns: Sequence[str],
+    title: str,
+    above: str,
+) -> str:
+    """The table of products that reports and censuses are printed as.
+
+    Args:
+      products: the path, what else tells rows apart, and the operations of each.
+      columns: the header of all but numbers.
+      title: the lines above.
+      above: the path that all are below of.
+
+    Returns:
+      A table with a row for all that are alike, layers of a stack among them.
+    """
+    groups: dict[tuple, tuple[int, ...]] = {}
+    for key, flops in products:
+        number, total = groups.get(key, (0, 0))
+        groups[key] = number + 1, total + flops
+    every = max(sum(flops for _, flops in groups.values()), 1)
+    rows = [
+        (below(path, above), *rest, n, f"{short(flops):>6}", f"{flops / every:6.1%}")
+        for (path, *rest), (n, flops) in fold_layers(groups).items()
+    ]
+    title += f"\nPaths are below {above}" if above else ""
+    return render(rows, (*columns, "n", "  FLOP", " share"), title, WIDTH)
 
 
 def layers(

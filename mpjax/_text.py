@@ -1,9 +1,12 @@
 """Short spellings for tables, and tables in notebooks."""
 
 import html
+import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+WIDTH = 100  # of a terminal, in characters
 
 
 def brief(dtypes: str) -> str:
@@ -29,22 +32,106 @@ def short(number: float) -> str:
     return f"{number / 1000**power:.3g} {['', 'k', 'M', 'G', 'T', 'P', 'E'][power]}"
 
 
-def below_common(paths: Sequence[str]) -> tuple[str, list[str]]:
-    """What all paths are below of, and what is left of them.
+def count(number: int, noun: str) -> str:
+    """A number and its noun.
 
     Example:
-      >>> below_common(["Model/a/query", "Model/b", "Model/a/key"])
-      ('Model', ['a/query', 'b', 'a/key'])
+      >>> count(1, "product"), count(2, "product")
+      ('1 product', '2 products')
     """
-    parts = [path.split("/") for path in paths]
-    shared = 0
-    for names in zip(*(p[:-1] for p in parts), strict=False):
-        if len(set(names)) > 1:
-            break
-        shared += 1
-    if not parts:
-        return "", []
-    return "/".join(parts[0][:shared]), ["/".join(p[shared:]) for p in parts]
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
+def passed(backward: bool) -> str:
+    """The pass that something belongs to."""
+    return "bwd" if backward else "fwd"
+
+
+def common(paths: Iterable[str], others: Iterable[str] = ()) -> str:
+    """The path that all paths are below of, and others below of or equal to.
+
+    Example:
+      >>> common(["Model/a/query", "Model/a/key"]), common(["Model/a/key"], ["Model"])
+      ('Model/a', 'Model')
+    """
+    every = [*(path.split("/")[:-1] for path in paths), *(o.split("/") for o in others)]
+    shared = itertools.takewhile(
+        lambda names: len(set(names)) == 1, zip(*every, strict=False)
+    )
+    return "/".join(names[0] for names in shared)
+
+
+def below(path: str, above: str) -> str:
+    """What is left of a path below another.
+
+    Example:
+      >>> below("Model/a/query", "Model/a"), below("Model/a", "Model/a")
+      ('query', '.')
+    """
+    return "." if path == above else path.removeprefix(f"{above}/")
+
+
+def fold_layers(rows: Mapping[tuple, tuple[int, ...]]) -> dict[tuple, tuple[int, ...]]:
+    """One row for layers that differ in nothing but their number.
+
+    Args:
+      rows: a path and what else tells rows apart -> what is added up. The last name of
+        a path is not that of a layer.
+
+    Returns:
+      The same, with the numbers of such layers in braces.
+
+    Example:
+      >>> fold_layers({("a_0/b", 32): (1, 8), ("a_1/b", 32): (1, 8), ("c", 32): (1, 2)})
+      {('a_{0..1}/b', 32): (2, 16), ('c', 32): (1, 2)}
+    """
+    for depth in range(max((path.count("/") for path, *_ in rows), default=0)):
+        groups: dict[tuple, dict[tuple, int]] = {}
+        for (path, *rest), sums in rows.items():
+            layer = re.fullmatch(
+                rf"((?:[^/]*/){{{depth}}}(?:[^/]*[^/\d])?)(\d+)([^\d/]*/.*)", path
+            )
+            before, number, after = layer.groups() if layer else (path, 0, None)
+            key = before, after, *rest, sums
+            groups.setdefault(key, {})[path, *rest] = int(number)
+        rows = {}
+        for (before, after, *rest, sums), members in groups.items():
+            (path, *_), *others = members
+            if others:
+                path = before + _braces(sorted(members.values())) + after
+            rows[path, *rest] = tuple(len(members) * number for number in sums)
+    return dict(rows)
+
+
+def _braces(numbers: Sequence[int]) -> str:
+    """The numbers as "{0..3,5}"."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][-1] + 1:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    parts = [f"{r[0]}..{r[-1]}" if len(r) > 1 else f"{r[0]}" for r in runs]
+    return "{" + ",".join(parts) + "}"
+
+
+def shorten(texts: Sequence[str], width: int) -> list[str]:
+    """Puts an ellipsis into the middle of what is longer; texts that differ still do.
+
+    Example:
+      >>> shorten(["encoder/attention/query", "encoder/attention/key", "head"], 16)
+      ['encode…ion/query', 'encode…ntion/key', 'head']
+    """
+
+    def cut(text: str) -> str:
+        if len(text) <= width:
+            return text
+        head = (width - 1) * 2 // 5
+        return f"{text[:head]}…{text[head + 1 - width :]}"
+
+    while len({cut(text) for text in texts}) < len(set(texts)):
+        width += 4
+    return [cut(text) for text in texts]
 
 
 def html_table(

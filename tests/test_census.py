@@ -192,6 +192,34 @@ def test_by_path_and_in_every_form():
     assert made.to_json() == mpjax.lowering.census(model.apply, params, x).to_json()
 
 
+class Deep(nn.Module):
+    """Layers with long paths, the first of which is another."""
+
+    @nn.compact
+    def __call__(self, x):
+        attention = functools.partial(nn.MultiHeadDotProductAttention, num_heads=2)
+        x = attention(dtype=F32, name="encoder_layer_0_self_attention")(x)
+        for i in range(1, 12):
+            x = x + attention(dtype=BF16, name=f"encoder_layer_{i}_self_attention")(x)
+        return x
+
+
+def test_text_fits_a_terminal():
+    x = Struct((2, 16, 8), F32)
+    with jax.numpy_dtype_promotion("standard"):
+        params = jax.eval_shape(Deep().init, jax.random.key(0), x)
+        made = census(jax.grad(lambda p, x: jnp.sum(Deep().apply(p, x))), params, x)
+        report = mpjax.lowering.report(Deep().apply, params, x, target="cpu")
+    for text in (str(made), str(report)):
+        lines = text.splitlines()
+        assert max(map(len, lines)) <= 100
+        assert len(lines) < 60  # of 213 and 72 products
+    assert "encoder_layer_{1..11}_self_attention/out" in str(report)
+    assert "encoder_layer_0_self_attention/out" in str(report)
+    assert "encoder_layer_10_self_attention" in made.to_json()
+    assert "promotion: Cast the float32 operand down" in str(made)
+
+
 class Block(nn.Module):
     careless: bool
 

@@ -551,7 +551,7 @@ def test_own_gpu(tmp_path):
 def test_readable_in_every_form():
     made = mpjax.lowering.report(dot, *PAIR, target="h100")
     text, page = str(made), made._repr_html_()
-    assert text.startswith("h100: 1 products, 268 MFLOP, 100.0% of it native")
+    assert text.startswith("h100: 1 product, 268 MFLOP, 100.0% native")
     assert "__cublas$lt$matmul$f8" in page and "cublas" not in text
     for shown in ("e4m3fn -> f32", "native"):
         assert shown in text
