@@ -11,8 +11,9 @@ has four Dense layers (queries, keys and values are one), whose 12 products run 
 the six products of attention stay in bfloat16. ``--bias`` gives the layers biases.
 
 Delayed scaling is timed as it runs from its second step on, with `calibrate_scaling`,
-but for the row "not calibrated". "kept" are weights that the optimizer leaves behind in
-8 bits, with `keep_weights`. "exact" are scales that are no powers of two.
+but for the row "not calibrated". "delayed weights" are scaled by their amaxes a step
+before; those "kept" the optimizer leaves behind in 8 bits, with `keep_weights`. "exact"
+are scales that are no powers of two.
 """
 
 import argparse
@@ -125,14 +126,16 @@ def with_qwix(**options):
 
 
 DELAYED = mpjax.delayed_scaling()
-KEPT = "mpjax delayed, kept"
+CURRENT = mpjax.current_scaling(delayed_weights=True)
 WAYS = {
     "bf16": with_rule(None),
     "bf16, operands materialized": by_hand(dot_general=materialized),
     "mpjax current": with_rule(mpjax.current_scaling()),
     "mpjax current, exact": with_rule(mpjax.current_scaling(power_of_two=False)),
+    "mpjax current, delayed weights": with_rule(CURRENT),
+    "mpjax current, weights kept": with_rule(CURRENT),
     "mpjax delayed": with_rule(DELAYED),
-    KEPT: with_rule(DELAYED),
+    "mpjax delayed, weights kept": with_rule(DELAYED),
     "mpjax delayed, not calibrated": with_rule(DELAYED),
     "mpjax per channel": with_rule(mpjax.per_channel_scaling()),
     "Flax Fp8Direct": by_hand(dot_general_cls=nn.Fp8DirectDotGeneralOp),
@@ -144,7 +147,7 @@ def with_promises(name, params, others):
     """The scaling states of a way after its first step."""
     if "scaling" in others and "not calibrated" not in name:
         others["scaling"] = mpjax.calibrate_scaling(others["scaling"])
-    if name == KEPT:
+    if "kept" in name:
         others["scaling"] = mpjax.keep_weights(others["scaling"], params)
     return others
 

@@ -15,6 +15,7 @@ def current_scaling(
     grad_dtype: DType = jnp.float8_e5m2,
     *,
     power_of_two: bool = True,
+    delayed_weights: bool = False,
 ) -> Recipe:
     """One scale a tensor, from its own amax. Stateless: the recipe to begin with.
 
@@ -23,6 +24,10 @@ def current_scaling(
       grad_dtype: the format of the output gradient.
       power_of_two: round scales up to powers of two. Scaling is exact then, and a
         compiler needs fewer passes over bfloat16.
+      delayed_weights: scale the second operand by the amax that it had a step before. A
+        weight changes little in a step, and no pass over it has to come before its
+        quantization. The recipe then has a state, as `delayed_scaling` has, and
+        `calibrate_scaling` and `keep_weights` serve it.
 
     Returns:
       A recipe.
@@ -37,7 +42,12 @@ def current_scaling(
     """
     rounding = _rounding(power_of_two)
     operand = CurrentScaling(dtype, rounding)
-    return Recipe(operand, operand, CurrentScaling(grad_dtype, rounding))
+    weights = DelayedScaling(dtype, rounding, 1, "most_recent")
+    return Recipe(
+        operand,
+        weights if delayed_weights else operand,
+        CurrentScaling(grad_dtype, rounding),
+    )
 
 
 def delayed_scaling(

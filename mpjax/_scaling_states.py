@@ -132,8 +132,8 @@ def calibrate_scaling(states: ArrayTree) -> ArrayTree:
       True
     """
     found = _found(states, ScalingState)
-    concrete = all(not isinstance(state.history, Tracer) for state in found)
-    if concrete and not any((np.asarray(state.history) > 0).any() for state in found):
+    concrete = all(not isinstance(state.scale, Tracer) for state in found)
+    if concrete and not any((np.asarray(state.scale) > 0).any() for state in found):
         raise ValueError(
             "Scaling states are calibrated by at least one step: call update_scaling "
             f"before calibrate_scaling. Got {len(found)} states of which none has been "

@@ -26,6 +26,7 @@ RECIPES = {
     "current": named.current_scaling(),
     "current exact": named.current_scaling(power_of_two=False),
     "delayed": named.delayed_scaling(16),
+    "delayed weights": named.current_scaling(delayed_weights=True),
     "channel": named.per_channel_scaling(),
     "block": named.block_scaling(size=16),
     "block exact": named.block_scaling(size=16, power_of_two=False),

@@ -45,6 +45,10 @@ def test_formats_of_the_named_recipes():
     assert named.delayed_scaling() == named.delayed_scaling(
         history_length=1024, algorithm="max", margin=0
     )
+    current, weights = named.current_scaling(), named.DelayedScaling(E4M3, "up", 1)
+    delayed = named.current_scaling(delayed_weights=True)
+    assert dataclasses.replace(delayed, rhs=current.rhs) == current
+    assert dataclasses.replace(delayed.rhs, algorithm="max") == weights
     for make in (named.per_channel_scaling, named.block_scaling):
         assert make().grad.dtype == E4M3
     block = named.block_scaling()

@@ -44,8 +44,8 @@ class Model(nn.Module):
 
 
 @functools.cache
-def linen_model(depth=2):
-    model = mpjax.linen.MixedPrecision(Model(depth), RULE)
+def linen_model(depth=2, rule=RULE):
+    model = mpjax.linen.MixedPrecision(Model(depth), rule)
     return model, model.init(jax.random.key(0), X)
 
 
@@ -94,6 +94,36 @@ def test_a_copy_is_the_parameter_in_8_bits_by_the_delayed_scale():
             np.testing.assert_array_equal(kept.history[:, 1, -seen.shape[-1] :], seen)
             known = 2.0 ** np.ceil(np.log2(seen.max(axis=-1) / 448))
             np.testing.assert_array_equal(kept.scale[:, 1], known)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_current_scaling_with_weights_of_a_step_ago(keep):
+    """Activations and gradients have no state; a weight has the amax of one step."""
+    recipe = mpjax.current_scaling(delayed_weights=True)
+    rule = mpjax.Rule(".*", "mixed_bfloat16", recipe)
+    model, variables = linen_model(2, rule)
+    params, scaling = variables["params"], variables["scaling"]
+    if keep:
+        scaling = mpjax.keep_weights(scaling, params)
+    state = TX.init(params)
+    for step in range(3):
+        before = kernels(params)
+        params, scaling, state = train_step(model, params, scaling, state)
+        for kernel, seen in zip(before, states_of(scaling), strict=True):
+            amax = np.abs(kernel).max(axis=tuple(range(1, kernel.ndim)))
+            if not keep:  # the layer reads it in the compute dtype
+                amax = np.asarray(amax, jnp.bfloat16).astype(np.float32)
+            known = 2.0 ** np.ceil(np.log2(amax / 448))
+            zero = np.zeros_like(amax)
+            expected = np.stack([zero, known, zero], axis=-1)
+            np.testing.assert_array_equal(seen.scale, expected)
+        if step == 0:
+            scaling = mpjax.calibrate_scaling(scaling)
+    if keep:
+        for kernel, seen in zip(kernels(params), states_of(scaling), strict=True):
+            for layer, scale in enumerate(seen.scale[:, 1]):
+                got = reference.as_float64(seen.weight.values.qvalue[layer])
+                np.testing.assert_array_equal(got, rounded(kernel[layer], scale))
 
 
 def rounded(kernel, scale):
