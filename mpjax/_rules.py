@@ -21,7 +21,8 @@ ROUTER_PATHS = r"(?i:(.*/)?(\w*router\w*|\w*(moe|expert)\w*/gat(e|ing))(/.*)?)"
 ENDS = (
     r"(?i:(.*/)?(?!multi|att)((\w+_)?(embed(ding)?s?|stem|head|classifier|readout)"
     r"|embedder|unembed\w*|patch(es|ify)?(_?(embed\w*|proj\w*))?"
-    r"|logits\w*|\w+_logits|vocab_\w+|output_projection|predictions/decoder)"
+    r"|logits\w*|\w+_logits|vocab_\w+|output_projection|predictions/decoder"
+    r"|encoder/conv1)"
     r"(_\d+)?(/[^/]+){0,2})"
 )
 EMBEDDINGS = r"\w*Embed(ding)?s?"  # class names; their attend makes logits

@@ -91,6 +91,8 @@ def test_mixed_float8_keeps_ends_and_fragile_layers_without_a_recipe():
         "head/Dense_0": (Dense, False),
         "Embed_0": (Dense, False),
         "patch_embed": (Dense, False),
+        "model/encoder/conv1": (Dense, False),  # of Whisper
+        "model/encoder/conv2": (Dense, True),
         "decoder/logits": (Dense, False),
         "norm": (LayerNorm, False),
         "router": (Dense, False),
