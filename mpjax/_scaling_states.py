@@ -1,5 +1,8 @@
 """The scaling states of a whole model, entered once a step."""
 
+import functools
+import operator
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +17,7 @@ from mpjax import _export as _export  # so that programs with states can be stor
 from mpjax._loss_scaling import LossScalingState
 from mpjax._recipe import ScalingState
 from mpjax._scaled_loss import last_step_finite, loss_scale
+from mpjax._scaling import DelayedScaling
 from mpjax._tree import select_tree
 from mpjax._typing import Array, ArrayTree
 from mpjax._weight_copies import copy_weights, seen_by_copy
@@ -46,7 +50,8 @@ def update_scaling(
         ``mpjax.value_and_grad`` it tells the loss scale that the step was made with.
       opt_state: the new state of the optimizer, if the loss is scaled or gradients are
         accumulated: any tree in which there is one `LossScalingState`, or a
-        ``optax.MultiStepsState``, or both.
+        ``optax.MultiStepsState``, or both. Microbatches that
+        ``optax.skip_not_finite`` or ``optax.skip_large_updates`` skip do not enter.
       params: the new parameters, if states keep copies of them (`keep_weights`).
 
     Returns:
@@ -75,9 +80,11 @@ def update_scaling(
     coming = None
     if opt_state is not None and (not steps or _found(opt_state, LossScalingState)):
         coming = loss_scale(opt_state)
-    made = jnp.array(True)
-    for step in steps:
-        made &= jnp.asarray(step.mini_step) == 0
+    made = _all([jnp.asarray(step.mini_step) == 0 for step in steps])
+    applied = [] if coming is None else [last_step_finite(opt_state)]
+    for step in steps:  # what it does itself about gradients that it is told to skip
+        if isinstance(step.skip_state, Mapping) and "should_skip" in step.skip_state:
+            applied.append(~jnp.asarray(step.skip_state["should_skip"]))
 
     def update(state: ScalingState, seen: ScalingState) -> ScalingState:
         seen = seen_by_copy(state, seen)
@@ -92,10 +99,10 @@ def update_scaling(
             entered = _enter_microbatch(state, seen.scale, following, made)
         else:
             entered = recipe.update(state, seen.scale, following)
-        if coming is None:
+        if not applied:
             return entered
-        skipped = recipe.rescale(state, coming)
-        return select_tree(last_step_finite(opt_state), entered, skipped)
+        skipped = recipe.rescale(state, following)
+        return select_tree(_all(applied), entered, skipped)
 
     structure = jax.tree.structure(states, is_leaf=_is_state)
     new = structure.unflatten(update(*pair) for pair in _pairs(states, observed))
@@ -108,8 +115,10 @@ def calibrate_scaling(states: ArrayTree) -> ArrayTree:
     In its first step delayed scaling has nothing but the current amax, and a program
     that can take it waits for that amax in every step. To be called once, between two
     steps, when `update_scaling` has seen a step; what is jitted is then compiled again,
-    and no quantization waits for a reduction. A tensor that was all zeros so far, whose
-    scale is unknown, has the scale 1 until it has been seen. ::
+    and no quantization waits for a reduction. A gradient that was all zeros so far,
+    whose scale is unknown, has the scale 1 until it has been seen. The states of layers
+    whose operands have not been seen stay as they were: those that no gradient reaches,
+    behind ``jax.lax.stop_gradient`` say, go on with the current amax. ::
 
         scaling = train_step(...)
         scaling = mpjax.calibrate_scaling(scaling)
@@ -119,7 +128,8 @@ def calibrate_scaling(states: ArrayTree) -> ArrayTree:
 
     Returns:
       The tree with states whose recipes are ``calibrated``; of other static structure,
-      so not for the carry of a loop that has begun without.
+      so not for the carry of a loop that has begun without. States that are traced are
+      taken to be known.
 
     Raises:
       ValueError: no scale of the states is known yet.
@@ -132,8 +142,7 @@ def calibrate_scaling(states: ArrayTree) -> ArrayTree:
       True
     """
     found = _found(states, ScalingState)
-    concrete = all(not isinstance(state.scale, Tracer) for state in found)
-    if concrete and not any((np.asarray(state.scale) > 0).any() for state in found):
+    if not any(map(_has_seen_operands, found)):
         raise ValueError(
             "Scaling states are calibrated by at least one step: call update_scaling "
             f"before calibrate_scaling. Got {len(found)} states of which none has been "
@@ -141,11 +150,20 @@ def calibrate_scaling(states: ArrayTree) -> ArrayTree:
         )
 
     def promise(leaf):
-        if not _is_state(leaf):
+        if not (_is_state(leaf) and _has_seen_operands(leaf)):
             return leaf
         return replace(leaf, recipe=replace(leaf.recipe, calibrated=True))
 
     return jax.tree.map(promise, states, is_leaf=_is_state)
+
+
+def _has_seen_operands(state: ScalingState) -> bool:
+    """Whether the delayed scales of lhs and rhs are known, in all layers of a stack."""
+    if isinstance(state.scale, Tracer):
+        return True
+    operands = state.recipe.lhs, state.recipe.rhs
+    delayed = [isinstance(scaling, DelayedScaling) for scaling in operands]
+    return bool((np.asarray(state.scale)[..., :2][..., delayed] > 0).all())
 
 
 def rescale_scaling(states: ArrayTree, opt_state: ArrayTree) -> ArrayTree:
@@ -177,9 +195,12 @@ def rescale_scaling(states: ArrayTree, opt_state: ArrayTree) -> ArrayTree:
       4.0
     """
     coming = loss_scale(opt_state)
-    return jax.tree.map(
-        lambda state: state.recipe.rescale(state, coming), states, is_leaf=_is_state
-    )
+
+    def rescale(state: ScalingState) -> ScalingState:
+        # A copy for each, or a step to which states are donated gets one array twice.
+        return state.recipe.rescale(state, jnp.copy(coming))
+
+    return jax.tree.map(rescale, states, is_leaf=_is_state)
 
 
 def _enter_microbatch(
@@ -243,6 +264,10 @@ def _pairs(states: ArrayTree, observed: ArrayTree) -> list[tuple[Any, Any]]:
 
 def _by_path(tree: ArrayTree) -> dict[Any, Any]:
     return dict(jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_state)[0])
+
+
+def _all(conditions: list[Array]) -> Array:
+    return functools.reduce(operator.and_, conditions, jnp.array(True))
 
 
 def _found(tree: ArrayTree, kind: type) -> list[Any]:

@@ -613,6 +613,22 @@ def test_a_microbatch_that_is_skipped_is_not_entered():
     np.testing.assert_array_equal(seen[2][1].scale[2], grad[0] * 32 / 2**15)
 
 
+@jax.numpy_dtype_promotion("standard")
+def test_a_microbatch_that_optax_skips_is_not_entered():
+    """Neither as the first of a step nor as a later one, though all is finite."""
+    skip = functools.partial(optax.skip_large_updates, max_squared_norm=1e12)
+    many = optax.MultiSteps(optax.sgd(1.0), 2, should_skip_update_fn=skip)
+    tx = optax.GradientTransformation(many.init, many.update)
+    x, large = integers(0, 8, 16), 64 * integers(0, 8, 16)
+    batches, factors = [large, x, large, 2 * x], [1e6, 1.0, 1e6, 1.0]
+    states = [state for _, state in accumulate(tx, batches, factors)]
+    expected = [state for _, state in accumulate(tx, [x, 2 * x])]
+    assert not np.any(states[0].history) and not np.any(states[0].scale)
+    for state, other in zip(states[1:], [expected[i] for i in (0, 0, 1)], strict=True):
+        np.testing.assert_array_equal(state.history, other.history)
+        np.testing.assert_array_equal(state.scale, other.scale)
+
+
 def test_apply_returns_what_it_always_returns():
     x = normal(0, 4, 8)
     module = nn.Sequential([nn.Dense(8), nn.BatchNorm(use_running_average=False)])
@@ -791,6 +807,11 @@ def test_a_loss_scale_that_changes_beside_the_optimizer():
     actual, _, _ = gradients(mpjax.rescale_scaling(scaling, opt_state), 2.0**12)
     saturated, _, _ = gradients(scaling, 2.0**12)
     np.testing.assert_array_equal(actual["kernel"] / 2**11, expected["kernel"])
+    # Each has an array of its own: a train step may be given them and opt_state.
+    rescaled = mpjax.rescale_scaling({"a": scaling, "b": scaling}, opt_state)
+    arrays = [rescaled[name]["kernel"].loss_scale for name in "ab"]
+    arrays.append(mpjax.loss_scale(opt_state))
+    assert len({array.unsafe_buffer_pointer() for array in arrays}) == 3
     assert np.abs(saturated["kernel"]).max() < np.abs(actual["kernel"]).max() / 100
     with pytest.raises(ValueError, match="no loss scale"):
         mpjax.rescale_scaling(scaling, optax.sgd(0.1).init(params))

@@ -242,6 +242,40 @@ def test_calibrated_states_wait_for_no_amax():
     assert text[0].count("shift_right") > text[1].count("shift_right")
 
 
+class Frozen(nn.Module):
+    """No gradient reaches its first layer; nothing but zeros its third."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(32, kernel_init=nn.initializers.normal(2e-3), name="below")(x)
+        x = nn.Dense(32, name="above")(jax.lax.stop_gradient(x))
+        gate = self.param("gate", nn.initializers.zeros, ())
+        return x + gate * nn.Dense(32, name="gated")(x)
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_what_no_gradient_reaches_is_not_calibrated(keeps):
+    """It observes nothing: in place of its scales it goes on with current amaxes."""
+    model = mpjax.linen.MixedPrecision(Frozen(), RULE)
+    variables = model.init(jax.random.key(0), X)
+    params, scaling = variables["params"], variables["scaling"]
+    if keeps:
+        scaling = mpjax.keep_weights(scaling, params)
+    params, scaling, _ = train_step(model, params, scaling, TX.init(params))
+    promised = mpjax.calibrate_scaling(scaling)
+    known = {k: v["kernel"].recipe.calibrated for k, v in promised.items()}
+    assert known == {"below": False, "above": True, "gated": True}
+    outs = [
+        model.apply({"params": params, "scaling": s}, X) for s in (scaling, promised)
+    ]
+    np.testing.assert_array_equal(*outs)
+    only_frozen = {"below": scaling["below"]}
+    with pytest.raises(ValueError, match="call update_scaling before"):
+        mpjax.calibrate_scaling(only_frozen)
+    traced = jax.jit(mpjax.calibrate_scaling)(only_frozen)
+    assert traced["below"]["kernel"].recipe.calibrated
+
+
 def test_nnx_models_do_both_in_place():
     model = nnx.Sequential(
         nnx.Linear(24, 32, rngs=nnx.Rngs(0)),
