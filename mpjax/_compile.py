@@ -31,7 +31,9 @@ _CUSTOM_CALL = re.compile(r"custom_call @([\w.$]+)")
 _RAISED = re.compile(r"[A-Za-z][\w.]*(Error|Exception)\b: ")
 _CONFIG = threading.Lock()
 _LONGEST = 2000  # characters of an error message
-_DUMPS = re.compile(r"^\d+-(.*?)-\d+-final_bundles\.txt$")
+# The code after registers are allocated: of the final bundles the compiler would make
+# several versions for the dump, in twice the time, with the same instructions.
+_DUMPS = re.compile(r"^\d+-(.*?)-\d+-post-ra\.txt$")
 _EQUIVALENT = re.compile(
     r"^key:(\S+)\n(?:.*\n)*?((?:  \S+\n)*)(?=key:|\Z)", re.MULTILINE
 )
@@ -95,16 +97,19 @@ def compile_for(
 
     Raises:
       ImportError: the compiler is not installed.
-      ValueError: the program calls back into Python.
+      TypeError: the options are not names with strings, numbers or bools.
+      ValueError: the program calls back into Python, or its arguments lie on several
+        meshes.
       LoweringError: JAX cannot lower the program, or the compiler refuses it.
     """
     if gemm not in _GEMM:
         raise ValueError(f"gemm is one of {', '.join(_GEMM)}; got {gemm!r}.")
+    options = _options(compiler_options)
+    mesh = traced.mesh
     check_installed(target)
     _check_callbacks(target, traced)
     program = _export(target, traced)
-    mesh = traced.mesh or {"devices": program.nr_devices}
-    options = dict(compiler_options or {})
+    mesh = mesh or {"devices": program.nr_devices}
     if target.platform == "cuda":
         options = _GPU | _GEMM[gemm] | options
     # Interrupted, the guard of the compiler removes it as well.
@@ -136,6 +141,24 @@ def compile_for(
             figures=json.loads((directory / "answer.json").read_text()),
             code=_bundles(dump) if target.platform == "tpu" else _ptx(dump),
         )
+
+
+def _options(options: Mapping[str, Any] | None) -> dict[str, str | float]:
+    """A copy of the user's options, which JSON can hold."""
+    if options is None:
+        return {}
+    if not isinstance(options, Mapping):
+        raise TypeError(
+            "compiler_options is a dict of options of XLA, as "
+            f"{{'xla_allow_excess_precision': False}}; got {options!r}."
+        )
+    for name, value in options.items():
+        if not isinstance(name, str) or not isinstance(value, str | int | float):
+            raise TypeError(
+                "compiler_options maps names to strings, Python numbers or bools; got "
+                f"{name!r}: {value!r}, of {type(value).__name__}."
+            )
+    return dict(options)
 
 
 def check_installed(target: Target) -> None:
@@ -222,8 +245,8 @@ def _run(target: Target, directory: pathlib.Path, devices: int, quick: bool) -> 
     environment |= _ENVIRONMENT | dict(
         JAX_ENABLE_X64=str(int(jax.config.read("jax_enable_x64"))),
         LIBTPU_INIT_ARGS="--xla_jf_dump_to=dump "  # a path with a space ends there
-        "--xla_jf_dump_llo_text=true "
-        "--xla_jf_dump_llo_pass_label_regex=final_bundles|deduplication-map",
+        "--xla_jf_dump_llo_text=true --xla_jf_dump_category_filter=ra,basic "
+        "--xla_jf_dump_llo_pass_label_regex=post-ra|deduplication-map",
         TMPDIR=str(directory),
         XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}",
     )
@@ -263,7 +286,7 @@ def _bundles(dump: pathlib.Path) -> dict[str, str]:
     code = {}
     for path in dump.iterdir():
         name = _DUMPS.match(path.name)
-        if name and "schedule-analysis" not in path.name:
+        if name:
             code[name[1]] = path.read_text()
     for path in dump.glob("*deduplication-map.txt"):
         for shown, others in _EQUIVALENT.findall(path.read_text()):
