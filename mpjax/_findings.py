@@ -40,6 +40,8 @@ _CAST = "convert_element_type"
 _EXPONENTIALS = ("exp", "exp2", "log", "cumlogsumexp")
 _SUMS = ("reduce_sum", "cumsum", "reduce_prod", "cumprod", "psum", "psum_invariant")
 _ENDS_A_STREAM = ("reduce_", "argm", "cum", "gather", "iota", "random", "sort")
+_MULTIPLIED = "is multiplied in float32"
+_GATES = (*_EXPONENTIALS[:2], "logistic", "top_k", "argmax", "sort")
 _SHORT_ACCUMULATION = ("F16_F16_F16", "BF16_BF16_BF16")
 
 
@@ -87,15 +89,19 @@ def _promotions(program: list[Step]) -> Iterator[Found]:
     """16-bit arrays that become float32 and, still so, meet a product or a module.
 
     Every cast has a bit. `streams` maps a value to the bits of the casts that it comes
-    from without a sum, a product or a cast down between.
+    from without a sum, a product or a cast down between. What is cast for a router, a
+    product that makes few numbers of many and chooses by them, is meant, and so are the
+    products of its gradients.
     """
-    feeds = _feeding_products(program)
+    feeds, routers = _feeding_products(program), _routers(program)
     casts: list[int] = []  # indices of steps
     products = 0  # the bits of those that are products with a float32 result
     entered: dict[int, str] = {}  # a bit -> the first module that it enters
     sources: dict[int, int] = {}  # a value of 16 bits -> the bits of its casts
     streams: dict[int, int] = {}
     guilty: dict[int, str] = {}  # a bit -> what comes of it
+    meant = 0  # the bits of those that are cast for a router
+    backward = 0  # the bits of those that a product of a backward pass reads
     for index, step in enumerate(program):
         name = step.eqn.primitive.name
         if _widens(step, 16, 32):
@@ -121,8 +127,14 @@ def _promotions(program: list[Step]) -> Iterator[Found]:
         for bits in carried:
             joint |= bits
         if is_product(step):
-            known = joint & ~products if step.backward else joint
-            guilty |= dict.fromkeys(_ones(known), "is multiplied in float32")
+            read = [_in(step, i).size for i in (0, 1) if carried[i]]
+            if index in routers and _out(step).size < max(read):
+                meant |= joint
+            elif step.backward:
+                backward |= joint & ~products
+                meant |= joint if joint & meant else 0
+            else:
+                guilty |= dict.fromkeys(_ones(joint), _MULTIPLIED)
             continue
         forward = not step.backward and any(feeds[value] for value in step.outputs)
         known = joint & ~products
@@ -143,6 +155,7 @@ def _promotions(program: list[Step]) -> Iterator[Found]:
             for value, var in zip(step.outputs, step.eqn.outvars, strict=True):
                 if _bits(var.aval) >= 32:
                     streams[value] = joint
+    guilty |= dict.fromkeys(_ones(backward & ~meant), _MULTIPLIED)
     for bit, what in guilty.items():
         old, new = _in(program[casts[bit]]), _out(program[casts[bit]])
         yield casts[bit], "promotion", f"{old.dtype} becomes {new.dtype} and {what}"
@@ -154,6 +167,38 @@ def _ones(mask: int) -> Iterable[int]:
         low = mask & -mask
         yield low.bit_length() - 1
         mask ^= low
+
+
+def _routers(program: list[Step]) -> set[int]:
+    """Products whose results end in a softmax or a choice before any other product.
+
+    Those of attention have batches.
+    """
+    found: set[int] = set()
+    gates: set[int] = set()  # values that a softmax, a sigmoid or a choice reads
+    multiplied: set[int] = set()  # values that a product reads before
+    for index, step in reversed(list(enumerate(program))):
+        if is_product(step):
+            result = step.outputs[0]
+            if result in gates and result not in multiplied and not _batches(step):
+                found.add(index)
+            if not step.backward:
+                multiplied.update(step.inputs)
+        elif step.eqn.primitive.name in _GATES:
+            gates.update(step.inputs)
+        else:
+            for values in (gates, multiplied):
+                if not values.isdisjoint(step.outputs):
+                    values.update(step.inputs)
+    return found
+
+
+def _batches(step: Step) -> bool:
+    """Whether a product is several, or no ordinary one."""
+    if step.eqn.primitive.name != "dot_general":
+        return True
+    _, (batch, _) = step.eqn.params["dimension_numbers"]
+    return bool(batch)
 
 
 class _Feeding(dict[int, bool]):
