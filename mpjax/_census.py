@@ -4,12 +4,13 @@ import collections
 import dataclasses
 import json
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, get_args
 
 from mpjax._findings import REMEDIES, Kind, find
 from mpjax._jaxpr import Step, steps, where
 from mpjax._products import Product, is_product, name, product
 from mpjax._table import render, work
+from mpjax._targets import Platform
 from mpjax._text import (
     WIDTH,
     below,
@@ -30,9 +31,10 @@ class Finding:
 
     Attributes:
       kind: "promotion": a 16-bit stream becomes float32 and stays so, into a product or
-        out of the module, or is multiplied with it; "dequantized": float8, int8 or int4
-        values are cast up before a product; "reduction": a sum in 16 bits, a segment's
-        and one carried by a scan too; "exponential": exp or log in 16 bits;
+        out of the module, or is multiplied with it, except by a router: a product of
+        fewer numbers, which end in a softmax or a choice; "dequantized": float8, int8
+        or int4 values are cast up before a product; "reduction": a sum in 16 bits, a
+        segment's and one carried by a scan too; "exponential": exp or log in 16 bits;
         "statistics": a root of a mean in 16 bits, as in a norm; "accumulation": a
         product that adds up in less than 32 bits; "round trip": a cast to a wider
         dtype and back at once. A product of 16-bit operands with a 16-bit result is
@@ -165,19 +167,24 @@ class Census:
             yield kind, direction, number, detail, line, path
 
 
-def census(fn: Callable, *args: Any, platform: str = "tpu", **kwargs: Any) -> Census:
+def census(
+    fn: Callable, *args: Any, platform: Platform = "tpu", **kwargs: Any
+) -> Census:
     """Says what a function computes in which dtype, from its trace alone.
 
     Args:
       fn: any function ``jax.jit`` or ``nnx.jit`` takes, jitted or not.
       *args: its arguments as of ``report``: arrays, shapes or NNX models.
-      platform: "cpu", "tpu" or "cuda": of ``lax.platform_dependent`` only this branch
-        is read.
+      platform: "cpu", "tpu", "cuda" or "rocm": of ``lax.platform_dependent`` only this
+        branch is read.
       **kwargs: arguments of the function by name; `platform` of its own goes into a
         ``functools.partial``.
 
     Returns:
       A census; nothing is compiled and no array is made.
+
+    Raises:
+      ValueError: the platform is unknown.
 
     Example:
       >>> import jax, jax.numpy as jnp, mpjax.lowering
@@ -188,6 +195,9 @@ def census(fn: Callable, *args: Any, platform: str = "tpu", **kwargs: Any) -> Ce
       >>> found.flops_by_dtype(), found.findings[0].kind
       ({'bfloat16': 1048576}, 'exponential')
     """
+    known = get_args(Platform)
+    if platform not in known:
+        raise ValueError(f"platform is one of {', '.join(known)}; got {platform!r}.")
     return take(list(steps(trace(fn, args, kwargs).jaxpr, platform)))
 
 

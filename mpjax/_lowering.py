@@ -229,7 +229,9 @@ def report(
     Raises:
       ImportError: the compiler is not installed; the message says how to.
       LoweringError: JAX or the compiler refuses the program.
-      ValueError: the target is unknown, or the program calls back into Python.
+      TypeError: the target or the compiler's options are of another type.
+      ValueError: the target is unknown, the program calls back into Python, or its
+        arguments lie on several meshes.
 
     Example:
       >>> import jax, jax.numpy as jnp, mpjax.lowering

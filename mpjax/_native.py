@@ -56,8 +56,9 @@ def assert_native(
         their paths, their lines, and what to do.
       ImportError: the compiler is not installed.
       LoweringError: JAX or the compiler refuses the program.
-      ValueError: the target is unknown, the share is none, or the program calls back
-        into Python.
+      TypeError: the target or the compiler's options are of another type.
+      ValueError: the target is unknown, the share is none, the program calls back into
+        Python, or its arguments lie on several meshes.
 
     Example:
       >>> import jax, jax.numpy as jnp, mpjax.lowering

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import pathlib
 import re
 from typing import Literal, TypeAlias
@@ -71,7 +72,7 @@ class Target:
         """
         axes = 3 if self.platform == "cuda" else self.axes
         if topology is not None:
-            numbers = topology.split("x")
+            numbers = str(topology).split("x")
             shaped = len(numbers) == axes and all(n.isdecimal() for n in numbers)
             if not shaped or math.prod(map(int, numbers)) * self.cores < devices:
                 raise ValueError(
@@ -183,6 +184,7 @@ def get_target(target: "str | pathlib.Path | Target") -> Target:
         `mpjax/targets`; or a target, which is returned.
 
     Raises:
+      TypeError: it is neither a name nor a path nor a target.
       ValueError: there is none of that name, or the file has no figures.
 
     Example:
@@ -192,6 +194,11 @@ def get_target(target: "str | pathlib.Path | Target") -> Target:
     """
     if isinstance(target, Target):
         return target
+    if not isinstance(target, str | os.PathLike):
+        raise TypeError(
+            "A target is one name such as 'h100', a path or a Target; got "
+            f"{target!r}, of {type(target).__name__}."
+        )
     path = pathlib.Path(target)
     if path.suffix == ".txtpb":
         return _own_gpu(path)

@@ -29,11 +29,20 @@ class Traced:
 
     @property
     def mesh(self) -> dict[str, int]:
-        """Sizes of the axes over which arguments are sharded; empty on one device."""
-        for arg in self.args:
-            if isinstance(arg.sharding, NamedSharding):
-                return dict(arg.sharding.mesh.shape)
-        return {}
+        """Sizes of the axes over which arguments are sharded; empty on one device.
+
+        Raises:
+          ValueError: they are sharded over several meshes.
+        """
+        shardings = [arg.sharding for arg in self.args if arg.sharding is not None]
+        meshes = list(dict.fromkeys(s.mesh.shape_tuple for s in shardings))
+        if len(meshes) > 1:
+            raise ValueError(
+                "Arguments of what is reported on lie on one mesh; got meshes of "
+                f"{' and '.join(str(dict(mesh)) for mesh in meshes)} devices. Give all "
+                "a NamedSharding of the same mesh."
+            )
+        return dict(meshes[0]) if meshes else {}
 
 
 def trace(fn: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Traced:

@@ -438,10 +438,56 @@ def test_what_is_meant_is_no_finding(fn):
     assert census(fn, half(64, 64)).findings == ()
 
 
+class Experts(nn.Module):
+    """Four of them; the right one is chosen in float32."""
+
+    promoted: bool = False  # the stream is, not only what the router reads
+    hidden: bool = False  # the router is a hidden layer in float32
+
+    @nn.compact
+    def __call__(self, x):
+        if self.promoted:
+            x = x + jnp.zeros(x.shape, F32)
+        logits = nn.Dense(4, dtype=F32, name="router")(x)
+        x = x.astype(F32) if self.promoted else x
+        if self.hidden:
+            return nn.Dense(32, dtype=BF16)(nn.gelu(logits))
+        weights, chosen = lax.top_k(jax.nn.softmax(logits), 2)
+        every = nn.Dense(4 * 32, dtype=x.dtype)(x).reshape(*x.shape, 4)
+        own = jnp.take_along_axis(every, chosen[..., None, :], axis=-1)
+        own *= weights[..., None, :].astype(x.dtype)
+        return own.sum(-1).astype(x.dtype)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize(
+    ("options", "where"),
+    [({}, []), ({"promoted": True}, ["promotion"]), ({"hidden": True}, ["promotion"])],
+)
+def test_a_router_in_float32_is_meant(options, where, remat):
+    model = (nn.remat(Experts) if remat else Experts)(**options)
+    x = half(2, 16, 32)
+    with jax.numpy_dtype_promotion("standard"):
+        params = jax.eval_shape(model.init, jax.random.key(0), x)
+
+        def loss(params, x):
+            return jnp.sum(model.apply(params, x), dtype=F32)
+
+        made = census(jax.grad(loss, argnums=(0, 1)), params, x)
+    found = [f for f in made.findings if f.kind == "promotion"]
+    assert [f.kind for f in found if not f.backward] == where
+    assert where or not found
+
+
 def test_policies_with_a_name_leave_nothing_to_find():
     for policy in ("mixed_bfloat16", "mixed_float16"):
         model = mpjax.linen.MixedPrecision(Model(positions=None), policy)
         assert findings(model) == []
+
+
+def test_a_platform_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="cpu, tpu, cuda, rocm; got 'gpu'"):
+        census(jnp.dot, half(4, 4), half(4, 4), platform="gpu")
 
 
 def test_takes_milliseconds_and_makes_no_array():

@@ -641,12 +641,40 @@ def shapes(*shape):
     return Struct(shape, BF16)
 
 
+def test_arguments_on_two_meshes_are_refused_before_any_compiler():
+    def place(dtype, **axes):
+        mesh = AbstractMesh(
+            tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes)
+        )
+        sharding = NamedSharding(mesh, PartitionSpec(*list(axes)[:1]))
+        return Struct((8, 8), dtype, sharding=sharding)
+
+    for other in (dict(b=4), dict(a=2), dict(a=2, b=2), dict(b=2, a=2)):
+        args = place(BF16, a=4), place(BF16, **other)
+        with pytest.raises(ValueError, match=r"one mesh; got .*'a': 4.* and "):
+            mpjax.lowering.report(jnp.dot, *args, target="h100")
+
+
 def test_clear_errors(monkeypatch):
     report = functools.partial(mpjax.lowering.report, target="h100")
     with pytest.raises(ValueError, match=r"Known targets are cpu.*got 'h900'"):
         mpjax.lowering.report(dot, *PAIR, target="h900")
     with pytest.raises(ValueError, match="no compiler for mi300"):
         mpjax.lowering.report(dot, *PAIR, target="mi300")
+    for target in (None, 3, ["cpu", "h100"], jax.devices()[0]):
+        with pytest.raises(TypeError, match=r"one name such as 'h100'.*got"):
+            mpjax.lowering.report(dot, *PAIR, target=target)
+    for topology in (4, (2, 2)):
+        with pytest.raises(ValueError, match="A topology of v5e is 2 numbers"):
+            mpjax.lowering.report(dot, *PAIR, target="v5e", topology=topology)
+    for options in ("xla_a=1", ["xla_a"]):
+        with pytest.raises(TypeError, match=r"is a dict of options.*xla_a"):
+            report(dot, *PAIR, compiler_options=options)
+    for options in ({"xla_a": np.ones(2)}, {"xla_a": None}, {1: True}):
+        with pytest.raises(TypeError, match=r"maps names to strings.*got .*, of "):
+            report(dot, *PAIR, compiler_options=options)
+    with pytest.raises(mpjax.lowering.LoweringError, match="No such compile option"):
+        report(dot, *PAIR, compiler_options={"xla_a": True})
     with pytest.raises(ValueError, match=r"debug.*test_lowering.py:\d+ in printing"):
         report(printing, shapes(8, 8))
     with pytest.raises(TypeError, match="contracting dimensions"):  # of JAX, as it is
