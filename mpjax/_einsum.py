@@ -49,7 +49,8 @@ def einsum(
       f[...].
 
     Raises:
-      ValueError: there are not two operands, or an index occurs twice in one of them.
+      ValueError: there are not two operands, an index occurs twice in one of them or in
+        the result, or the result has one that they have not.
 
     Example:
       >>> import jax.numpy as jnp, mpjax
@@ -172,7 +173,13 @@ def _parse(subscripts: str, *ndims: int) -> tuple[list[str], list[str], list[str
         both = indices[0] + indices[1]
         once = {c for c in both if both.count(c) == 1}
         out = dots + "".join(sorted(once - set(dots)))
-    return list(indices[0]), list(indices[1]), list(out.replace("...", dots))
+    result = out.replace("...", dots)
+    if len(set(result)) < len(result) or not set(result) <= {*indices[0], *indices[1]}:
+        raise ValueError(
+            "The result of an einsum has indices of its operands, each of them once, "
+            f"got {out!r} in {subscripts!r}."
+        )
+    return list(indices[0]), list(indices[1]), list(result)
 
 
 def _sum_out(x: Array, indices: list[str], kept: list[str], sizes: dict[str, int]):

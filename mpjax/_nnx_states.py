@@ -17,10 +17,13 @@ class Scaling(nnx.Variable[ScalingState]):
     differentiated with respect to parameters and to them, and `update_scaling` enters
     what comes out. Left out of that, a layer scales by its current amaxes.
 
-    Of several uses of a layer the largest amax counts, under ``nnx.scan`` and
-    ``nnx.remat`` and among the examples of a ``vmap`` too. Where a function that
-    ``jax.checkpoint`` or ``jax.lax.scan`` runs has the model as a constant, JAX adds up
-    what its uses observe: an upper bound, under which nothing overflows.
+    Of several uses of a layer the largest amax counts, under ``nnx.remat``, where
+    ``nnx.scan`` carries the layer, and among the examples of a ``vmap`` too. Where the
+    layer is a constant, of a function that ``jax.checkpoint`` or ``jax.lax.scan`` runs
+    or by ``in_axes=None`` of ``nnx.scan``, JAX adds up what its uses observe: an upper
+    bound, under which nothing overflows, but which leaves small numbers few bits where
+    the uses are many. Carry it there: ``nnx.StateAxes({mpjax.nnx.Scaling: nnx.Carry,
+    ...: None})``.
 
     Example:
       >>> from flax import nnx

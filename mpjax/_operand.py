@@ -27,6 +27,11 @@ RESIDUAL_NAME = "mpjax_quantized"
 
 def check_operand(name: str, x: Array) -> Array:
     """A floating array that is wide enough to be quantized, or a TypeError."""
+    if isinstance(x, QArray):
+        raise TypeError(
+            f"{name} of a scaled product is quantized by the recipe, got a QArray; "
+            "pass what it was made of, and one of rhs as quantized_rhs as well."
+        )
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(

@@ -778,6 +778,8 @@ def test_operands_that_cannot_be_quantized_are_refused():
     x = normal(0, 8, 8)
     with pytest.raises(TypeError, match=r"lhs of a scaled product .* got int32"):
         scaled_dot_general(x.astype(jnp.int32), x, MATMUL, recipe=recipe)
+    with pytest.raises(TypeError, match=r"rhs of a scaled product .* got a QArray"):
+        scaled_dot_general(x, quantize(x, E4M3), MATMUL, recipe=recipe)
     with pytest.raises(
         TypeError, match=r"rhs of a scaled product .* got float8_e4m3fn"
     ):

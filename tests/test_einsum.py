@@ -112,6 +112,8 @@ def test_the_result_is_sharded_as_asked():
         ("ij,jk,kl->il", "pair by pair"),
         ("ii,ij->j", "takes no diagonal"),
         ("ijk,jk->i", "for an operand of 2 axes"),
+        ("ij,jk->iz", "has indices of its operands, .* got 'iz'"),
+        ("ij,jk->iik", "each of them once, got 'iik'"),
     ],
 )
 def test_what_it_does_not_do_is_said(subscripts, message):

@@ -432,6 +432,33 @@ def test_layers_of_a_scan_have_states_of_their_own():
     assert states["dense"]["kernel"].scale.shape == (3, 3)
 
 
+class Again(nn.Module):
+    """One layer in all steps of a loop, which broadcasts its states or carries them."""
+
+    carries: bool
+
+    @nn.compact
+    def __call__(self, x):
+        def step(dense, x, _):
+            return dense(x), None
+
+        lift = {"variable_broadcast": ["params", "scaling"]}
+        if self.carries and not self.is_initializing():
+            lift = {"variable_broadcast": "params", "variable_carry": "scaling"}
+        loop = nn.scan(step, split_rngs={"params": False}, length=4, **lift)
+        dense = nn.Dense(x.shape[-1], use_bias=False, name="dense")
+        return loop(dense, x, None)[0]
+
+
+@pytest.mark.parametrize("carries", [False, True])
+def test_steps_that_share_a_layer_observe_a_sum_unless_states_are_carried(carries):
+    model, x = MixedPrecision(Again(carries), rule(DELAYED)), normal(0, 4, 16)
+    variables = model.init(jax.random.key(0), x)
+    kernel = variables["params"]["dense"]["kernel"].astype(BF16)
+    _, rhs, _ = observe(model, variables, x)
+    np.testing.assert_array_equal(rhs, (1 if carries else 4) * jnp.abs(kernel).max())
+
+
 @jax.numpy_dtype_promotion("standard")  # the cell mixes dtypes
 def test_the_steps_of_a_recurrent_cell_observe_the_maximum():
     x = jnp.concatenate([normal(0, 2, 6, 16), 50 * normal(1, 2, 1, 16)], 1)

@@ -487,6 +487,31 @@ def test_layers_of_a_scan_observe_what_they_do_one_by_one():
     np.testing.assert_array_equal(scale[:, 1], 2.0 ** np.ceil(np.log2(amaxes / 448)))
 
 
+class Again(nnx.Module):
+    """One layer in all steps of a loop."""
+
+    def __init__(self, axes):
+        self.dense = nnx.Linear(16, 16, use_bias=False, rngs=rngs())
+        self.axes = axes
+
+    def __call__(self, x):
+        axes = (self.axes, nnx.Carry)
+        loop = nnx.scan(
+            lambda dense, x: dense(x), in_axes=axes, out_axes=nnx.Carry, length=4
+        )
+        return loop(self.dense, x)
+
+
+@pytest.mark.parametrize("carries", [False, True])
+def test_steps_that_share_a_layer_observe_a_sum_unless_states_are_carried(carries):
+    carried = nnx.StateAxes({Scaling: nnx.Carry, ...: None})
+    model = mixed_precision(Again(carried if carries else None), rule(DELAYED))
+    _, grads = loss_and_gradients(model, normal(2, 4, 16))
+    top = amax(model.dense.kernel[...])
+    seen = scales(grads)["dense/kernel"][1]
+    np.testing.assert_array_equal(seen, (1 if carries else 4) * top)
+
+
 def test_other_stacks():
     @nnx.split_rngs(splits=5)
     @nnx.vmap(out_axes=1)
