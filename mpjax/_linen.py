@@ -45,14 +45,19 @@ class MixedPrecision(nn.Module):
 
     Delayed scaling has its states in a collection ``"scaling"``, with respect to which
     a loss is differentiated too, and which `mpjax.update_scaling` keeps. Of several
-    uses of a layer the largest amax counts, through the transformations of Linen as
-    well. JAX adds them up over the calls of a function that the model gives to
-    ``jax.checkpoint``, ``jax.lax.scan`` and the like; over the steps of an ``nn.scan``
-    that broadcasts the states, as it does parameters that all steps share (``init`` has
-    to; later name them to ``variable_carry``, which merges them by the maximum); and
-    over those of Linen's transformations where the wrapper stands inside another
-    module, unless ``apply`` is told ``mutable=["scaling"]``. A sum is an upper bound,
-    under which nothing overflows; over many steps it leaves small numbers few bits.
+    uses of a layer in a call of ``apply`` the largest amax counts, through the
+    transformations of Linen as well. JAX adds up what is observed
+
+    - by several calls in one loss, unless each is given the states that the one before
+      returns under ``mutable=["scaling"]``;
+    - by the steps of an ``nn.scan`` that broadcasts the states, as it does parameters
+      which all steps share: name them to ``variable_carry`` instead, but in ``init``;
+    - by functions that the model gives to ``jax.checkpoint``, ``jax.lax.scan`` and the
+      like, and by transformations of Linen where the wrapper stands inside another
+      module, unless ``apply`` is told ``mutable=["scaling"]``.
+
+    A sum is an upper bound, under which nothing overflows; of many uses it leaves small
+    numbers few bits.
 
     Some things stay the model's own. Batch statistics and other collections than
     ``params`` hold what the model writes there, as it writes it: activations that it

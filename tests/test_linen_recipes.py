@@ -656,6 +656,29 @@ def test_a_microbatch_that_optax_skips_is_not_entered():
         np.testing.assert_array_equal(state.scale, other.scale)
 
 
+@pytest.mark.parametrize("hands_on", [False, True])
+def test_calls_in_one_loss_observe_a_sum_unless_states_are_handed_on(hands_on):
+    """Of two views of a batch, say, or of what is real and what is made up."""
+    x = normal(0, 4, 16)
+    model = MixedPrecision(nn.Dense(16, use_bias=False), rule(DELAYED))
+    variables = model.init(jax.random.key(0), x)
+
+    def loss_fn(scaling):
+        loss = 0.0
+        for factor in (1.0, 2.0):
+            given = {**variables, "scaling": scaling}
+            out, changed = model.apply(given, factor * x, mutable=["scaling"])
+            scaling = changed["scaling"] if hands_on else scaling
+            loss += jnp.sum(out)
+        return loss
+
+    seen = jax.grad(loss_fn)(variables["scaling"])["kernel"].scale
+    kernel = variables["params"]["kernel"]
+    tops = [float(jnp.abs(a.astype(BF16)).max()) for a in (x, kernel)]
+    uses = [2, 1, 1] if hands_on else [1 + 2, 2, 2]
+    np.testing.assert_array_equal(seen, np.float32([*tops, 1]) * np.float32(uses))
+
+
 def test_apply_returns_what_it_always_returns():
     x = normal(0, 4, 8)
     module = nn.Sequential([nn.Dense(8), nn.BatchNorm(use_running_average=False)])
