@@ -43,7 +43,8 @@ class ScalingState:
       scale: f32[..., 3], what a product takes as ``scales``: in units of the gradient
         of the scaled loss; 0 where nothing finite has been seen yet.
       history: f32[..., 3, history_length], amaxes of the unscaled loss, the newest
-        last; 0 where a step saw nothing finite.
+        last; 0 where a step saw nothing finite. Under ``optax.MultiSteps`` the last
+        entry belongs to the step whose microbatches are being summed.
       loss_scale: f32[...], what the loss is multiplied with in the step to come; 0
         where that is not known.
       recipe: the recipe of the product.
