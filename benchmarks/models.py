@@ -35,7 +35,6 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _jaxpr import Product, products
 from _zoo import MODELS, Model
 from flax import linen as nn
 from flax import nnx
@@ -47,6 +46,7 @@ from rich.table import Table
 import mpjax
 import mpjax.linen
 import mpjax.nnx
+from mpjax.lowering import Product, census
 
 POLICY = "mixed_bfloat16"
 # CanViT asserts that its coordinates are float32.
@@ -90,8 +90,8 @@ class Result:
 
     outputs: np.ndarray
     grads: np.ndarray
-    forward: list[Product]
-    both: list[Product]
+    forward: tuple[Product, ...]
+    both: tuple[Product, ...]
 
 
 def linen_program(module: nn.Module, policy, args, kwargs) -> Program:
@@ -128,15 +128,14 @@ def nnx_program(module: nnx.Module, policy, args, kwargs) -> Program:
 
 def measure(program: Program) -> Result:
     """Traces, compiles and runs a program and its gradient."""
-    ignore = [os.path.dirname(mpjax.__file__), os.path.dirname(__file__)]
     args = program.params, program.arrays
     grad = jax.grad(program.loss, has_aux=True, allow_int=True)
     grads, outputs = _compile(grad, *args)
     return Result(
         _vector(outputs),
         _vector([g for g in jax.tree.leaves(grads) if _is_floating(g)]),
-        products(jax.make_jaxpr(program.outputs)(*args), ignore),
-        products(jax.make_jaxpr(grad)(*args), ignore),
+        census(program.outputs, *args, platform="cpu").products,
+        census(grad, *args, platform="cpu").products,
     )
 
 
@@ -208,13 +207,17 @@ def _error(values: np.ndarray, reference: np.ndarray) -> str:
     return f"{np.linalg.norm(values - reference) / np.linalg.norm(reference):.1e}"
 
 
-def _count(found: list[Product]) -> str:
-    return f"{sum(p.runs_in(jnp.bfloat16) for p in found)}/{len(found)}"
+def _is_low(product: Product) -> bool:
+    return product.operands == "bfloat16"
 
 
-def _share(found: list[Product]) -> str:
-    low = sum(p.flops for p in found if p.runs_in(jnp.bfloat16))
-    return f"{low / max(sum(p.flops for p in found), 1.0):.1%}"
+def _count(found: tuple[Product, ...]) -> str:
+    return f"{sum(map(_is_low, found))}/{len(found)}"
+
+
+def _share(found: tuple[Product, ...]) -> str:
+    low = sum(p.flops for p in found if _is_low(p))
+    return f"{low / max(sum(p.flops for p in found), 1):.1%}"
 
 
 def run(model: Model) -> tuple[dict[str, Result], dict[str, BaseException], bool]:
@@ -270,8 +273,8 @@ def main(argv: list[str] | None = None) -> int:
             table.add_row(label, *cells, style="dim" if way == "cast" else None)
         failed += "mixed" in errors
         notes += [(model.name, f"{way}: {errors[way]!r}") for way in errors]
-        found = results["mixed"].both if "mixed" in results else []
-        outside = [p for p in found if not p.runs_in(jnp.bfloat16)]
+        found = results["mixed"].both if "mixed" in results else ()
+        outside = [p for p in found if not _is_low(p)]
         counts = Counter(f"{p.lhs} x {p.rhs} at {p.where}" for p in outside)
         notes += [(model.name, f"{n} of {p}") for p, n in counts.most_common()]
     console = Console()

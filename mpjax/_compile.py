@@ -34,6 +34,7 @@ _LONGEST = 2000  # characters of an error message
 # The code after registers are allocated: of the final bundles the compiler would make
 # several versions for the dump, in twice the time, with the same instructions.
 _DUMPS = re.compile(r"^\d+-(.*?)-\d+-post-ra\.txt$")
+_MATRIX_UNIT = re.compile(r"\bvmat[\w.]+")
 _EQUIVALENT = re.compile(
     r"^key:(\S+)\n(?:.*\n)*?((?:  \S+\n)*)(?=key:|\Z)", re.MULTILINE
 )
@@ -77,7 +78,8 @@ class Compiled:
     Attributes:
       text: the optimized program.
       figures: sizes of its memory in bytes, and "bytes_accessed".
-      code: machine code of the kernels, by name, where the compiler shows it.
+      code: machine code of the kernels, by name, where the compiler shows it; of a TPU
+        the opcodes of its matrix units.
     """
 
     text: str
@@ -282,12 +284,11 @@ def _run(target: Target, directory: pathlib.Path, devices: int, quick: bool) -> 
 
 
 def _bundles(dump: pathlib.Path) -> dict[str, str]:
-    """Machine code of a TPU; of equal kernels the compiler shows one."""
+    """What a TPU's matrix units do; of equal kernels the compiler shows one."""
     code = {}
     for path in dump.iterdir():
-        name = _DUMPS.match(path.name)
-        if name:
-            code[name[1]] = path.read_text()
+        if name := _DUMPS.match(path.name):
+            code[name[1]] = " ".join(_MATRIX_UNIT.findall(path.read_text()))
     for path in dump.glob("*deduplication-map.txt"):
         for shown, others in _EQUIVALENT.findall(path.read_text()):
             for other in others.split() if shown in code else ():

@@ -218,7 +218,7 @@ def report(
         shows the instructions that Triton's kernels use.
       compiler_options: of XLA, beside those needed to compile without a device.
       quick: whether the compiler of a TPU does less to make the program fast, in about
-        a third of the time. Products run on the same units; there are no cycles, and
+        half the time. Products run on the same units; there are no cycles, and
         temporary memory and bytes accessed are those of a slower program.
       **kwargs: arguments of the function by name. One that is called like an argument
         here, such as `target`, goes into a ``functools.partial``.

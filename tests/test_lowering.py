@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import pathlib
+import resource
 import signal
 import subprocess
 import sys
@@ -422,10 +423,12 @@ def test_a_billion_parameters():
     assert size > 1e9
     before = len(jax.live_arrays())
     for target in ("v7x", "h100"):
-        made = mpjax.lowering.report(step, *args, target=target)
+        made = mpjax.lowering.report(step, *args, target=target, quick=True)
         assert made.native > 0.99
         assert made.memory.argument > 8 * size  # float32 parameters and momentum
     assert len(jax.live_arrays()) == before
+    compilers = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert 1024 * compilers.ru_maxrss < 4 * size
 
 
 @pytest.mark.parametrize("target", ["v7x", "h100"])
