@@ -121,41 +121,52 @@ def table(reports: list) -> Table:
 
 
 def plot(reports: list, path: str) -> None:
-    """Draws the operations by matrix unit, and of TPUs the estimated cycles.
+    """Draws the operations by matrix unit and, if there are TPUs, estimated cycles.
 
     Each target has a bar for each policy, in the order of the command line.
     """
+    targets = list(dict.fromkeys(report.target for _, report in reports))
     policies = list(dict.fromkeys(policy for policy, _ in reports))
-    timed = [(policy, r) for policy, r in reports if r.cycles is not None]
-    panels = [reports, timed] if timed else [reports]
-    figure = Figure(figsize=(10, 3.75 * len(panels)), layout="constrained")
-    top, *bottom = figure.subplots(len(panels), squeeze=False)[:, 0]
-    colors = dict(zip(UNITS, matplotlib.colormaps["tab10"].colors, strict=False))
-    legend = {}
-    for axes, shown in zip((top, *bottom), panels, strict=True):
-        targets = list(dict.fromkeys(report.target for _, report in shown))
-        width = 0.8 / len(policies)
-        places = [
-            targets.index(report.target) + (policies.index(policy) + 0.5) * width - 0.4
-            for policy, report in shown
-        ]
-        axes.set_xticks(range(len(targets)), targets)
-        axes.tick_params(axis="x", length=0, pad=14)
-        axes.set_xticks(places, [brief(p) for p, _ in shown], minor=True, fontsize=7)
-        axes.tick_params(axis="x", which="minor", length=0, pad=2)
-        axes.spines[["top", "right"]].set_visible(False)
-        for place, (_, report) in zip(places, shown, strict=True):
-            start, parts = 0.0, shares(report)
-            if axes in bottom:  # one part, in the colour of the most operations
-                parts = {max(parts, key=parts.get): report.cycles / 1e8}
-            for unit, part in parts.items():
-                style = {"width": 0.92 * width, "color": colors.get(unit, "gray")}
-                legend[unit] = axes.bar(place, 100 * part, bottom=start, **style)
-                start += 100 * part
+    width = 0.8 / len(policies)
+    places = [
+        targets.index(report.target) + (policies.index(policy) + 0.5) * width - 0.4
+        for policy, report in reports
+    ]
+    timed = any(report.cycles is not None for _, report in reports)
+    size = max(6.0, 0.5 * len(places) + 1.5), 7.5 if timed else 4.0
+    figure = Figure(figsize=size, layout="constrained")
+    top, *bottom = figure.subplots(1 + timed, squeeze=False)[:, 0]
     top.set(ylabel="operations, %", title="What matrix units multiply")
-    title = "What the TPU compiler estimates, in the colour of most operations"
+    title = "Estimate of the TPU compiler, in the colour of most operations"
     for axes in bottom:
         axes.set(ylabel="million cycles", title=title)
+        axes.margins(y=0.1)
+    for axes in (top, *bottom):
+        axes.set_xticks(range(len(targets)), targets)
+        axes.tick_params(axis="x", length=0, pad=16)
+        axes.set_xticks(places, [brief(p) for p, _ in reports], minor=True, fontsize=8)
+        axes.tick_params(axis="x", which="minor", length=0, pad=3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xlim(-0.5, len(targets) - 0.5)
+    colors = dict(zip(UNITS, matplotlib.colormaps["tab10"].colors, strict=False))
+    legend = {}
+    for place, (_, report) in zip(places, reports, strict=True):
+        start, parts = 0.0, shares(report)
+        for unit, share in parts.items():
+            style = {"width": 0.92 * width, "color": colors.get(unit, "gray")}
+            legend[unit] = top.bar(place, 100 * share, bottom=start, **style)
+            start += 100 * share
+        style["color"] = colors.get(max(parts, key=parts.get), "gray")
+        for axes in bottom if report.cycles is not None else ():
+            bar = axes.bar(place, report.cycles / 1e6, **style)
+            axes.bar_label(bar, fmt="%.3g", fontsize=8)
+    for axes in bottom:
+        for report in {r.target: r for _, r in reports if r.cycles is None}.values():
+            place = targets.index(report.target), 0.02
+            style = {"ha": "center", "color": "gray", "fontsize": 8}
+            axes.text(
+                *place, "no estimate", transform=axes.get_xaxis_transform(), **style
+            )
     units = [unit for unit in UNITS if unit in legend]
     units += [unit for unit in legend if unit not in UNITS]
     handles = [legend[unit] for unit in units]
