@@ -54,6 +54,7 @@ from mpjax._scaling_states import update_scaling as update_scaling
 from mpjax._tree import all_finite as all_finite
 from mpjax._tree import cast_floating as cast_floating
 from mpjax._tree import select_tree as select_tree
+from mpjax._weight_copies import drop_weights as drop_weights
 from mpjax._weight_copies import keep_weights as keep_weights
 
 __version__ = "0.1.0"

@@ -13,6 +13,7 @@ from mpjax._observations import check_scales, hand_on, merge_observations
 from mpjax._operand import (
     Operand,
     check_operand,
+    check_result,
     first_order,
     keep,
     match_varying,
@@ -173,6 +174,7 @@ def observed_conv_general_dilated(
         **keywords,
     )
     out = jax.eval_shape(high, lhs, rhs)  # raises what lax raises
+    check_result(out.dtype)
     static = tuple(keywords.items())
     conv = _Conv(recipe, static, precision, lhs.dtype, rhs.dtype, out.dtype)
     lhs, rhs = match_varying(lhs, rhs)

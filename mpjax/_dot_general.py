@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from mpjax._observations import check_scales, hand_on, merge_observations
 from mpjax._operand import (
     check_operand,
+    check_result,
     first_order,
     keep,
     match_varying,
@@ -169,6 +170,7 @@ def observed_dot_general(
         out_sharding=out_sharding,
     )
     out = jax.eval_shape(lax_dot, lhs, rhs)  # raises what lax.dot_general raises
+    check_result(out.dtype)
     (lc, rc), (lb, rb) = dimension_numbers
     dot = _Dot(
         recipe=recipe,

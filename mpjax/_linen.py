@@ -19,7 +19,7 @@ import jax
 from flax.traverse_util import flatten_dict
 
 from mpjax import _table
-from mpjax._linen_layers import attributes, check_real, method_of
+from mpjax._linen_layers import attributes, check_real, classes, method_of
 from mpjax._linen_recipes import make_products
 from mpjax._linen_scopes import Marks
 from mpjax._linen_states import SCALING, Keeper, States
@@ -150,8 +150,8 @@ class MixedPrecision(nn.Module):
         if self.scope.path != module.scope.path:  # nn.share_scope has moved the wrapper
             nn.share_scope(self, module)
         # A fresh matcher is a fresh key for nn.jit: every module is seen.
-        rules, kind = expand_rules(self.rules), type(module)
-        rules = matcher(rules, kind) if record is None else Matcher(rules, kind)
+        rules, model = expand_rules(self.rules), classes(module)
+        rules = matcher(rules, model) if record is None else Matcher(rules, model)
         run = _Run(rules, module)
         try:
             with nn.intercept_methods(run.intercept):

@@ -1,10 +1,12 @@
 """What a bound Linen module is lent to follow its rule."""
 
+import dataclasses
 import functools
 from functools import partial
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -15,6 +17,14 @@ from mpjax._linen_params import Param, complex_error, in_kind_of
 from mpjax._linen_recipes import stand_in_method, stand_ins
 from mpjax._policy import Policy, get_policy
 from mpjax._rules import Rule
+
+
+def classes(module: nn.Module) -> tuple[Any, ...]:
+    """The class of a module, and the classes of those among its attributes."""
+    fields = [vars(module).get(field.name) for field in dataclasses.fields(module)]
+    children = [x for x in jax.tree.leaves(fields) if isinstance(x, nn.Module)]
+    own = [child for child in children if child is not module.parent]
+    return type(module), *map(classes, own)
 
 
 def attributes(

@@ -5,6 +5,7 @@ import functools
 import itertools
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
 
 from mpjax._policy import Policy, get_policy
 from mpjax._recipe import Recipe
@@ -16,14 +17,14 @@ class Matcher:
 
     Attributes:
       rules: the expanded rules, in order.
-      model: the class of a model whose runs need not all show the same modules: a rule
-        that it has used once is used.
+      model: the classes of a model whose runs need not all show the same modules: a
+        rule that it has used once is used.
       number: tells it from every other matcher, those that are gone included.
     """
 
     _numbers = itertools.count()
 
-    def __init__(self, rules: tuple[Rule, ...], model: type | None = None):
+    def __init__(self, rules: tuple[Rule, ...], model: tuple[Any, ...] | None = None):
         self.rules = rules
         self.model = model
         self.number = next(self._numbers)

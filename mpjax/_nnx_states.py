@@ -166,6 +166,19 @@ def keep_weights(model: nnx.Module) -> None:
     _write(model, _weight_copies.keep_weights(_values(states), _kernels(model)))
 
 
+def drop_weights(model: nnx.Module) -> None:
+    """Lets the layers of a model read their parameters again, in place.
+
+    For a copy of a model whose parameters are others, an EMA or a teacher say. See
+    `mpjax.drop_weights`.
+
+    Args:
+      model: from ``mixed_precision``.
+    """
+    states = dict(nnx.to_flat_state(nnx.state(model, Scaling)))
+    _write(model, _weight_copies.drop_weights(_values(states)))
+
+
 def _values(states: Mapping[tuple, nnx.Variable]) -> dict[tuple, Any]:
     return {path: variable.get_value() for path, variable in states.items()}
 

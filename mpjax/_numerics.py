@@ -7,6 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 import ml_dtypes
+import numpy as np
 from jax import lax
 
 from mpjax._typing import Array, DType
@@ -280,6 +281,8 @@ def _(dtype, primals, tangents):
 
 
 def _straight_through(x, tangent, dtype, out_dtype):
+    if not jnp.issubdtype(out_dtype, jnp.floating):
+        return np.zeros(x.shape, jax.dtypes.float0)  # integers have no derivative
     tangent = tangent.astype(out_dtype)
     fmt = _FORMATS.get(jnp.dtype(dtype).name)
     if fmt is None:

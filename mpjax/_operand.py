@@ -46,6 +46,15 @@ def check_operand(name: str, x: Array) -> Array:
     return x
 
 
+def check_result(dtype: DType) -> None:
+    """Raises a TypeError unless a product can be of this dtype."""
+    if not (jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize >= 2):
+        raise TypeError(
+            "preferred_element_type of a scaled product is a floating dtype of 16 bits "
+            f"or more, got {jnp.dtype(dtype).name}; leave it out and cast the result."
+        )
+
+
 def quantize_operand(
     scaling: Scaling,
     x: Array,

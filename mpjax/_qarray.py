@@ -1,10 +1,12 @@
 """An array in a low-precision format together with its scales."""
 
 import dataclasses
+import functools
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from mpjax._scales import (
     Block,
@@ -12,6 +14,8 @@ from mpjax._scales import (
     amax_to_scale,
     block_amax,
     check_block,
+    check_format,
+    check_scale_dtype,
     expand_scale,
     quantize_with_scale,
 )
@@ -59,7 +63,8 @@ def quantize(
     """Scales every block to the range of a format and rounds to nearest.
 
     With ``s = amax_to_scale(block_amax(x, block), dtype, rounding)`` the result holds
-    ``quantize_with_scale(x, s, dtype, block)`` and ``s``.
+    ``quantize_with_scale(x, s, dtype, block)`` and ``s``. There is no gradient: asking
+    for one raises.
 
     Args:
       x: f[d0, d1, ...].
@@ -75,7 +80,8 @@ def quantize(
 
     Raises:
       TypeError: ``x`` is not floating or ``dtype`` is no low-precision format.
-      ValueError: ``block`` does not fit, or the scales would not fit ``scale_dtype``.
+      ValueError: ``block`` does not fit, tensors are not scaled to ``dtype``, or the
+        scales would not fit ``scale_dtype``.
 
     Example:
       >>> import jax.numpy as jnp, mpjax
@@ -90,16 +96,36 @@ def quantize(
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"quantize needs a floating array, got {x.dtype.name}.")
-    scale_dtype = jnp.dtype(scale_dtype)
-    if scale_dtype == jnp.float8_e8m0fnu and rounding == "exact":
-        raise ValueError(
-            "float8_e8m0fnu holds powers of two only; with it, set rounding to 'up' or "
-            "'floor'."
-        )
+    dtype, scale_dtype = check_format(dtype), check_scale_dtype(scale_dtype, rounding)
     block = check_block(block, x.shape)
+    return _quantize(x, dtype, block, rounding, scale_dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def _quantize(x, dtype, block, rounding, scale_dtype) -> QArray:
     scale = amax_to_scale(block_amax(x, block), dtype, rounding)
     qvalue = quantize_with_scale(x, scale, dtype, block)
     return QArray(qvalue, scale.astype(scale_dtype), block, rounding)
+
+
+def _quantize_forward(x, *static):
+    return _quantize(x.value, *static), None
+
+
+def _no_gradient(*args):
+    """A cotangent of 8 bits would come out as zeros and a few huge numbers."""
+    cotangents = jax.tree.leaves(args[-1])
+    if all(isinstance(leaf, SymbolicZero) for leaf in cotangents):
+        return (None,)
+    raise TypeError(
+        "A quantized array has no gradient. To train through a quantization as if it "
+        "were not there (straight through), write x + jax.lax.stop_gradient("
+        "mpjax.dequantize(mpjax.quantize(x, dtype)) - x); where no gradient is meant, "
+        "mpjax.quantize(jax.lax.stop_gradient(x), dtype)."
+    )
+
+
+_quantize.defvjp(_quantize_forward, _no_gradient, symbolic_zeros=True)
 
 
 def dequantize(q: QArray, dtype: DType = jnp.float32) -> Array:

@@ -251,7 +251,7 @@ class Recipe:
           Array([1. , 1. , 0.5], dtype=float32)
         """
         last = state.loss_scale
-        ratio = jnp.where(last > 0, loss_scale / last, 1.0)
+        ratio = jnp.where(last > 0, loss_scale / jnp.where(last > 0, last, 1.0), 1.0)
         scale = jnp.clip(state.scale * _on_grad(ratio), 2.0**-126, 2.0**126)
         return dataclasses.replace(
             state,

@@ -1,7 +1,8 @@
 """From the largest magnitude of a tensor, a channel or a block to its scale."""
 
 import math
-from typing import Literal, TypeAlias
+import operator
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -104,6 +105,9 @@ def amax_to_scale(amax: Array, dtype: DType, rounding: Rounding = "exact") -> Ar
     Returns:
       f32[...].
 
+    Raises:
+      ValueError: there is no such rounding.
+
     Example:
       >>> import jax.numpy as jnp, mpjax
       >>> amax = jnp.array([896.0, 900.0, 0.0])
@@ -114,6 +118,7 @@ def amax_to_scale(amax: Array, dtype: DType, rounding: Rounding = "exact") -> Ar
       OCP Microscaling Formats (MX) Specification v1.0, section 6.3.
       Mishra et al., Recipes for Pre-training LLMs with MXFP8, arXiv 2506.08027 (up).
     """
+    check_rounding(rounding)
     amax, fmt = jnp.asarray(amax, jnp.float32), format_info(dtype)
     if rounding == "exact":
         # Compilers divide by a constant in this way, but not all of them.
@@ -190,12 +195,55 @@ def check_block(block: Block | None, shape: tuple[int, ...]) -> Block:
     """The block with ``None`` made explicit and whole axes as -1."""
     if block is None:
         return (-1,) * len(shape)
+    block = tuple(whole_number("a size of block", b) for b in block)
     if len(block) != len(shape) or any(b == 0 or b < -1 for b in block):
         raise ValueError(
             "block takes one size for each axis, positive or -1 for the whole axis, "
             f"got {block} for an array of shape {shape}."
         )
-    return tuple(-1 if b >= d else b for b, d in zip(block, shape, strict=True))
+    return tuple(
+        -1 if isinstance(d, int) and b >= d else b  # not of a symbolic dimension
+        for b, d in zip(block, shape, strict=True)
+    )
+
+
+def check_format(dtype: DType) -> DType:
+    """A format that tensors are scaled to, or an error."""
+    fmt = format_info(dtype)
+    if fmt.name in ("float8_e8m0fnu", "float16", "bfloat16"):
+        raise ValueError(
+            "Tensors are scaled to signed formats of at most 8 bits, got "
+            f"{fmt.name}; choose float8_e4m3fn or float8_e5m2."
+        )
+    return fmt.dtype
+
+
+def check_rounding(rounding: Rounding) -> None:
+    """Raises a ValueError unless scales are rounded in such a way."""
+    if rounding not in ("exact", "up", "floor"):
+        raise ValueError(
+            f"rounding of a scale is 'exact', 'up' or 'floor', got {rounding!r}."
+        )
+
+
+def check_scale_dtype(dtype: DType, rounding: Rounding) -> DType:
+    """A dtype for scales that are rounded so, or a ValueError."""
+    dtype = jnp.dtype(dtype)
+    if dtype not in (jnp.float32, jnp.float8_e8m0fnu):
+        raise ValueError(f"scale_dtype is float32 or float8_e8m0fnu, got {dtype.name}.")
+    if dtype == jnp.float8_e8m0fnu and rounding == "exact":
+        raise ValueError(
+            "float8_e8m0fnu holds powers of two only; with it, set rounding to 'up' or "
+            "'floor'."
+        )
+    return dtype
+
+
+def whole_number(name: str, value: Any) -> int:
+    """The value as an ``int``, or a TypeError."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} is a whole number, got {value!r}; pass an int.")
+    return operator.index(value)
 
 
 def _power_of_two(amax: Array, fmt: Format, round_up: bool) -> Array:

@@ -2,13 +2,19 @@
 
 import abc
 import dataclasses
-import operator
-from typing import Any, Literal
+from typing import Literal
 
 import jax.numpy as jnp
 
-from mpjax._numerics import format_info
-from mpjax._scales import Block, Rounding, amax_to_scale
+from mpjax._scales import (
+    Block,
+    Rounding,
+    amax_to_scale,
+    check_format,
+    check_rounding,
+    check_scale_dtype,
+    whole_number,
+)
 from mpjax._typing import Array, DType
 
 
@@ -25,18 +31,8 @@ class Scaling(abc.ABC):
     rounding: Rounding = "up"
 
     def __post_init__(self):
-        fmt = format_info(self.dtype)
-        object.__setattr__(self, "dtype", fmt.dtype)
-        if fmt.name in ("float8_e8m0fnu", "float16", "bfloat16"):
-            raise ValueError(
-                "Tensors are scaled to signed formats of at most 8 bits, got "
-                f"{fmt.name}; choose float8_e4m3fn or float8_e5m2."
-            )
-        if self.rounding not in ("exact", "up", "floor"):
-            raise ValueError(
-                "rounding of a scale is 'exact', 'up' or 'floor', got "
-                f"{self.rounding!r}."
-            )
+        object.__setattr__(self, "dtype", check_format(self.dtype))
+        check_rounding(self.rounding)
 
     def __str__(self):
         return type(self).__name__.removesuffix("Scaling").lower()
@@ -104,22 +100,13 @@ class BlockScaling(Scaling):
 
     def __post_init__(self):
         super().__post_init__()
-        object.__setattr__(self, "scale_dtype", jnp.dtype(self.scale_dtype))
-        object.__setattr__(self, "size", _whole_number("size", self.size))
+        scale_dtype = check_scale_dtype(self.scale_dtype, self.rounding)
+        object.__setattr__(self, "scale_dtype", scale_dtype)
+        object.__setattr__(self, "size", whole_number("size", self.size))
         if self.size < 2:
             raise ValueError(
                 f"A block has at least two elements, got size={self.size}; "
                 "CurrentScaling and ChannelScaling need no size."
-            )
-        if self.scale_dtype not in (jnp.float32, jnp.float8_e8m0fnu):
-            raise ValueError(
-                "scale_dtype is float32 or float8_e8m0fnu, got "
-                f"{self.scale_dtype.name}."
-            )
-        if self.scale_dtype != jnp.float32 and self.rounding == "exact":
-            raise ValueError(
-                "float8_e8m0fnu holds powers of two only; with it, set rounding to "
-                "'up' or 'floor'."
             )
 
     def __str__(self):
@@ -166,7 +153,7 @@ class DelayedScaling(Scaling):
 
     def __post_init__(self):
         super().__post_init__()
-        length = _whole_number("history_length", self.history_length)
+        length = whole_number("history_length", self.history_length)
         object.__setattr__(self, "history_length", length)
         if self.history_length < 1:
             raise ValueError(
@@ -201,10 +188,3 @@ class DelayedScaling(Scaling):
         """f32[...], the scale for an amax, margin included."""
         scale = amax_to_scale(amax, self.dtype, self.rounding)
         return jnp.clip(scale * 2.0**self.margin, 2.0**-126, 2.0**126)
-
-
-def _whole_number(name: str, value: Any) -> int:
-    """The value as an ``int``, or a TypeError."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} is a whole number, got {value!r}; pass an int.")
-    return operator.index(value)

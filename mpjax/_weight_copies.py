@@ -35,10 +35,11 @@ def keep_weights(states: ArrayTree, params: ArrayTree) -> ArrayTree:
     ``SpectralNorm``. A kernel that other modules change before it multiplies is not to
     be kept.
 
-    A layer multiplies with the copy, whatever parameters it is given: call this again
-    with averaged parameters (an EMA, say) before they are evaluated, and after any
-    change without `update_scaling`. The gradient with respect to such states has zeros
-    of the size of the copies: use it within the ``jit`` that computes it.
+    A layer multiplies with the copy, whatever parameters it is given. Others (an EMA, a
+    teacher, a reference model) take states of `drop_weights`, and after any change
+    without `update_scaling` this is to be called again. The gradient with respect to
+    such states has zeros of the size of the copies: use it within the ``jit`` that
+    computes it.
 
     Args:
       states: a tree of ``ScalingState``: the collection ``"scaling"`` of a Linen model.
@@ -83,6 +84,30 @@ def keep_weights(states: ArrayTree, params: ArrayTree) -> ArrayTree:
             "delayed scaling of rhs; got no state that belongs to a parameter."
         )
     return new
+
+
+def drop_weights(states: ArrayTree) -> ArrayTree:
+    """States without the copies of `keep_weights`: layers read their parameters again.
+
+    Args:
+      states: a tree of ``ScalingState``, and of anything else, a whole train state say.
+
+    Returns:
+      The tree with states that keep no weights; the same scales and histories.
+
+    Example:
+      >>> import jax.numpy as jnp, mpjax
+      >>> params = {"kernel": jnp.ones((2, 3))}
+      >>> states = {"kernel": mpjax.delayed_scaling().init()}
+      >>> states = mpjax.drop_weights(mpjax.keep_weights(states, params))
+      >>> print(states["kernel"].weight)
+      None
+    """
+    return jax.tree.map(
+        lambda leaf: replace(leaf, weight=None) if _is_state(leaf) else leaf,
+        states,
+        is_leaf=_is_state,
+    )
 
 
 def with_copy(state: ScalingState, kernel: Array, path=()) -> ScalingState:

@@ -192,6 +192,15 @@ def test_a_quantized_copy_says_whether_its_scale_is_two_to_the_k(rounding):
     assert (jnp.dtype(jnp.bfloat16) in found) == (rounding == "up")
 
 
+def test_a_result_has_16_bits_or_more():
+    lhs, rhs = normal(0, 4, 8), normal(1, 8, 4)
+    for dtype in (jnp.int32, E4M3):
+        with pytest.raises(TypeError, match="a floating dtype of 16 bits or more, got"):
+            scaled_dot_general(
+                lhs, rhs, MATMUL, None, dtype, recipe=named.current_scaling()
+            )
+
+
 def test_integers_are_multiplied_as_integers():
     found = dots(jaxpr_of_step(RECIPES["int8"]))
     assert {(d.lhs, d.rhs, d.out) for d in found} == {
@@ -558,6 +567,19 @@ def test_a_quantized_copy_of_another_form_is_refused():
     for copy in (quantize(rhs, E5M2), quantize(rhs[:8], E4M3)):
         with pytest.raises(ValueError, match="quantized_rhs serves the product"):
             call(quantized_rhs=copy)
+
+
+def test_a_copy_made_within_the_loss_takes_no_gradient():
+    lhs, rhs = normal(0, 6, 40), normal(1, 40, 24)
+    recipe = named.current_scaling()
+
+    def loss(rhs, quantized):
+        copy = quantize(rhs, E4M3, rounding="up") if quantized else None
+        out = scaled_dot_general(lhs, rhs, MATMUL, recipe=recipe, quantized_rhs=copy)
+        return jnp.sum(out**2)
+
+    grad = jax.jit(jax.grad(loss), static_argnums=1)
+    np.testing.assert_array_equal(grad(rhs, True), grad(rhs, False))
 
 
 # -------------------------------------------------------------------- transformations

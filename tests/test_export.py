@@ -48,6 +48,25 @@ def of_optax():
         )
 
 
+@pytest.mark.parametrize(
+    "recipe", [mpjax.current_scaling(), mpjax.per_channel_scaling()]
+)
+def test_a_batch_of_any_size(recipe):
+    rule = mpjax.Rule(".*", "mixed_bfloat16", recipe)
+    model = mpjax.linen.MixedPrecision(nn.Dense(16), rule)
+    variables = model.init(jax.random.key(0), normal(0, 4, 8))
+
+    def loss(variables, x):
+        return jnp.sum(model.apply(variables, x) ** 2)
+
+    (size,) = jax.export.symbolic_shape("b")
+    x = jax.ShapeDtypeStruct((size, 8), jnp.float32)
+    call = stored(jax.grad(loss), variables, x)
+    for n in (1, 5):
+        x = normal(n, n, 8)
+        assert_equal(call(variables, x), jax.jit(jax.grad(loss))(variables, x))
+
+
 def test_a_train_step():
     model, x = mpjax.linen.MixedPrecision(nn.Dense(16), RULE), normal(0, 4, 8)
     tx = mpjax.dynamic_loss_scaling(optax.sgd(0.1, 0.9), init_scale=8.0)

@@ -1064,3 +1064,13 @@ def test_what_a_step_observed_knows_its_loss_scale():
         amaxes.append(float(scaling["kernel"].history[2, -1]))
     np.testing.assert_allclose(amaxes, amaxes[0], rtol=1e-2)
     assert amaxes[0] > 0
+
+
+def test_models_of_other_layers_are_checked_for_themselves():
+    """Also of one class, which the layers are given to."""
+    rule = mpjax.Rule(".*", "mixed_bfloat16", mpjax.current_scaling())
+    served = mpjax.linen.MixedPrecision(nn.Sequential([nn.Dense(8)]), rule)
+    served.init(jax.random.key(0), jnp.ones((2, 8)))
+    other = mpjax.linen.MixedPrecision(nn.Sequential([nn.PReLU()]), rule)
+    with pytest.raises(ValueError, match="serves no product"):
+        other.init(jax.random.key(0), jnp.ones((2, 8)))

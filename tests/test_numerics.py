@@ -195,6 +195,18 @@ def test_gradient_is_straight_through_inside_the_range(cast):
     assert tangent == 9
 
 
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.int4])
+def test_integers_have_no_gradient(dtype):
+    for cast in (
+        lambda x: numerics.saturating_cast(x, dtype),
+        lambda x: numerics.stochastic_round(x, dtype, jax.random.key(0)),
+    ):
+        loss = jax.jit(
+            jax.grad(lambda x, cast=cast: (x * cast(x).astype(x.dtype)).sum())
+        )
+        np.testing.assert_array_equal(loss(jnp.array([1.0, -3.0])), [1, -3])
+
+
 def test_gradient_through_the_grid_is_not_rounded():
     gradient = jax.grad(lambda x: numerics.round_to_grid(x, jnp.float8_e4m3fn) * 1e-4)
     assert gradient(jnp.float32(1.0)) == np.float32(1e-4)

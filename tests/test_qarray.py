@@ -137,3 +137,29 @@ def test_bad_input_is_refused():
         qarray.quantize(normal(3), E4M3, scale_dtype=E8M0)
     with pytest.raises(ValueError, match="one size for each axis"):
         qarray.quantize(normal(3), E4M3, block=(1, 1))
+    with pytest.raises(TypeError, match="a size of block is a whole number, got"):
+        qarray.quantize(normal(3), E4M3, block=(1.5,))
+    with pytest.raises(ValueError, match="'exact', 'up' or 'floor', got 'nearest'"):
+        qarray.quantize(normal(3), E4M3, rounding="nearest")
+    for dtype in (E8M0, jnp.bfloat16):
+        with pytest.raises(ValueError, match="formats of at most 8 bits"):
+            qarray.quantize(normal(3), dtype)
+    with pytest.raises(ValueError, match="float32 or float8_e8m0fnu, got bfloat16"):
+        qarray.quantize(normal(3), E4M3, rounding="up", scale_dtype=jnp.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [E4M3, jnp.int8])
+def test_there_is_no_gradient_but_straight_through(dtype):
+    x = normal(4, 8)
+
+    def rounded(x):
+        return qarray.dequantize(qarray.quantize(x, dtype))
+
+    with pytest.raises(TypeError, match=r"no gradient.*write x \+ jax\.lax\.stop"):
+        jax.jit(jax.grad(lambda x: jnp.sum(rounded(x) ** 2)))(x)
+
+    def loss(x):
+        return jnp.sum((x + jax.lax.stop_gradient(rounded(x) - x)) ** 2)
+
+    expected = 2 * (x + (rounded(x) - x))
+    np.testing.assert_array_equal(jax.grad(loss)(x), expected)

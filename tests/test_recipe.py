@@ -188,6 +188,14 @@ def test_update_follows_the_oracle(steps, algorithm, margin, power_of_two):
         np.testing.assert_allclose(state.scale, np.float32(expected), rtol=2e-7)
 
 
+def test_a_step_of_an_unknown_loss_scale_divides_by_no_zero():
+    recipe = named.delayed_scaling(2)
+    with jax.debug_nans(True):
+        state = recipe.update(recipe.init(0.0), jnp.ones(3), 8.0)
+    assert not state.history.any() and not state.scale.any()
+    assert state.loss_scale == 8.0
+
+
 def test_an_overflow_is_forgotten_at_once():
     """It does not hold the scale down for a whole history."""
     recipe = named.delayed_scaling(history_length=1024)

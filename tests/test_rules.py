@@ -181,13 +181,13 @@ def test_unused_rules_name_what_they_may_have_meant():
 def test_a_rule_once_used_is_used():
     # A module may run in training only, or inside a trace that nn.jit has cached.
     rules = expand_rules([mpjax.Rule("drop", "f32"), "c=bf16"])
-    found = Matcher(rules, Dense)
+    found = Matcher(rules, (Dense,))
     with pytest.raises(ValueError, match=r"'drop'.*takes optional=True"):
         found.check_all_used({"": Dense})
     found.check_all_used({"": Dense, "drop": Dense})
     found.check_all_used({"": Dense})
     # Another model, and one of whose modules all are known, are checked for themselves.
-    for other in (matcher(rules, LayerNorm), Matcher(rules)):
+    for other in (matcher(rules, (LayerNorm,)), Matcher(rules)):
         other.check_all_used({"drop": Dense, "": Dense})
     with pytest.raises(ValueError, match="'drop'"):
         other.check_all_used({"": Dense})
@@ -195,7 +195,7 @@ def test_a_rule_once_used_is_used():
 
 def test_a_recipe_that_served_once_serves():
     rules = expand_rules(mpjax.Rule(".*", "c=bf16", mpjax.current_scaling()))
-    found = Matcher(rules, Dense)
+    found = Matcher(rules, (Dense,))
     with pytest.raises(ValueError, match="serves no product"):
         found.check_all_used({"a": Dense}, served={"a": set()})
     found.check_all_used({"a": Dense}, served={"a": {"kernel"}})

@@ -313,6 +313,27 @@ def test_nnx_models_do_both_in_place():
         )
 
 
+def test_other_parameters_take_states_without_copies():
+    model, variables = linen_model()
+    params, scaling = variables["params"], variables["scaling"]
+    kept = mpjax.keep_weights(scaling, params)
+    dropped = mpjax.drop_weights({"step": 3, "scaling": kept})["scaling"]
+    jax.tree.map(np.testing.assert_array_equal, dropped, scaling)
+    average = jax.tree.map(lambda x: x / 2, params)
+    expected = loss_of(model, average, scaling)
+    assert loss_of(model, average, dropped) == expected != loss_of(model, average, kept)
+
+    net = mpjax.nnx.mixed_precision(nnx.Linear(24, 8, rngs=nnx.Rngs(0)), RULE)
+    net.kernel[...] = net.kernel.astype(jnp.bfloat16).astype(jnp.float32)
+    mpjax.nnx.keep_weights(net)
+    teacher = nnx.clone(net)
+    teacher.kernel[...] = -net.kernel[...]
+    np.testing.assert_array_equal(teacher(X), net(X))
+    mpjax.nnx.drop_weights(teacher)
+    np.testing.assert_array_equal(teacher(X), -net(X))
+    assert net.kernel_scaling.get_value().weight is not None
+
+
 def test_normalized_weights_are_not_kept():
     """What multiplies there is not the parameter."""
     linear = nnx.Linear(24, 32, rngs=nnx.Rngs(0))
