@@ -103,7 +103,7 @@ def dot_product_attention(
     return output.reshape(*batch, queries, heads, value.shape[-1])
 
 
-def drop_weights(
+def dropout(
     weights: Array, rng: Any, rate: float, broadcast: bool, deterministic: bool
 ) -> Array:
     """Dropout of attention weights, with the random bits of Flax's own attention.

@@ -166,10 +166,28 @@ class LayerProducts:
             return product(self.recipe, None, None)[0]
         state = self.read(name)
         weight = None if state.weight is None else state.weight.values
+        # A rule or a state may promise that scales are known.
         recipe = self.recipe if self.recipe.calibrated else state.recipe
         out, later = product(recipe, state.scale, weight)
         self.write(name, later)
         return out
+
+
+def unserved(path: str, kind: type, why: str) -> ValueError:
+    """The error for a module that multiplies in a way of its own."""
+    return ValueError(
+        f"Module {path!r} ({kind.__name__}) {why} and takes no recipe. Give it a rule "
+        "without one, before the rule that matches it: "
+        f"mpjax.Rule({path!r}, 'mixed_bfloat16')."
+    )
+
+
+def unserved_attention(path: str, kind: type) -> ValueError:
+    """The error for a module with an attention that is not Flax's."""
+    return ValueError(
+        f"Module {path!r} ({kind.__name__}) has an attention_fn of its own, which "
+        "takes no recipe. Leave attention=True out of its rule."
+    )
 
 
 def check_convolution(path: str, recipe: Recipe) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import flax.linen as nn
 from flax.linen.dtypes import promote_dtype
 
-from mpjax._attention import dot_product_attention, drop_weights, plain_einsum
+from mpjax._attention import dot_product_attention, dropout, plain_einsum
 from mpjax._layer_products import LayerProducts
 from mpjax._typing import Array
 
@@ -70,7 +70,7 @@ class Attention:
         def edit(weights):
             if given.module is not None:
                 given.module.sow("intermediates", "attention_weights", weights)
-            return drop_weights(
+            return dropout(
                 weights,
                 given.dropout_rng,
                 given.dropout_rate,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpjax._cpu_faults import conv_general_dilated
-from mpjax._layer_products import LayerProducts
+from mpjax._layer_products import LayerProducts, unserved_attention
 from mpjax._linen_attention import stand_in
 from mpjax._linen_params import Param, complex_error, in_kind_of
 from mpjax._linen_recipes import stand_in_method, stand_ins
@@ -72,10 +72,7 @@ def attributes(
         if attention is not None:
             lent["attention_fn"] = attention
         elif rule.attention and function is not None:
-            raise ValueError(
-                f"Module {path!r} ({kind.__name__}) has an attention_fn of its own, "
-                "which takes no recipe. Leave attention=True out of its rule."
-            )
+            raise unserved_attention(path, kind)
     # Flax's own layers cast what they read where that is cheapest, except in setup.
     casts_itself = method != "setup" and kind.__module__.startswith("flax.linen")
     lent["param"] = Param(module, path, policy, has_dtype, casts_itself)

@@ -8,7 +8,7 @@ import flax.linen as nn
 from jax import lax
 
 from mpjax import _layers
-from mpjax._layer_products import LayerProducts
+from mpjax._layer_products import LayerProducts, unserved
 from mpjax._linen_states import SCALING, States
 from mpjax._rules import Rule
 from mpjax._tree import cast_floating
@@ -36,19 +36,19 @@ def make_products(
 
 def stand_ins(module: nn.Module, products: LayerProducts, rule: Rule) -> dict[str, Any]:
     """Attributes through which a layer multiplies under its recipe."""
-    own, lent = vars(module), {}
+    own, kind, lent = vars(module), type(module), {}
     if isinstance(module, nn.ConvLocal):
-        raise _unserved(module, products, "convolves with a kernel at every place")
+        raise unserved(products.path, kind, "convolves with a kernel at every place")
     for field, stock in (
         ("dot_general", lax.dot_general),
         ("conv_general_dilated", lax.conv_general_dilated),
     ):
-        if field not in type(module).__dataclass_fields__:
+        if field not in kind.__dataclass_fields__:
             continue
         value = own.get(field)
         is_lent = isinstance(getattr(value, "__self__", None), LayerProducts)
         if not (value is None or value is stock or is_lent) or own.get(f"{field}_cls"):
-            raise _unserved(module, products, f"has a {field} of its own")
+            raise unserved(products.path, kind, f"has a {field} of its own")
         lent[field] = getattr(products, field)
     if isinstance(module, nn.RNN) and products.recipe.stateful:
         # A loop makes variables that all steps share, and carries what has been made.
@@ -113,11 +113,3 @@ def _with_scaling(collections: Any) -> Any:
         return True
     names = [collections] if isinstance(collections, str) else collections or []
     return [name for name in names if name != SCALING] + [SCALING]
-
-
-def _unserved(module: nn.Module, products: LayerProducts, why: str) -> ValueError:
-    return ValueError(
-        f"Module {products.path!r} ({type(module).__name__}) {why} and takes no "
-        "recipe. Give it a rule without one, before the rule that matches it: "
-        f"mpjax.Rule({products.path!r}, 'mixed_bfloat16')."
-    )

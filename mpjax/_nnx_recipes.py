@@ -21,8 +21,14 @@ from flax.errors import TraceContextError
 from jax import lax
 
 from mpjax import _cpu_faults, _layers
-from mpjax._attention import dot_product_attention, drop_weights
-from mpjax._layer_products import LayerProducts, check_convolution, einsum_sizes
+from mpjax._attention import dot_product_attention, dropout
+from mpjax._layer_products import (
+    LayerProducts,
+    check_convolution,
+    einsum_sizes,
+    unserved,
+    unserved_attention,
+)
 from mpjax._nnx_states import Scaling
 from mpjax._recipe import Recipe, ScalingState
 from mpjax._rules import Rule
@@ -95,20 +101,17 @@ def products_of(
             not any(value is one for one in _HOOKS[name][1])
             or getattr(module, f"{name}_cls", None) is not None
         ):
-            raise _unserved(path, bare, f"has a {name} of its own")
+            raise unserved(path, bare, f"has a {name} of its own")
     if (hooks or stand_ins) and not small:
         names.add("embedding" if isinstance(module, nnx.Embed) else "kernel")
         if "conv_general_dilated" in hooks or isinstance(module, nnx.ConvTranspose):
             check_convolution(path, rule.recipe)
         if isinstance(module, nnx.ConvTranspose) and module.padding == "CIRCULAR":
-            raise _unserved(path, bare, "pads in circles")
+            raise unserved(path, bare, "pads in circles")
     value = getattr(module, "attention_fn", None)
     if rule.attention and value is not None and not inspect.ismethod(value):
         if not _is_stock_attention(value):
-            raise ValueError(
-                f"Module {path!r} ({bare.__name__}) has an attention_fn of its own, "
-                "which takes no recipe. Leave attention=True out of its rule."
-            )
+            raise unserved_attention(path, bare)
         names |= {"query_key", "weights_value"}
     return names
 
@@ -274,7 +277,7 @@ def attention(
     def edit(weights):
         if module is not None:
             module.sow(nnx.Intermediate, "attention_weights", weights)
-        return drop_weights(
+        return dropout(
             weights, dropout_rng, dropout_rate, broadcast_dropout, deterministic
         )
 
@@ -294,11 +297,3 @@ def attention(
 
 def _is_stock_attention(value) -> bool:
     return value is nnx.dot_product_attention or value is attention
-
-
-def _unserved(path: str, bare: type, why: str) -> ValueError:
-    return ValueError(
-        f"Module {path!r} ({bare.__name__}) {why} and takes no recipe. Give it a rule "
-        "without one, before the rule that matches it: "
-        f"mpjax.Rule({path!r}, 'mixed_bfloat16')."
-    )

@@ -3,7 +3,7 @@
 import functools
 import operator
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -76,36 +76,11 @@ def update_scaling(
       >>> print(f"{scaling['kernel'].scale[0]:.5f}")  # 1 / 448, rounded up
       0.00391
     """
-    steps = _found(opt_state, optax.MultiStepsState)
-    coming = None
-    if opt_state is not None and (not steps or _found(opt_state, LossScalingState)):
-        coming = loss_scale(opt_state)
-    made = _all([jnp.asarray(step.mini_step) == 0 for step in steps])
-    applied = [] if coming is None else [last_step_finite(opt_state)]
-    for step in steps:  # what it does itself about gradients that it is told to skip
-        if isinstance(step.skip_state, Mapping) and "should_skip" in step.skip_state:
-            applied.append(~jnp.asarray(step.skip_state["should_skip"]))
-
-    def update(state: ScalingState, seen: ScalingState) -> ScalingState:
-        seen = seen_by_copy(state, seen)
-        recipe, used = state.recipe, seen.loss_scale  # 0 without value_and_grad
-        state = recipe.rescale(state, jnp.where(used > 0, used, state.loss_scale))
-        following = coming
-        if following is None:
-            following = jnp.where(used > 0, used, 1.0)
-            last = jnp.where(state.loss_scale > 0, state.loss_scale, 1.0)
-            state = replace(state, loss_scale=last)
-        if steps:
-            entered = _enter_microbatch(state, seen.scale, following, made)
-        else:
-            entered = recipe.update(state, seen.scale, following)
-        if not applied:
-            return entered
-        skipped = recipe.rescale(state, following)
-        return select_tree(_all(applied), entered, skipped)
-
+    step = _Step.of(opt_state)
     structure = jax.tree.structure(states, is_leaf=_is_state)
-    new = structure.unflatten(update(*pair) for pair in _pairs(states, observed))
+    new = structure.unflatten(
+        _enter(state, seen, step) for state, seen in _pairs(states, observed)
+    )
     return copy_weights(new, params)
 
 
@@ -203,6 +178,63 @@ def rescale_scaling(states: ArrayTree, opt_state: ArrayTree) -> ArrayTree:
     return jax.tree.map(rescale, states, is_leaf=_is_state)
 
 
+@dataclass(frozen=True)
+class _Step:
+    """What the state of an optimizer tells of the step that it has taken.
+
+    Attributes:
+      loss_scale: f32[], of the step to come; None: the optimizer scales no loss.
+      applied: bool[], whether it has used the gradients; None: it always does.
+      made: bool[], whether a step of microbatches was made; None: it takes none.
+    """
+
+    loss_scale: Array | None
+    applied: Array | None
+    made: Array | None
+
+    @classmethod
+    def of(cls, opt_state: ArrayTree | None) -> "_Step":
+        if opt_state is None:
+            return cls(None, None, None)
+        many = _found(opt_state, optax.MultiStepsState)
+        scales_loss = not many or _found(opt_state, LossScalingState)
+        applied = [last_step_finite(opt_state)] if scales_loss else []
+        for state in many:  # gradients that should_skip_update_fn has turned away
+            skip = state.skip_state
+            if isinstance(skip, Mapping) and "should_skip" in skip:
+                applied.append(~jnp.asarray(skip["should_skip"]))
+        return cls(
+            loss_scale(opt_state) if scales_loss else None,
+            _all(applied),
+            _all([jnp.asarray(state.mini_step) == 0 for state in many]),
+        )
+
+
+def _enter(state: ScalingState, seen: ScalingState, step: _Step) -> ScalingState:
+    """The state of a product after a step.
+
+    Args:
+      state: before it.
+      seen: the gradient with respect to ``state``.
+      step: what the optimizer tells.
+    """
+    seen = seen_by_copy(state, seen)
+    recipe, used = state.recipe, seen.loss_scale  # 0 without value_and_grad
+    state = recipe.rescale(state, jnp.where(used > 0, used, state.loss_scale))
+    coming = step.loss_scale
+    if coming is None:
+        coming = jnp.where(used > 0, used, 1.0)
+        last = jnp.where(state.loss_scale > 0, state.loss_scale, 1.0)
+        state = replace(state, loss_scale=last)
+    if step.made is None:
+        entered = recipe.update(state, seen.scale, coming)
+    else:
+        entered = _enter_microbatch(state, seen.scale, coming, step.made)
+    if step.applied is None:
+        return entered
+    return select_tree(step.applied, entered, recipe.rescale(state, coming))
+
+
 def _enter_microbatch(
     state: ScalingState, seen: Array, loss_scale: Array, made: Array
 ) -> ScalingState:
@@ -266,8 +298,8 @@ def _by_path(tree: ArrayTree) -> dict[Any, Any]:
     return dict(jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_state)[0])
 
 
-def _all(conditions: list[Array]) -> Array:
-    return functools.reduce(operator.and_, conditions, jnp.array(True))
+def _all(conditions: list[Array]) -> Array | None:
+    return functools.reduce(operator.and_, conditions) if conditions else None
 
 
 def _found(tree: ArrayTree, kind: type) -> list[Any]:
