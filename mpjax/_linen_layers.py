@@ -2,11 +2,12 @@
 
 import dataclasses
 import functools
+import itertools
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -21,10 +22,18 @@ from mpjax._rules import Rule
 
 def classes(module: nn.Module) -> tuple[Any, ...]:
     """The class of a module, and the classes of those among its attributes."""
-    fields = [vars(module).get(field.name) for field in dataclasses.fields(module)]
-    children = [x for x in jax.tree.leaves(fields) if isinstance(x, nn.Module)]
-    own = [child for child in children if child is not module.parent]
-    return type(module), *map(classes, own)
+    names = [field.name for field in dataclasses.fields(module)]
+    fields = [vars(module).get(name) for name in names if name != "parent"]
+    return type(module), *map(classes, _modules(fields))
+
+
+def _modules(value: Any) -> Iterator[nn.Module]:
+    """Those in an attribute; not as a pytree, which sorts the keys of a dict."""
+    if isinstance(value, nn.Module):
+        yield value
+    elif isinstance(value, list | tuple | Mapping):
+        items = value.values() if isinstance(value, Mapping) else value
+        yield from itertools.chain.from_iterable(map(_modules, items))
 
 
 def attributes(

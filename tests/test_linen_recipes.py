@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import flax.linen as nn
 import jax
@@ -1074,3 +1074,24 @@ def test_models_of_other_layers_are_checked_for_themselves():
     other = mpjax.linen.MixedPrecision(nn.Sequential([nn.PReLU()]), rule)
     with pytest.raises(ValueError, match="serves no product"):
         other.init(jax.random.key(0), jnp.ones((2, 8)))
+
+
+class Modes(nn.Module):
+    """Attributes are dicts; the keys of one have no order."""
+
+    layers: Mapping[str, nn.Module]
+    rates: Mapping[object, float]
+
+    def __call__(self, x):
+        return self.layers["only"](x)
+
+
+def test_layers_in_dicts_are_told_apart_and_keys_need_no_order():
+    def init(layer):
+        modes = Modes({"only": layer}, {int: 0.1, None: 0.2, 3: 0.3})
+        model = MixedPrecision(modes, rule(mpjax.current_scaling()))
+        model.init(jax.random.key(0), jnp.ones((2, 8)))
+
+    init(nn.Dense(8))
+    with pytest.raises(ValueError, match="serves no product"):
+        init(nn.PReLU())
