@@ -133,12 +133,18 @@ def calibrate_scaling(states: ArrayTree) -> ArrayTree:
 
 
 def _has_seen_operands(state: ScalingState) -> bool:
-    """Whether the delayed scales of lhs and rhs are known, in all layers of a stack."""
+    """Whether the delayed scales of lhs and rhs are known, in all layers of a stack.
+
+    Those that a product in low precision reads; that of the gradient if there are none.
+    """
     if isinstance(state.scale, Tracer):
         return True
-    operands = state.recipe.lhs, state.recipe.rhs
-    delayed = [isinstance(scaling, DelayedScaling) for scaling in operands]
-    return bool((np.asarray(state.scale)[..., :2][..., delayed] > 0).all())
+    recipe, read = state.recipe, {"out": (0, 1), "lhs_grad": (1,), "rhs_grad": (0,)}
+    operands = {i for product in recipe.quantized for i in read[product]}
+    delayed = [
+        i for i in operands if isinstance((recipe.lhs, recipe.rhs)[i], DelayedScaling)
+    ]
+    return bool((np.asarray(state.scale)[..., delayed or [2]] > 0).all())
 
 
 def rescale_scaling(states: ArrayTree, opt_state: ArrayTree) -> ArrayTree:

@@ -276,6 +276,23 @@ def test_what_no_gradient_reaches_is_not_calibrated(keeps):
     assert traced["below"]["kernel"].recipe.calibrated
 
 
+@pytest.mark.parametrize(
+    ("recipe", "observed"),
+    [
+        (dataclasses.replace(DELAYED, quantized=("out",)), [1, 1, 0]),
+        (dataclasses.replace(DELAYED, quantized=("lhs_grad",)), [0, 1, 1]),
+        (dataclasses.replace(DELAYED, quantized=("rhs_grad",)), [1, 0, 1]),
+        (mpjax.current_scaling(delayed_weights=True), [0, 1, 0]),
+        (dataclasses.replace(mpjax.current_scaling(), grad=DELAYED.grad), [0, 0, 1]),
+    ],
+)
+def test_only_scales_that_are_read_have_to_be_known(recipe, observed):
+    with pytest.raises(ValueError, match="call update_scaling before"):
+        mpjax.calibrate_scaling(recipe.init())
+    state = recipe.update(recipe.init(), jnp.array(observed, jnp.float32))
+    assert mpjax.calibrate_scaling(state).recipe.calibrated
+
+
 def test_nnx_models_do_both_in_place():
     model = nnx.Sequential(
         nnx.Linear(24, 32, rngs=nnx.Rngs(0)),
