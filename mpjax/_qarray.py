@@ -118,10 +118,11 @@ def _no_gradient(*args):
     if all(isinstance(leaf, SymbolicZero) for leaf in cotangents):
         return (None,)
     raise TypeError(
-        "A quantized array has no gradient. To train through a quantization as if it "
-        "were not there (straight through), write x + jax.lax.stop_gradient("
-        "mpjax.dequantize(mpjax.quantize(x, dtype)) - x); where no gradient is meant, "
-        "mpjax.quantize(jax.lax.stop_gradient(x), dtype)."
+        "A quantized array has no gradient, and a loop may ask for one of what goes "
+        "into it. Where none is meant, write c = jax.lax.stop_gradient(x) and "
+        "mpjax.quantize(c, dtype); to train through a quantization as if it were not "
+        "there (straight through), x + (mpjax.dequantize(mpjax.quantize(c, dtype)) - "
+        "c)."
     )
 
 

@@ -582,6 +582,28 @@ def test_a_copy_made_within_the_loss_takes_no_gradient():
     np.testing.assert_array_equal(grad(rhs, True), grad(rhs, False))
 
 
+def test_copies_for_a_loop_are_made_of_weights_without_gradient():
+    x, weights = normal(0, 4, 16), normal(1, 3, 16, 16)
+    recipe = named.current_scaling()
+    make = jax.vmap(functools.partial(quantize, dtype=E4M3, rounding="up"))
+
+    def loss(weights, copies):
+        def step(x, layer):
+            rhs, copy = layer
+            return scaled_dot_general(
+                x, rhs, MATMUL, recipe=recipe, quantized_rhs=copy
+            ), None
+
+        copies = None if copies is None else copies(weights)
+        return jnp.sum(jax.lax.scan(step, x, (weights, copies))[0])
+
+    grad = jax.jit(jax.grad(loss), static_argnums=1)
+    detached = grad(weights, lambda weights: make(jax.lax.stop_gradient(weights)))
+    np.testing.assert_array_equal(detached, grad(weights, None))
+    with pytest.raises(TypeError, match="a loop may ask for one"):
+        grad(weights, make)
+
+
 # -------------------------------------------------------------------- transformations
 
 
