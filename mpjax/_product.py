@@ -60,7 +60,7 @@ def product(
 
 
 def _is_blocked(q: QArray, contracting: Sequence[int]) -> bool:
-    return any(q.scale.shape[axis] > 1 for axis in contracting)
+    return any(q.scale.shape[axis] != 1 for axis in contracting)
 
 
 def _powers_of_two(*operands: QArray) -> bool:

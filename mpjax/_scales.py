@@ -57,7 +57,7 @@ def _split(x: Array, axis: int, size: int) -> Array:
     """An axis as two, blocks and what is in them; zeros fill the last block."""
     dim = x.shape[axis]
     shards = _explicit_shards(x, axis)
-    if dim % (size * shards) and shards > 1:
+    if shards > 1 and dim % (size * shards):
         raise ValueError(
             f"Blocks of {size} lie within the shards of an axis, got an axis of {dim} "
             f"elements in {shards} shards. Take a smaller block, or another sharding."
@@ -176,7 +176,7 @@ def expand_scale(scale: Array, shape: tuple[int, ...], block: Block) -> Array:
         return scale.reshape((1,) * len(shape))
     lead = scale.ndim - len(block)  # axes that vmap or scan has stacked
     for axis, size in enumerate(block, lead):
-        if size > 1 and scale.shape[axis] > 1:
+        if size > 1 and scale.shape[axis] != 1:
             explicit = _explicit_shards(scale, axis) > 1
             sharding = jax.typeof(scale).sharding if explicit else None
             scale = jnp.repeat(scale, size, axis, out_sharding=sharding)

@@ -49,7 +49,12 @@ def of_optax():
 
 
 @pytest.mark.parametrize(
-    "recipe", [mpjax.current_scaling(), mpjax.per_channel_scaling()]
+    "recipe",
+    [
+        mpjax.current_scaling(),
+        mpjax.per_channel_scaling(),
+        mpjax.block_scaling(size=4),  # also along the batch, of the gradient
+    ],
 )
 def test_a_batch_of_any_size(recipe):
     rule = mpjax.Rule(".*", "mixed_bfloat16", recipe)
