@@ -66,9 +66,9 @@ class Transformer(nn.Module):
         return embed.attend(nn.LayerNorm()(x))
 
 
-def train_step(policy: str):
+def train_step(policy: str, width: int):
     """A train step of the model under a policy, and the shapes of its arguments."""
-    model = mpjax.linen.MixedPrecision(Transformer(), policy)
+    model = mpjax.linen.MixedPrecision(Transformer(width), policy)
     optimizer = optax.adamw(3e-4)
 
     def step(params, opt_state, tokens):
@@ -186,6 +186,7 @@ def main(args=None) -> list:
         "--policy", nargs="+", default=["mixed_bfloat16", "mixed_float8"]
     )
     parser.add_argument("--target", nargs="+", default=TARGETS)
+    parser.add_argument("--width", type=int, default=256, help="of the model")
     parser.add_argument("--plot", default="what_will_it_run.png")
     parser.add_argument("--verbose", action="store_true", help="every product of each")
     args = parser.parse_args(args)
@@ -193,7 +194,7 @@ def main(args=None) -> list:
     reports = []
     for target in tqdm.tqdm(args.target):
         for policy in args.policy:
-            step, shapes = train_step(policy)
+            step, shapes = train_step(policy, args.width)
             start = time.perf_counter()
             report = mpjax.lowering.report(step, *shapes, target=target)
             reports.append((policy, report))

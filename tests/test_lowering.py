@@ -422,13 +422,14 @@ def test_a_billion_parameters():
     size = sum(x.size for x in jax.tree.leaves(args[0]))
     assert size > 1e9
     before = len(jax.live_arrays())
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # of all, so far
     for target in ("v7x", "h100"):
         made = mpjax.lowering.report(step, *args, target=target, quick=True)
         assert made.native > 0.99
         assert made.memory.argument > 8 * size  # float32 parameters and momentum
     assert len(jax.live_arrays()) == before
     compilers = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert 1024 * compilers.ru_maxrss < 4 * size
+    assert compilers.ru_maxrss == peak or 1024 * compilers.ru_maxrss < 4 * size
 
 
 @pytest.mark.parametrize("target", ["v7x", "h100"])
@@ -581,7 +582,9 @@ def test_leaves_the_process_as_it_was():
 
 
 ENDLESS = """
-import jax, jax.numpy as jnp, mpjax.lowering
+import signal, jax, jax.numpy as jnp, mpjax.lowering
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by a job of a shell
 
 def f(x):
     for _ in range(400):
