@@ -18,7 +18,6 @@ from mpjax._operand import (
     keep,
     match_varying,
     quantize_operand,
-    restore,
 )
 from mpjax._qarray import QArray, dequantize
 from mpjax._recipe import Recipe
@@ -286,7 +285,7 @@ def _conv_backward(conv, residuals, grad):
     observed = merge_observations(seen_lhs, seen_rhs, seen_grad, scales)
     # The convolution is linear in either operand: where it is pulled back does not
     # matter, and the two products may want their operands in different dtypes.
-    (lhs, lhs_scale), (rhs, rhs_scale) = _values(restore(lhs)), _values(restore(rhs))
+    (lhs, lhs_scale), (rhs, rhs_scale) = _values(lhs), _values(rhs)
     (one, one_scale), (two, two_scale) = _values(for_lhs), _values(for_rhs)
     one, rhs_one, lhs_one = _alike(one, rhs, lhs)
     _, pull = jax.vjp(lambda x: conv.convolve(x, rhs_one, "lhs_grad"), lhs_one)

@@ -18,7 +18,6 @@ from mpjax._operand import (
     keep,
     match_varying,
     quantize_operand,
-    restore,
 )
 from mpjax._product import DimensionNumbers, product
 from mpjax._qarray import QArray
@@ -333,7 +332,6 @@ def _dot_forward(dot, lhs, rhs, scales, quantized_rhs):
 
 def _dot_backward(dot, residuals, grad):
     lhs, rhs, seen_lhs, seen_rhs, scales = residuals
-    lhs, rhs = restore(lhs), restore(rhs)
     grad = first_order(grad)
     (for_lhs, for_rhs), seen_grad = dot.quantize_grad(grad, scales)
     observed = merge_observations(seen_lhs, seen_rhs, seen_grad, scales)

@@ -1,6 +1,5 @@
 """What the operands of scaled products go through before and after them."""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -109,8 +108,7 @@ def quantize_operand(
             block,
             scaling.rounding,
         )
-        named = jax.tree.map(lambda x: checkpoint_name(x, RESIDUAL_NAME), keep(q))
-        forms[block] = restore(named)
+        forms[block] = jax.tree.map(_named, q)
     operands = [
         x
         if contracting is None
@@ -120,44 +118,34 @@ def quantize_operand(
     return operands, observed
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Kept:
-    """A quantized array for the backward pass: narrow floats as unsigned integers.
+def keep(operand: Operand) -> Operand:
+    """What a forward pass hands to the backward pass, apart from what itself reads.
 
-    Of what ``jax.checkpoint`` keeps it first reduces the precision, by a rule for IEEE
-    floats: it would turn all float8_e4m3fn from 256 on into infinity, which is NaN.
+    ``jax.checkpoint`` reduces the precision of floats that it keeps and that the
+    forward pass reads as well, by a rule for IEEE floats: all float8_e4m3fn from 256 on
+    would become infinity, which is NaN. Names are given to bits for the same reason.
+    Bits are not what is kept, since XLA slices a stack of them, which ``scan`` makes,
+    in passes of its own.
     """
-
-    bits: QArray
-    dtypes: tuple[DType, ...] = dataclasses.field(metadata={"static": True})
-
-
-def keep(operand: Operand) -> Array | _Kept:
-    """What a forward pass hands to the backward pass."""
     if not isinstance(operand, QArray):
         return operand
-
-    def to_bits(x):
-        if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize == 1:
-            bits = jnp.finfo(x.dtype).bits
-            x = lax.bitcast_convert_type(x, jnp.uint4 if bits == 4 else jnp.uint8)
-        return x
-
-    dtypes = tuple(x.dtype for x in jax.tree.leaves(operand))
-    return _Kept(jax.tree.map(to_bits, operand), dtypes)
+    return jax.tree.map(lambda x: _from_bits(_to_bits(x), x.dtype), operand)
 
 
-def restore(kept: Array | _Kept) -> Operand:
-    """The inverse of ``keep``."""
-    if not isinstance(kept, _Kept):
-        return kept
-    leaves, structure = jax.tree.flatten(kept.bits)
-    pairs = zip(leaves, kept.dtypes, strict=True)
-    return structure.unflatten(
-        x if x.dtype == dtype else lax.bitcast_convert_type(x, dtype)
-        for x, dtype in pairs
-    )
+def _named(x: Array) -> Array:
+    return _from_bits(checkpoint_name(_to_bits(x), RESIDUAL_NAME), x.dtype)
+
+
+def _to_bits(x: Array) -> Array:
+    """Narrow floats as unsigned integers, all else as it is."""
+    if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize == 1:
+        bits = jnp.finfo(x.dtype).bits
+        return lax.bitcast_convert_type(x, jnp.uint4 if bits == 4 else jnp.uint8)
+    return x
+
+
+def _from_bits(x: Array, dtype: DType) -> Array:
+    return x if x.dtype == dtype else lax.bitcast_convert_type(x, dtype)
 
 
 @jax.custom_jvp
