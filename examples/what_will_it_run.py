@@ -4,7 +4,9 @@
 
 No accelerator is needed: the step is compiled for each of them on this machine. The
 compilers come with `pip install 'mpjax[lowering]'` on Linux x86-64. Nothing is trained
-and no array is made; the model is given as shapes.
+and no array is made; the model is given as shapes. It is small, and of few tokens:
+passes over its weights cost more cycles than its products save in fp8.
+`benchmarks/fp8.py` has a step where they do not.
 """
 
 import argparse
