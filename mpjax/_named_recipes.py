@@ -28,8 +28,8 @@ def current_scaling(
         weight changes little in a step, and no pass over it has to come before its
         quantization. The recipe then has a state, as `delayed_scaling` has, and
         `calibrate_scaling` and `keep_weights` serve it. In attention the second
-        operands are keys and values, which change with the batch: give modules of
-        ``Rule(attention=True)`` a rule of their own, with the recipe as it is without.
+        operands are keys and values, which change with the batch: a rule with
+        ``attention=True`` refuses it.
 
     Returns:
       A recipe.

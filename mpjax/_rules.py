@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from mpjax._named_recipes import current_scaling
 from mpjax._policy import Policy, get_policy
 from mpjax._recipe import Recipe
+from mpjax._scaling import DelayedScaling
 
 # Class names of normalization layers, in Linen, NNX and in models of other authors; but
 # not of blocks that are called after where their norm stands (PreNorm).
@@ -60,7 +61,8 @@ class Rule:
 
     Raises:
       ValueError: ``path`` or ``module_type`` is not a valid regular expression, the
-        policy cannot be read, or a field needs another that is not there.
+        policy cannot be read, a field needs another that is not there, or attention is
+        to be served by a recipe of delayed weights.
       TypeError: a field has the wrong type.
 
     Example:
@@ -130,6 +132,18 @@ class Rule:
                 "Rule.min_size and Rule.attention say which products a recipe serves, "
                 f"and {describe(self)} has none: add recipe=mpjax.current_scaling()."
             )
+        if self.attention and self.recipe is not None:
+            delayed = [
+                isinstance(scaling, DelayedScaling)
+                for scaling in (self.recipe.lhs, self.recipe.rhs)
+            ]
+            if delayed == [False, True]:
+                raise ValueError(
+                    "With attention=True keys and values are second operands, which "
+                    f"the recipe {str(self.recipe)!r} scales as weights, by the batch "
+                    "before: they would saturate. Give attention a rule of its own, "
+                    "with mpjax.current_scaling()."
+                )
 
     def matches(self, path: str, module_type: type) -> bool:
         """Whether the rule matches a module of this path and type."""

@@ -233,6 +233,16 @@ def test_a_model_of_norms_uses_a_name_as_well():
         (lambda: mpjax.Rule("a", "f32", min_size=8), ValueError, "has none"),
         (lambda: mpjax.Rule("a", "f32", attention=True), ValueError, "has none"),
         (
+            lambda: mpjax.Rule(
+                "a",
+                "bf16",
+                mpjax.current_scaling(delayed_weights=True),
+                attention=True,
+            ),
+            ValueError,
+            "keys and values are second operands",
+        ),
+        (
             lambda: mpjax.Rule("a", "mixed_float8", min_size=-1),
             ValueError,
             "at least 0",
