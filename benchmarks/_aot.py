@@ -11,9 +11,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 
-from mpjax import _compile, _targets
-from mpjax._hlo import Module
-from mpjax._trace import trace
+from mpjax._hardware import targets as _targets
+from mpjax._inspection.tracing import trace
+from mpjax._lowering import compiler as _compile
+from mpjax._lowering.hlo import Module
 
 TPUS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
 GPUS = ("a100", "h100", "b200")

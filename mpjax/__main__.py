@@ -3,8 +3,8 @@
 import argparse
 import sys
 
-from mpjax._compile import LoweringError
-from mpjax._support import COMPILED, matrix, verify
+from mpjax._lowering.compiler import LoweringError
+from mpjax._lowering.support import COMPILED, matrix, verify
 
 
 def main(args: list[str] | None = None) -> int:

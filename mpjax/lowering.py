@@ -4,15 +4,15 @@ The compilers come with ``pip install 'mpjax[lowering]'``, as plugins of JAX. Th
 complain, and do no harm, where there is no device: ``JAX_PLATFORMS=cpu`` silences them.
 """
 
-from mpjax._census import Census as Census
-from mpjax._census import Finding as Finding
-from mpjax._census import census as census
-from mpjax._compile import LoweringError as LoweringError
-from mpjax._lowered import LoweredProduct as LoweredProduct
-from mpjax._lowering import Memory as Memory
-from mpjax._lowering import Report as Report
-from mpjax._lowering import report as report
-from mpjax._native import assert_native as assert_native
-from mpjax._products import Product as Product
-from mpjax._targets import Target as Target
-from mpjax._targets import get_target as get_target
+from mpjax._hardware.targets import Target as Target
+from mpjax._hardware.targets import get_target as get_target
+from mpjax._inspection.census import Census as Census
+from mpjax._inspection.census import Finding as Finding
+from mpjax._inspection.census import census as census
+from mpjax._inspection.products import Product as Product
+from mpjax._lowering.assertion import assert_native as assert_native
+from mpjax._lowering.compiler import LoweringError as LoweringError
+from mpjax._lowering.report import Memory as Memory
+from mpjax._lowering.report import Report as Report
+from mpjax._lowering.report import report as report
+from mpjax._lowering.verdicts import LoweredProduct as LoweredProduct

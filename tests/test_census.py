@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 import mpjax
 import mpjax.linen
 import mpjax.lowering
-from mpjax import _jaxpr
+from mpjax._inspection import steps as _jaxpr
 
 Struct = jax.ShapeDtypeStruct
 BF16, F32, E4M3 = jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn

@@ -10,8 +10,11 @@ from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from mpjax import _named_recipes as named
-from mpjax._conv import observed_conv_general_dilated, scaled_conv_general_dilated
+from mpjax._products.conv import (
+    observed_conv_general_dilated,
+    scaled_conv_general_dilated,
+)
+from mpjax._recipes import named
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 RECIPES = {

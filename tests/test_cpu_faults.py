@@ -7,7 +7,7 @@ import pytest
 from jax import lax
 from jaxprs import dots, equations
 
-from mpjax._cpu_faults import _FAULTY, conv_general_dilated, dot_general
+from mpjax._products.xla_cpu import _FAULTY, conv_general_dilated, dot_general
 
 BF16 = jnp.bfloat16
 

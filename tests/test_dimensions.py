@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 
-from mpjax import _named_recipes as named
-from mpjax._conv import scaled_conv_general_dilated
-from mpjax._dot_general import scaled_dot_general
+from mpjax._products.conv import scaled_conv_general_dilated
+from mpjax._products.dot_general import scaled_dot_general
+from mpjax._recipes import named
 
 RECIPES = {
     "current": named.current_scaling(),

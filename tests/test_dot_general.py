@@ -13,12 +13,12 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxprs import dots, equations
 
-from mpjax import _named_recipes as named
-from mpjax import _product as product_module
-from mpjax import _recipe as recipes
-from mpjax import _scaling as scaling
-from mpjax._dot_general import observed_dot_general, scaled_dot_general
-from mpjax._qarray import quantize
+from mpjax._numerics.qarray import quantize
+from mpjax._products import multiply as product_module
+from mpjax._products.dot_general import observed_dot_general, scaled_dot_general
+from mpjax._recipes import named
+from mpjax._recipes import recipe as recipes
+from mpjax._recipes import scalings as scaling
 
 E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
 MATMUL = (((1,), (0,)), ((), ()))

@@ -9,9 +9,9 @@ import reference
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mpjax import _named_recipes as named
-from mpjax._einsum import einsum, observed_einsum
-from mpjax._qarray import quantize
+from mpjax._numerics.qarray import quantize
+from mpjax._products.einsum import einsum, observed_einsum
+from mpjax._recipes import named
 
 RECIPE = named.current_scaling()
 CASES = [

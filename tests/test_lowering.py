@@ -556,7 +556,7 @@ def test_train_step_of_the_digits(target):
 
 
 def test_own_gpu(tmp_path):
-    figures = pathlib.Path(mpjax.__file__).parent / "targets" / "h100.txtpb"
+    figures = pathlib.Path(mpjax.__file__).parent / "_hardware" / "gpus" / "h100.txtpb"
     path = tmp_path / "h200.txtpb"
     path.write_text(figures.read_text().replace("85", "141", 1))
     made = mpjax.lowering.report(dot, *PAIR, target=path)
@@ -700,7 +700,7 @@ def test_clear_errors(monkeypatch):
         mpjax.lowering.report(jnp.dot, *[shapes(400_000, 400_000)] * 2, target="v5e")
     with pytest.raises(mpjax.lowering.LoweringError, match=r"lower.* for h100"):
         report(lambda x: lax.platform_dependent(x, tpu=jnp.sin), shapes(8, 8))
-    find = "mpjax._compile.importlib.util.find_spec"
+    find = "mpjax._lowering.compiler.importlib.util.find_spec"
     monkeypatch.setattr(find, lambda name: None)
     for target in ("h100", "v5e", "cpu"):
         with pytest.raises(ImportError, match=r"pip install 'mpjax\[lowering\]'"):

@@ -8,10 +8,10 @@ import pytest
 from jax import lax
 
 import mpjax.lowering
-from mpjax._hlo import Module
-from mpjax._jaxpr import steps
-from mpjax._match import match
-from mpjax._products import is_product
+from mpjax._inspection.products import is_product
+from mpjax._inspection.steps import steps
+from mpjax._lowering.hlo import Module
+from mpjax._lowering.pairing import match
 
 Struct = jax.ShapeDtypeStruct
 BF16, F32 = jnp.bfloat16, jnp.float32

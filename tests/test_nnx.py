@@ -18,8 +18,8 @@ from jaxprs import count_converts, dots, equations
 import mpjax
 import mpjax.linen
 import mpjax.nnx
-from mpjax._cpu_faults import conv_general_dilated
-from mpjax._nnx_recipes import attention
+from mpjax._nnx.recipes import attention
+from mpjax._products.xla_cpu import conv_general_dilated
 from mpjax.nnx import mixed_precision
 
 BF16 = jnp.dtype(jnp.bfloat16)

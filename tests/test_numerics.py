@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import reference
 
-from mpjax import _numerics as numerics
+from mpjax._numerics import casts as numerics
 
 FORMATS = list(numerics._FORMATS)
 FLOAT6 = [name for name in FORMATS if name.startswith("float6")]

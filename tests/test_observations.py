@@ -11,11 +11,11 @@ from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from mpjax._conv import observed_conv_general_dilated
-from mpjax._dot_general import observed_dot_general
-from mpjax._einsum import observed_einsum
-from mpjax._layer_products import LayerProducts
-from mpjax._named_recipes import current_scaling, delayed_scaling
+from mpjax._layers.multiplier import LayerProducts
+from mpjax._products.conv import observed_conv_general_dilated
+from mpjax._products.dot_general import observed_dot_general
+from mpjax._products.einsum import observed_einsum
+from mpjax._recipes.named import current_scaling, delayed_scaling
 
 RECIPE = delayed_scaling(16)
 SCALES, W = jnp.zeros(3), 3 * jnp.ones((4, 4))

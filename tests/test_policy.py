@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mpjax
-from mpjax._policy import dtype_to_names
+from mpjax._policies.policy import dtype_to_names
 
 NAMES = {
     "float16": jnp.float16,

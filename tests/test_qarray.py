@@ -5,7 +5,7 @@ import pytest
 import reference
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-import mpjax._qarray as qarray
+import mpjax._numerics.qarray as qarray
 
 E4M3, E8M0 = jnp.float8_e4m3fn, jnp.float8_e8m0fnu
 

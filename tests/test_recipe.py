@@ -8,9 +8,9 @@ import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpjax import _named_recipes as named
-from mpjax import _recipe as recipes
-from mpjax import _scaling as scaling
+from mpjax._recipes import named
+from mpjax._recipes import recipe as recipes
+from mpjax._recipes import scalings as scaling
 
 E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
 ALL = [

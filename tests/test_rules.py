@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mpjax
-from mpjax._matcher import Matcher, matcher
-from mpjax._rules import expand_rules
+from mpjax._policies.lookup import Matcher, matcher
+from mpjax._policies.rule import expand_rules
 
 
 class LayerNorm:

@@ -9,8 +9,8 @@ import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpjax import _scales as scales
-from mpjax import _scaling as scaling
+from mpjax._numerics import scales
+from mpjax._recipes import scalings as scaling
 
 FORMATS = ["float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float4_e2m1fn", "int8"]
 E4M3 = jnp.float8_e4m3fn

@@ -6,8 +6,8 @@ import pytest
 
 import mpjax
 from mpjax import __main__ as command
-from mpjax import _support as support
-from mpjax import _targets as targets
+from mpjax._hardware import targets
+from mpjax._lowering import support
 
 GPUS = ["a100", "h100", "b200"]
 
@@ -68,7 +68,7 @@ def test_targets_by_any_name():
 
 
 def test_figures_of_gpus_are_package_data():
-    folder = pathlib.Path(mpjax.__file__).parent / "targets"
+    folder = pathlib.Path(mpjax.__file__).parent / "_hardware" / "gpus"
     assert {path.stem for path in folder.glob("*.txtpb")} == set(GPUS)
     for name in GPUS:
         assert "cuda_compute_capability" in targets.TARGETS[name].config

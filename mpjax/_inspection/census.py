@@ -1,0 +1,234 @@
+"""What a traced program computes in which dtype, and what of it looks unintended."""
+
+import collections
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, get_args
+
+from mpjax._hardware.targets import Platform
+from mpjax._inspection.detectors import REMEDIES, Kind, find
+from mpjax._inspection.products import Product, is_product, name, product
+from mpjax._inspection.steps import Step, steps, where
+from mpjax._inspection.tracing import trace
+from mpjax._printing.table import render, work
+from mpjax._printing.text import (
+    WIDTH,
+    below,
+    brief,
+    common,
+    count,
+    fold_layers,
+    html_table,
+    passed,
+    short,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One thing that is probably not meant.
+
+    Attributes:
+      kind: "promotion": a 16-bit stream becomes float32 and stays so, into a product or
+        out of the module, or is multiplied with it, except by a router: a product of
+        fewer numbers, which end in a softmax or a choice; "dequantized": float8, int8
+        or int4 values are cast up before a product; "reduction": a sum in 16 bits, a
+        segment's and one carried by a scan too; "exponential": exp or log in 16 bits;
+        "statistics": a root of a mean in 16 bits, as in a norm; "accumulation": a
+        product that adds up in less than 32 bits; "round trip": a cast to a wider
+        dtype and back at once. A product of 16-bit operands with a 16-bit result is
+        none of these: matrix units add in float32 and round once.
+      path: the modules and scopes around it.
+      where: "file:line in function" of the user's code.
+      backward: whether it belongs to a backward pass.
+      detail: what happens there.
+      count: how many are alike.
+      elements: of the largest array concerned.
+    """
+
+    kind: Kind
+    path: str
+    where: str
+    backward: bool
+    detail: str
+    count: int
+    elements: int
+
+    @property
+    def remedy(self) -> str:
+        """What to do about it."""
+        return REMEDIES[self.kind]
+
+
+@dataclasses.dataclass(frozen=True)
+class Census:
+    """The products and the suspicious places of a program; `print` shows tables.
+
+    Attributes:
+      products: every matrix product and convolution, in the order of the program.
+      findings: what is probably not meant, in the order of the program.
+      casts: elements cast in one run of the program, by "from -> to".
+    """
+
+    products: tuple[Product, ...]
+    findings: tuple[Finding, ...]
+    casts: dict[str, int]
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of all products."""
+        return sum(p.flops for p in self.products)
+
+    def flops_by_dtype(self) -> dict[str, int]:
+        """Operations by the dtypes of the operands, the most first."""
+        return _total((p.operands, p.flops) for p in self.products)
+
+    def flops_by_path(self, depth: int | None = None) -> dict[str, int]:
+        """Operations by path, the most first.
+
+        Args:
+          depth: how many names of a path tell two apart; all if left out.
+        """
+        return _total(
+            ("/".join(p.path.split("/")[:depth]), p.flops) for p in self.products
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as dicts, lists, strings and numbers."""
+        findings = [dataclasses.asdict(f) | {"remedy": f.remedy} for f in self.findings]
+        return dataclasses.asdict(self) | {
+            "findings": findings,
+            "flops": self.flops,
+            "flops_by_dtype": self.flops_by_dtype(),
+        }
+
+    def to_json(self, **options: Any) -> str:
+        """`to_dict` as JSON; options are those of ``json.dumps``."""
+        return json.dumps(self.to_dict(), **options)
+
+    def __str__(self):
+        """For a terminal: layers of a stack are one row, long paths are shortened."""
+        products = [
+            ((p.path or p.where, passed(p.backward), brief(p.signature)), p.flops)
+            for p in self.products
+        ]
+        paths = (path for (path, *_), _ in products)
+        above = common(paths, (f.path for f in self.findings if f.path))
+        columns = "path", "pass", "dtypes"
+        tables = [work(products, columns, self._title(), above), self._found()]
+        columns = "path", "pass", "n", "what", "line"
+        for kind, remedy in REMEDIES.items():
+            rows = [
+                (below(path, above), *rest, line.split(" in ")[0])
+                for own, *rest, line, path in self._alike()
+                if own == kind
+            ]
+            if rows:
+                tables.append(render(rows, columns, f"{kind}: {remedy}", WIDTH))
+        return "\n\n".join(tables)
+
+    def _repr_html_(self):
+        groups: dict[tuple, int] = collections.defaultdict(int)
+        for p in self.products:
+            groups[p.path or p.where, brief(p.signature)] += p.flops
+        rows = [
+            (*key, f"{short(flops)}FLOP", f"{flops / max(self.flops, 1):.1%}")
+            for key, flops in groups.items()
+        ]
+        columns = "path", "dtypes", "work", "share"
+        page = html_table(rows, columns, self._title())
+        columns = "finding", "pass", "n", "what", "where", "path"
+        return page + html_table(self._alike(), columns, self._found())
+
+    def _title(self) -> str:
+        shares = ", ".join(
+            f"{flops / max(self.flops, 1):.1%} {brief(dtypes)}"
+            for dtypes, flops in self.flops_by_dtype().items()
+        )
+        products = count(len(self.products), "product")
+        return f"{products}, {short(self.flops)}FLOP: {shares}"
+
+    def _found(self) -> str:
+        number = len(self.findings)
+        return count(number, "finding") if number else "No findings"
+
+    def _alike(self) -> Iterator[tuple]:
+        """One row for findings of the same line."""
+        alike: dict[tuple, dict[tuple, tuple[int, ...]]] = {}
+        for f in self.findings:
+            line = f.where or "-"
+            key = f.kind, passed(f.backward), brief(f.detail), line
+            alike.setdefault(key, {})[f.path or "-",] = (f.count,)
+        for (kind, direction, detail, line), same in alike.items():
+            number = sum(n for (n,) in same.values())
+            (path,), *others = fold_layers(same)
+            path += ", ..." if others else ""
+            yield kind, direction, number, detail, line, path
+
+
+def census(
+    fn: Callable, *args: Any, platform: Platform = "tpu", **kwargs: Any
+) -> Census:
+    """Says what a function computes in which dtype, from its trace alone.
+
+    Args:
+      fn: any function ``jax.jit`` or ``nnx.jit`` takes, jitted or not.
+      *args: its arguments as of ``report``: arrays, shapes or NNX models.
+      platform: "cpu", "tpu", "cuda" or "rocm": of ``lax.platform_dependent`` only this
+        branch is read.
+      **kwargs: arguments of the function by name; `platform` of its own goes into a
+        ``functools.partial``.
+
+    Returns:
+      A census; nothing is compiled and no array is made.
+
+    Raises:
+      ValueError: the platform is unknown.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, mpjax.lowering
+      >>> x = jax.ShapeDtypeStruct((64, 64), jnp.bfloat16)
+      >>> def attention(q, k, v):
+      ...     return jax.nn.softmax(q @ k.T) @ v
+      >>> found = mpjax.lowering.census(attention, x, x, x)
+      >>> found.flops_by_dtype(), found.findings[0].kind
+      ({'bfloat16': 1048576}, 'exponential')
+    """
+    known = get_args(Platform)
+    if platform not in known:
+        raise ValueError(f"platform is one of {', '.join(known)}; got {platform!r}.")
+    return take(list(steps(trace(fn, args, kwargs).jaxpr, platform)))
+
+
+def take(program: list[Step]) -> Census:
+    """The census of a program that has been read."""
+    casts: collections.Counter[str] = collections.Counter()
+    for step in program:
+        if step.eqn.primitive.name == "convert_element_type":
+            avals: list[Any] = [v.aval for v in (*step.eqn.invars, *step.eqn.outvars)]
+            old, new = avals
+            casts[f"{name(old)} -> {name(new)}"] += old.size * step.runs
+    merged: dict[tuple, list] = {}
+    for index, kind, detail in find(program):
+        step = program[index]
+        key = kind, step.path, where(step), step.backward, detail
+        size = max((getattr(v.aval, "size", 0) for v in step.eqn.invars), default=0)
+        entry = merged.setdefault(key, [index, 0, 0])
+        entry[1:] = entry[1] + 1, max(entry[2], size)
+    ordered = sorted(merged.items(), key=lambda item: item[1][0])
+    return Census(
+        products=tuple(product(step) for step in program if is_product(step)),
+        findings=tuple(
+            Finding(*key, count=count, elements=size)
+            for key, (_, count, size) in ordered
+        ),
+        casts=dict(casts),
+    )
+
+
+def _total(pairs: Iterable[tuple[str, int]]) -> dict[str, int]:
+    total: collections.Counter[str] = collections.Counter()
+    for key, flops in pairs:
+        total[key] += flops
+    return dict(total.most_common())

@@ -1,0 +1,99 @@
+"""Matrix products and convolutions of a traced program, and what they cost."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax.numpy as jnp
+
+from mpjax._inspection.steps import PRODUCTS, Step, where
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """One product in the text of a program; in a scan, all its runs.
+
+    Attributes:
+      path: the modules and scopes around it, "Transformer/Block_0/Dense_0".
+      where: "file:line in function" of the user's code that asked for it.
+      backward: whether it belongs to a backward pass.
+      primitive: of JAX, such as ``dot_general``.
+      lhs: dtype of the left operand, as traced.
+      rhs: dtype of the right operand, as traced.
+      out: dtype of the result, as traced.
+      flops: floating-point operations of all its runs on all devices: twice the
+        multiplications. Both branches of a conditional count, and a while loop counts
+        once.
+    """
+
+    path: str
+    where: str
+    backward: bool
+    primitive: str
+    lhs: str
+    rhs: str
+    out: str
+    flops: int
+
+    @property
+    def operands(self) -> str:
+        """The dtypes of both operands, once if they are equal."""
+        return self.lhs if self.lhs == self.rhs else f"{self.lhs} x {self.rhs}"
+
+    @property
+    def signature(self) -> str:
+        """The dtypes of operands and result."""
+        return f"{self.operands} -> {self.out}"
+
+
+def product(step: Step) -> Product:
+    """Describes one step that `is_product`."""
+    lhs, rhs, out = (a.aval for a in [*step.eqn.invars[:2], *step.eqn.outvars[:1]])
+    return Product(
+        path=step.path,
+        where=where(step),
+        backward=step.backward,
+        primitive=step.eqn.primitive.name,
+        lhs=name(lhs),
+        rhs=name(rhs),
+        out=name(out),
+        flops=flops(step.eqn) * step.runs,
+    )
+
+
+def name(aval: Any) -> str:
+    """Of its dtype."""
+    return aval.dtype.name
+
+
+def is_product(step: Step) -> bool:
+    """Whether a step multiplies matrices or convolves."""
+    return step.eqn.primitive.name in PRODUCTS
+
+
+def flops(eqn) -> int:
+    """Twice the multiplications of real numbers of one run."""
+    lhs, rhs = (atom.aval.shape for atom in eqn.invars[:2])
+    out = math.prod(eqn.outvars[0].aval.shape)
+    match eqn.primitive.name:
+        case "conv_general_dilated":
+            features = rhs[eqn.params["dimension_numbers"].rhs_spec[0]]
+            terms = math.prod(rhs) // max(features, 1)
+            # Zeros between the elements of a dilated operand are not multiplied.
+            out //= math.prod(eqn.params["lhs_dilation"])
+        case "scaled_matmul_wrapper":  # [batch, m, k], [batch, n, k]
+            terms = lhs[-1]
+        case "ragged_dot":  # [m, k], [group, k, n]
+            terms = lhs[-1]
+        case "ragged_dot_general":
+            numbers = eqn.params["ragged_dot_dimension_numbers"]
+            (contracted, _), _ = numbers.dot_dimension_numbers
+            terms = math.prod(lhs[axis] for axis in contracted)
+            if numbers.lhs_ragged_dimensions[0] in contracted:
+                out //= eqn.outvars[0].aval.shape[0]  # each group sums its own rows
+        case _:
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            terms = math.prod(lhs[axis] for axis in contracted)
+    # Two complex numbers are multiplied by four products.
+    parts = 4 if jnp.iscomplexobj(eqn.outvars[0].aval) else 1
+    return 2 * out * terms * parts

@@ -1,0 +1,295 @@
+"""Every equation of a traced program: where it stands, how often it runs, its operands.
+
+The only file of lowering reports that looks into jaxprs. `tests/test_census.py` fails
+loudly when a new JAX lays them out in another way.
+"""
+
+import functools
+import itertools
+import math
+import os
+import re
+from collections.abc import Generator, Iterator
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend import core
+
+PRODUCTS = (
+    "conv_general_dilated",
+    "dot_general",
+    "ragged_dot",
+    "ragged_dot_general",
+    "scaled_dot",
+    "scaled_matmul_wrapper",
+)
+COMPOSITES = ("scaled_dot",)
+CALLBACKS = ("pure_callback", "io_callback", "debug_callback", "debug_print")
+
+# What changes only the layout or the dtype of its first operand.
+MOVES = (
+    "broadcast_in_dim",
+    "convert_element_type",
+    "copy",
+    "expand_dims",
+    "optimization_barrier",
+    "reshape",
+    "rev",
+    "sharding_constraint",
+    "squeeze",
+    "transpose",
+)
+
+_TAG = re.compile(r"mpjax\.(\d+)(\.out)?")
+_TAGS = re.compile(rf"(?:^|[/(]){_TAG.pattern}(?=[/)]|$)")
+_REMAT = ("checkpoint", "rematted_computation")
+# Their jaxprs say how two numbers become one.
+_COMBINERS = ("reduce", "scatter", "select_and", "argmax", "argmin", "sort", "cum")
+
+
+class Step(NamedTuple):
+    """One equation as it is met when the program is read with all its calls opened.
+
+    Attributes:
+      eqn: the equation.
+      path: the names of the modules and scopes around it, joined by "/".
+      backward: whether it belongs to a transposed, that is, a backward pass.
+      runs: how often it runs; a while loop counts once, a scan by its length.
+      inputs: a number for each operand, the same for the same value; -1 for a literal.
+      outputs: a number for each result.
+      tag: the number that `tag` gave it.
+      calls: the equations that it is inside of, outermost first.
+
+    Of its runs those of one device, `loops`, are what a compiled loop repeats.
+    """
+
+    eqn: core.JaxprEqn
+    path: str
+    backward: bool
+    runs: int
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    tag: int | None
+    calls: tuple[core.JaxprEqn, ...]
+
+    @property
+    def loops(self) -> int:
+        lengths = [c.params["length"] for c in self.calls if _name(c) == "scan"]
+        return math.prod(lengths)
+
+    @property
+    def in_kernel(self) -> bool:
+        """Whether it is written in Pallas."""
+        return any(_name(c) == "pallas_call" for c in self.calls)
+
+
+def _name(eqn) -> str:
+    return eqn.primitive.name
+
+
+def inner(jaxpr: Any) -> Any:
+    """The jaxpr in a closed one."""
+    return getattr(jaxpr, "jaxpr", jaxpr)
+
+
+def steps(jaxpr: Any, platform: str) -> Iterator[Step]:
+    """Reads a program with all calls, loops and branches opened.
+
+    Args:
+      jaxpr: as tracing returns it.
+      platform: of ``lax.platform_dependent`` only the branch of this platform is read.
+    """
+    numbers = itertools.count()
+    jaxpr = inner(jaxpr)
+    inputs = [next(numbers) for _ in jaxpr.invars]
+    yield from _read(jaxpr, inputs, ((), False, 1, ()), platform, numbers)
+
+
+def _read(
+    jaxpr, inputs, context, platform, numbers
+) -> Generator[Step, None, list[int]]:
+    """Yields the steps of one jaxpr; returns the numbers of its results."""
+    scopes, backward, runs, calls = context
+    env = dict(zip(jaxpr.invars, inputs, strict=True))
+    env |= {var: next(numbers) for var in jaxpr.constvars}
+
+    def number(atom):
+        return -1 if isinstance(atom, core.Literal) else env[atom]
+
+    for eqn in jaxpr.eqns:
+        operands = [number(atom) for atom in eqn.invars]
+        names, transposed, tag = _names(eqn)
+        names, transposed = _once((*scopes, *names)), backward or transposed
+        ends = []
+        for sub, reads, times in _opened(eqn, operands, platform):
+            sub = inner(sub)
+            if len(reads) != len(sub.invars):  # an unknown way of calling
+                reads = [next(numbers) for _ in sub.invars]
+            ends.append(
+                (
+                    yield from _read(
+                        sub,
+                        reads,
+                        (names, transposed, runs * times, (*calls, eqn)),
+                        platform,
+                        numbers,
+                    )
+                )
+            )
+        path = "/".join(name for name, _ in itertools.groupby(names))
+        # Of a while loop, the condition comes first and the body last.
+        one = len(ends) == 1 or (len(ends) == 2 and _name(eqn) == "while")
+        one = one and len(ends[-1]) == len(eqn.outvars)
+        results = [
+            ends[-1][i] if one and ends[-1][i] >= 0 else next(numbers)
+            for i in range(len(eqn.outvars))
+        ]
+        env.update(zip(eqn.outvars, results, strict=True))
+        if not one:
+            read = operands + [n for end in ends for n in end]
+            places = tuple(read), tuple(results)
+            yield Step(eqn, path, transposed, runs, *places, tag, calls)
+    return [number(atom) for atom in jaxpr.outvars]
+
+
+def _opened(eqn, operands, platform) -> list[tuple[Any, list[int], int]]:
+    """The jaxprs that an equation runs, what each reads, and how often it runs."""
+    name, params = eqn.primitive.name, eqn.params
+    if name == "cond":
+        branches, platforms = params["branches"], params.get("branches_platforms")
+        if platforms:
+            chosen = zip(platforms, branches, strict=True)
+            takes = (b for names, b in chosen if names is None or platform in names)
+            branches = list(itertools.islice(takes, 1))
+        return [(branch, operands[1:], 1) for branch in branches]
+    if name == "while":
+        reads, carry = params["cond_nconsts"], params["body_nconsts"]
+        looked_at = operands[:reads] + operands[reads + carry :]
+        body = params["body_jaxpr"], operands[reads:], 1
+        return [(params["cond_jaxpr"], looked_at, 1), body]
+    if name == "custom_linear_solve":  # the rest is for its transpose
+        matvec, _, solve, _ = params["jaxprs"]
+        starts = list(itertools.accumulate(params["const_lengths"], initial=0))
+        i = 0 if solve is None else 2
+        reads = operands[starts[i] : starts[i + 1]] + operands[starts[-1] :]
+        return [(matvec if solve is None else solve, reads, 1)]
+    if name.startswith(_COMBINERS):
+        return []
+    times = 1
+    if name == "scan":
+        times = params["length"]
+    elif name == "shard_map":  # what one device does
+        times = math.prod(
+            params["mesh"].shape[axis] for axis in params["newly_manual_axes"]
+        )
+    elif name == "pallas_call":
+        times = math.prod(n for n in params["grid_mapping"].grid if isinstance(n, int))
+    jaxprs = [v for v in jax.tree.leaves(list(params.values()), is_leaf=_is_jaxpr)]
+    return [(v, operands, times) for v in jaxprs if _is_jaxpr(v)]
+
+
+def _is_jaxpr(value) -> bool:
+    return isinstance(value, core.Jaxpr | core.ClosedJaxpr)
+
+
+def _names(eqn) -> tuple[list[str], bool, int | None]:
+    """The scopes of an equation, whether it was transposed, and its tag."""
+    names, transposed, tag = [], False, None
+    for entry in eqn.source_info.name_stack.stack:
+        if type(entry).__name__ == "Transform":
+            transposed |= entry.name == "transpose"
+        elif found := _TAG.fullmatch(entry.name):
+            tag = None if found[2] else int(found[1])
+        elif entry.name not in _REMAT:
+            names.append(entry.name)
+    return names, transposed, tag
+
+
+def _once(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Without a beginning that is said twice, as backward passes do."""
+    for n in range(1, len(names) // 2 + 1):
+        if names[:n] == names[n : 2 * n]:
+            return _once(names[n:])
+    return names
+
+
+def tag(jaxpr: Any) -> Any:
+    """Numbers each product of a program, in the names that compilers keep.
+
+    XLA carries the scope of an operation through its rewrites into the program that it
+    emits. What only moves or casts the result of a product gets the number as well, in
+    another form: a transpose that is merged with the product leaves its own name on it.
+    """
+    return _tagged(jaxpr, itertools.count())
+
+
+def _tagged(jaxpr, numbers):
+    eqns, followers = [], {}
+    for eqn in inner(jaxpr).eqns:
+        params = {key: _tagged_param(v, numbers) for key, v in eqn.params.items()}
+        number, form = None, ""
+        if eqn.primitive.name in PRODUCTS:
+            number = next(numbers)
+        elif eqn.primitive.name in MOVES and eqn.invars:
+            number, form = followers.get(_key(eqn.invars[0])), ".out"
+        source = eqn.source_info
+        if number is not None:
+            stack = source.name_stack.extend(f"mpjax.{number}{form}")
+            source = source.replace(name_stack=stack)
+            followers |= {_key(var): number for var in eqn.outvars}
+        eqns.append(eqn.replace(params=params, source_info=source))
+    new = inner(jaxpr).replace(eqns=eqns)
+    return new if inner(jaxpr) is jaxpr else jaxpr.replace(jaxpr=new)
+
+
+def _key(atom):
+    return None if isinstance(atom, core.Literal) else atom
+
+
+def _tagged_param(value, numbers):
+    if _is_jaxpr(value):
+        return _tagged(value, numbers)
+    if isinstance(value, tuple | list):
+        items = [_tagged_param(item, numbers) for item in value]
+        is_named = hasattr(value, "_fields")
+        return type(value)(*items) if is_named else type(value)(items)
+    return value
+
+
+def tag_of(op_name: str) -> tuple[int | None, bool]:
+    """The number of a product in the name of a compiled operation.
+
+    Without a scope around it a transformation wraps the number itself.
+
+    Returns:
+      The number, and whether the operation is the product or what it was rewritten to,
+      not what only moves or casts its result.
+
+    Example:
+      >>> tag_of("jit(step)/Dense_0/mpjax.3/dot_general")
+      (3, True)
+      >>> tag_of("jit(f)/jvp(mpjax.4.out)/transpose")
+      (4, False)
+    """
+    found = _TAGS.findall(op_name)
+    return (int(found[-1][0]), not found[-1][1]) if found else (None, False)
+
+
+@functools.cache
+def _libraries() -> tuple[str, ...]:
+    """Folders whose lines say how something is computed, not where it was asked for."""
+    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # mpjax
+    packages = os.path.dirname(os.path.dirname(os.path.abspath(jax.__file__)))
+    names = ("jax", "flax", "optax", "numpy", "haiku", "equinox")
+    return (here + os.sep, *(os.path.join(packages, n) + os.sep for n in names))
+
+
+def where(step: Step) -> str:
+    """The innermost line of the user's code, as "file:line in function", or ""."""
+    for eqn in (step.eqn, *reversed(step.calls)):
+        traceback = eqn.source_info.traceback
+        for frame in traceback.frames if traceback else ():
+            if not frame.file_name.startswith(_libraries()):
+                file = os.path.basename(frame.file_name)
+                return f"{file}:{frame.line_num} in {frame.function_name}"
+    return ""

@@ -1,0 +1,227 @@
+"""The products of one layer of a model, under the recipe of its rule."""
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+
+from mpjax._products.conv import observed_conv_general_dilated
+from mpjax._products.dot_general import observed_dot_general
+from mpjax._products.einsum import observed_einsum
+from mpjax._products.multiply import DimensionNumbers
+from mpjax._products.xla_cpu import conv_general_dilated
+from mpjax._recipes.recipe import Recipe, ScalingState
+from mpjax._recipes.scalings import BlockScaling
+from mpjax._typing import Array, DType
+
+_CONVOLUTION = inspect.signature(lax.conv_general_dilated)
+
+
+@dataclass(frozen=True)
+class LayerProducts:
+    """Stands in for the functions of ``lax`` and ``jnp`` that a layer multiplies with.
+
+    Equal ones hash equal, so that a layer which was lent one is the same to a cache.
+
+    Attributes:
+      path: of the layer, for errors.
+      recipe: formats and scalings.
+      min_size: what sums over less, or gives fewer features, is left to ``lax``.
+      read: the state of a product, by its name; of a stateful recipe.
+      write: takes the scales that the product hands on, for its next use.
+      served: is given the names of the products that used the recipe.
+    """
+
+    path: str
+    recipe: Recipe
+    min_size: int
+    read: Callable[[str], ScalingState] = field(compare=False)
+    write: Callable[[str, Array], None] = field(compare=False)
+    served: set[str] = field(compare=False)
+
+    def dot_general(
+        self,
+        lhs: Array,
+        rhs: Array,
+        dimension_numbers: DimensionNumbers,
+        precision: Any = None,
+        preferred_element_type: DType | None = None,
+        *,
+        out_sharding: Any = None,
+        name: str = "kernel",
+    ) -> Array:
+        """``lax.dot_general`` of inputs and a kernel."""
+        (lc, rc), (_, rb) = dimension_numbers
+        sums = math.prod(lhs.shape[axis] for axis in lc)
+        gives = math.prod(
+            size for axis, size in enumerate(rhs.shape) if axis not in (*rc, *rb)
+        )
+        options = {
+            "precision": precision,
+            "preferred_element_type": preferred_element_type,
+            "out_sharding": out_sharding,
+        }
+        if self._is_small(sums, gives):
+            return lax.dot_general(lhs, rhs, dimension_numbers, **options)
+        return self._observe(
+            name,
+            lambda recipe, scales, weight: observed_dot_general(
+                lhs,
+                rhs,
+                scales,
+                dimension_numbers,
+                recipe=recipe,
+                quantized_rhs=weight,
+                **options,
+            ),
+        )
+
+    def einsum(
+        self, subscripts: str, lhs: Array, rhs: Array, *, name="kernel", **options
+    ) -> Array:
+        """``jnp.einsum`` of two operands; the products of attention have no kernel."""
+        if name == "kernel" and self._is_small(*einsum_sizes(subscripts, rhs.shape)):
+            return jnp.einsum(subscripts, lhs, rhs, **options)
+        return self._observe(
+            name,
+            lambda recipe, scales, _: observed_einsum(
+                subscripts, lhs, rhs, scales, recipe=recipe, **options
+            ),
+        )
+
+    def conv_general_dilated(
+        self, lhs: Array, rhs: Array, *args, out_sharding: Any = None, **kwargs
+    ) -> Array:
+        """``lax.conv_general_dilated`` of images and a kernel."""
+        given = _CONVOLUTION.bind(lhs, rhs, *args, **kwargs).arguments
+        numbers = given.get("dimension_numbers")
+        spec = lax.conv_dimension_numbers(lhs.shape, rhs.shape, numbers)
+        features = rhs.shape[spec.rhs_spec[0]]
+        if self._is_small(math.prod(rhs.shape) // features, features):
+            options = {} if out_sharding is None else {"out_sharding": out_sharding}
+            return conv_general_dilated(lhs, rhs, *args, **kwargs, **options)
+        check_convolution(self.path, self.recipe)
+        if out_sharding is not None:
+            raise ValueError(
+                f"Module {self.path!r} is a convolution, which takes no out_sharding "
+                "under a recipe. Leave out_sharding out, or give the module a rule "
+                "without a recipe, before the one that matches it."
+            )
+        return self._observe(
+            "kernel",
+            lambda recipe, scales, _: observed_conv_general_dilated(
+                lhs, rhs, scales, *args, recipe=recipe, **kwargs
+            ),
+        )
+
+    def conv_transpose(
+        self,
+        lhs: Array,
+        rhs: Array,
+        strides: Sequence[int],
+        padding: str | Sequence[tuple[int, int]],
+        rhs_dilation: Sequence[int],
+        transpose_kernel: bool = False,
+        precision: Any = None,
+        preferred_element_type: DType | None = None,
+    ) -> Array:
+        """``lax.conv_transpose`` of [batch, space..., features] and a kernel."""
+        last, space = lhs.ndim - 1, tuple(range(1, lhs.ndim - 1))
+        if isinstance(padding, str):
+            padding = [
+                _transposed_padding((kernel - 1) * dilation + 1, stride, padding)
+                for kernel, dilation, stride in zip(
+                    rhs.shape, rhs_dilation, strides, strict=False
+                )
+            ]
+        if transpose_kernel:
+            rhs = jnp.flip(rhs, [axis - 1 for axis in space]).swapaxes(-1, -2)
+        numbers = lax.ConvDimensionNumbers(
+            lhs_spec=(0, last, *space),
+            rhs_spec=(last, last - 1, *(axis - 1 for axis in space)),
+            out_spec=(0, last, *space),
+        )
+        return self.conv_general_dilated(
+            lhs,
+            rhs,
+            (1,) * len(space),
+            padding,
+            strides,
+            rhs_dilation,
+            numbers,
+            precision=precision,
+            preferred_element_type=preferred_element_type,
+        )
+
+    def _is_small(self, sums: int, gives: int) -> bool:
+        return min(sums, gives) < self.min_size
+
+    def _observe(self, name: str, product: Callable) -> Array:
+        self.served.add(name)
+        if not self.recipe.stateful:
+            return product(self.recipe, None, None)[0]
+        state = self.read(name)
+        weight = None if state.weight is None else state.weight.values
+        # A rule or a state may promise that scales are known.
+        recipe = self.recipe if self.recipe.calibrated else state.recipe
+        out, later = product(recipe, state.scale, weight)
+        self.write(name, later)
+        return out
+
+
+def unserved(path: str, kind: type, why: str) -> ValueError:
+    """The error for a module that multiplies in a way of its own."""
+    return ValueError(
+        f"Module {path!r} ({kind.__name__}) {why} and takes no recipe. Give it a rule "
+        "without one, before the rule that matches it: "
+        f"mpjax.Rule({path!r}, 'mixed_bfloat16')."
+    )
+
+
+def unserved_attention(path: str, kind: type) -> ValueError:
+    """The error for a module with an attention that is not Flax's."""
+    return ValueError(
+        f"Module {path!r} ({kind.__name__}) has an attention_fn of its own, which "
+        "takes no recipe. Leave attention=True out of its rule."
+    )
+
+
+def check_convolution(path: str, recipe: Recipe) -> None:
+    """Raises ValueError where no convolution can be scaled so."""
+    if any(
+        isinstance(scaling, BlockScaling)
+        for scaling in (recipe.lhs, recipe.rhs, recipe.grad)
+    ):
+        raise ValueError(
+            f"Module {path!r} is a convolution, which cannot be scaled by block. Give "
+            "it a rule of its own, before the one that matches it, with "
+            "current_scaling() or without a recipe."
+        )
+
+
+def einsum_sizes(subscripts: str, shape: Sequence[int]) -> tuple[int, int]:
+    """Over how many elements of its second operand an einsum sums, and the rest."""
+    inputs, _, out = subscripts.replace(" ", "").partition("->")
+    one, two = inputs.split(",")
+    two = two.replace("...", "." * (len(shape) - len(two.replace("...", ""))))
+    sizes = [pair for pair in zip(two, shape, strict=True) if pair[0] != "."]
+    sums = math.prod(size for index, size in sizes if index not in out)
+    gives = math.prod(
+        size for index, size in sizes if index in out and index not in one
+    )
+    return sums, gives
+
+
+def _transposed_padding(kernel: int, stride: int, padding: str) -> tuple[int, int]:
+    """What pads a dilated input so that the result is that of the gradient."""
+    if padding == "SAME":
+        total = kernel + stride - 2
+        low = kernel - 1 if stride > kernel - 1 else -(-total // 2)
+    else:
+        total = kernel + stride - 2 + max(kernel - stride, 0)
+        low = kernel - 1
+    return low, total - low

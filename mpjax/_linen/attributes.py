@@ -1,0 +1,144 @@
+"""What a bound Linen module is lent to follow its rule."""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+
+from mpjax._layers.multiplier import LayerProducts, unserved_attention
+from mpjax._linen.attention import stand_in
+from mpjax._linen.parameters import Param, complex_error, in_kind_of
+from mpjax._linen.recipes import stand_in_method, stand_ins
+from mpjax._policies.policy import Policy, get_policy
+from mpjax._policies.rule import Rule
+from mpjax._products.xla_cpu import conv_general_dilated
+
+
+def classes(module: nn.Module) -> tuple[Any, ...]:
+    """The class of a module, and the classes of those among its attributes."""
+    names = [field.name for field in dataclasses.fields(module)]
+    fields = [vars(module).get(name) for name in names if name != "parent"]
+    return type(module), *map(classes, _modules(fields))
+
+
+def _modules(value: Any) -> Iterator[nn.Module]:
+    """Those in an attribute; not as a pytree, which sorts the keys of a dict."""
+    if isinstance(value, nn.Module):
+        yield value
+    elif isinstance(value, list | tuple | Mapping):
+        items = value.values() if isinstance(value, Mapping) else value
+        yield from itertools.chain.from_iterable(map(_modules, items))
+
+
+def attributes(
+    module: nn.Module,
+    path: str,
+    rule: Rule,
+    products: LayerProducts | None,
+    method: str,
+) -> dict[str, Any]:
+    """The attributes that a bound module has while one of its methods runs.
+
+    Args:
+      module: bound, at the present level of transformations.
+      path: of the module in the model.
+      rule: of the module, with a policy.
+      products: of the module under the recipe of the rule.
+      method: the name of the method.
+
+    Raises:
+      ValueError: the module is one of NNX, which no Linen rule reaches, or multiplies
+        in a way that takes no recipe.
+    """
+    policy, lent = get_policy(rule.policy), {}
+    own, kind = vars(module), type(module)
+    if _is_nnx(kind):
+        raise ValueError(
+            f"Module {path!r} ({kind.__name__}) is an NNX module, which a rule for "
+            "Linen does not reach. Make it of mpjax.nnx.mixed_precision(model, ...), "
+            f"and put mpjax.Rule({path!r}, None) first to leave it alone here."
+        )
+    has_dtype = _has_dtype(module)
+    if has_dtype:
+        given = own.get("dtype", getattr(kind, "dtype", None))
+        lent["dtype"] = in_kind_of(given, policy.compute_dtype)
+    if _uses_stock_conv(module):
+        lent["conv_general_dilated"] = conv_general_dilated
+    if kind is nn.Embed and method != "setup":
+        # Others that read the table find it cast; its own methods cast it themselves.
+        lent["embedding"] = nn.unbox(module.get_variable("params", "embedding"))
+    if products is not None:
+        lent |= stand_ins(module, products, rule)
+    if policy.compute_dtype.itemsize == 2 or rule.attention:
+        function = own.get("attention_fn")
+        attention = stand_in(function, products if rule.attention else None)
+        if attention is not None:
+            lent["attention_fn"] = attention
+        elif rule.attention and function is not None:
+            raise unserved_attention(path, kind)
+    # Flax's own layers cast what they read where that is cheapest, except in setup.
+    casts_itself = method != "setup" and kind.__module__.startswith("flax.linen")
+    lent["param"] = Param(module, path, policy, has_dtype, casts_itself)
+    return lent
+
+
+def method_of(
+    module: nn.Module, products: LayerProducts | None, policy: Policy, name: str, method
+):
+    """A method of a bound module, or what stands in for it under its rule."""
+    if products is not None:
+        method = stand_in_method(module, name, products, method)
+    if getattr(type(module), name, None) is nn.SimpleCell.__call__:
+        return partial(_simple_cell, policy, method)
+    return method
+
+
+def check_real(
+    module: nn.Module, path: str, policy: Policy, method: str, args, kwargs
+) -> None:
+    """Raises where a layer of Flax would drop the imaginary part of an argument."""
+    for arg in (*args, *kwargs.values()):
+        if getattr(getattr(arg, "dtype", None), "kind", "") == "c":
+            function = getattr(type(module), method, None)
+            of_flax = getattr(function, "__module__", "").startswith("flax.linen")
+            if of_flax and _has_dtype(module):
+                raise complex_error(module, path, policy, "argument")
+
+
+@functools.cache
+def _is_nnx(kind: type) -> bool:
+    return any(base.__module__.startswith("flax.nnx") for base in kind.__mro__)
+
+
+def _has_dtype(module: nn.Module) -> bool:
+    """Whether a module computes in a dtype that it is told, by a field or its class."""
+    own, kind = vars(module), type(module)
+    if "dtype" not in own and not hasattr(kind, "dtype"):
+        return False
+    dtype = own.get("dtype", getattr(kind, "dtype", None))
+    if not isinstance(dtype, str | type | np.dtype | None):
+        return False
+    try:
+        return dtype is None or jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:  # a field that is called dtype and holds something else
+        return False
+
+
+def _uses_stock_conv(module: nn.Module) -> bool:
+    own = vars(module)
+    return "conv_general_dilated" in type(module).__dataclass_fields__ and (
+        own["conv_general_dilated"] is None
+        and own.get("conv_general_dilated_cls") is None
+    )
+
+
+def _simple_cell(policy: Policy, method, carry, inputs):
+    # The cell answers in its compute dtype; a scan wants the dtype of its first carry.
+    new, out = method(policy.cast_to_compute(carry), inputs)
+    return new.astype(carry.dtype), out

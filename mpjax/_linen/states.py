@@ -1,0 +1,122 @@
+"""Scaling states in Linen: variables of the layers, in a collection of their own.
+
+A product writes the scales that it hands on into the variable, where the next use of
+the layer finds them, so that what several uses observe is merged by its maximum.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.extend.core import get_opaque_trace_state
+
+from mpjax._recipes.recipe import Recipe, ScalingState
+from mpjax._typing import Array
+
+SCALING = "scaling"
+
+
+class Keeper:
+    """A module that has the states of the layers inside of it, beside its variables.
+
+    Those of Flax here map all variables of these layers, and would take states for
+    weights.
+    """
+
+    kinds = nn.WeightNorm, nn.SpectralNorm
+
+    def __init__(self, module: nn.Module):
+        self.module: Any = module
+        self._trace = get_opaque_trace_state()
+
+    def name_of(self, path: str, layer: nn.Module, product: str) -> str:
+        """The name of a state: that of a variable of the layer, seen from here."""
+        if get_opaque_trace_state() != self._trace:
+            kind = type(self.module).__name__
+            raise ValueError(
+                f"Module {path!r} has delayed scaling and runs in a transformation "
+                f"inside of a {kind}, which cannot keep its state there. Transform "
+                f"the {kind} instead, or give the module a rule without delayed "
+                "scaling."
+            )
+        inside = len(self.module.layer_instance.path) - 1
+        return "/".join((*layer.path[inside:], product))
+
+
+class States:
+    """The states of the layers that run, in one run of a wrapper.
+
+    A variable cannot be written where its collection is not mutable, in ``bind`` or in
+    a wrapper inside another module, and where the model calls a layer in a function
+    that it gives to a transformation of JAX. What is handed on is then kept here for
+    later uses in the same trace; what is observed in several traces JAX adds up.
+
+    Attributes:
+      keeper: has the states of the module that runs; None: it has its own.
+    """
+
+    def __init__(self):
+        self.keeper: Keeper | None = None
+        self._handed_on: dict[tuple, list[tuple[Any, Array]]] = {}
+
+    def read(
+        self, layer: nn.Module, path: str, recipe: Recipe, name: str
+    ) -> ScalingState:
+        """The state of a product of a layer, with the scales for its next use.
+
+        Raises:
+          ValueError: there is no state for it, or one of another recipe.
+        """
+        owner, name = self._place(layer, path, name)
+        state = _state(owner, path, recipe, name)
+        for trace, scales in self._handed_on.get((owner.path, name), ()):
+            if trace == get_opaque_trace_state():
+                return replace(state, scale=scales)
+        return state
+
+    def write(self, layer: nn.Module, path: str, name: str, scales: Array) -> None:
+        """Keeps the scales that a product hands on."""
+        if layer.is_initializing():
+            return
+        owner, name = self._place(layer, path, name)
+        trace = get_opaque_trace_state()
+        root: Any = owner.scope
+        if owner.is_mutable_collection(SCALING) and root.root.trace_level == trace:
+            state = owner.get_variable(SCALING, name)
+            owner.put_variable(SCALING, name, replace(state, scale=scales))
+            return
+        kept = self._handed_on.setdefault((owner.path, name), [])
+        kept[:] = [(other, old) for other, old in kept if other != trace]
+        kept.append((trace, scales))
+
+    def _place(self, layer: nn.Module, path: str, name: str) -> tuple[nn.Module, str]:
+        """The module that has a state, and the name of the state there."""
+        keeper = self.keeper
+        if keeper is None:
+            return layer, name
+        return keeper.module, keeper.name_of(path, layer, name)
+
+
+def _state(owner: nn.Module, path: str, recipe: Recipe, name: str) -> ScalingState:
+    if not owner.has_variable(SCALING, name):
+        if not owner.is_mutable_collection(SCALING):
+            raise ValueError(
+                f"Module {path!r} has delayed scaling and finds no state. Give "
+                f"apply the collection {SCALING!r} that init makes beside "
+                "'params', and name it to the transformations of the model: "
+                f"nn.scan(..., variable_axes={{'params': 0, {SCALING!r}: 0}}), the "
+                "axis that params has. Where that cannot be, in a model that is not "
+                "yours or a module that the model applies by itself, give the module "
+                "a rule with mpjax.current_scaling()."
+            )
+        with jax.ensure_compile_time_eval():  # in whatever trace the layer runs first
+            owner.put_variable(SCALING, name, recipe.init(loss_scale=0))
+    state = owner.get_variable(SCALING, name)
+    if not state.recipe.agrees_with(recipe):
+        raise ValueError(
+            f"The scaling state of module {path!r} is one of {state.recipe!r}, and "
+            f"its rule has {recipe!r}. Take the recipe that the state was made "
+            "with, or begin with the states of a new init."
+        )
+    return state

@@ -1,0 +1,225 @@
+"""The scaled loss, and what became of the step: read from an optimizer's state."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import ArrayLike
+
+from mpjax._loss_scaling.transform import LossScalingState
+from mpjax._recipes.recipe import ScalingState
+from mpjax._tree import widen
+from mpjax._typing import Array, ArrayTree
+
+
+def scale_loss(loss: ArrayLike, opt_state: ArrayTree) -> Array:
+    """Multiplies a loss by the loss scale, in float32.
+
+    Differentiate what it returns, and give the gradients, still scaled, to the
+    ``update`` of `dynamic_loss_scaling`. `value_and_grad` does both and keeps the loss.
+
+    Return the loss in float32 where you can: the gradient of a float16 loss is a
+    float16 number, and scales above 2**16 overflow it. (2**16 itself is rounded to
+    65504, the largest float16: an error of half a unit in the last place.)
+
+    Args:
+      loss: a real floating scalar.
+      opt_state: any tree in which there is one `LossScalingState`: the state of an
+        optimizer or a whole train state.
+
+    Returns:
+      float32[] (float64[] for a float64 loss).
+
+    Raises:
+      ValueError: the loss is not a scalar, or there is no loss scale in the state.
+      TypeError: the loss is not real and floating.
+
+    Example:
+      >>> import jax.numpy as jnp, mpjax, optax
+      >>> tx = mpjax.dynamic_loss_scaling(optax.sgd(0.1))
+      >>> print(mpjax.scale_loss(jnp.float16(2.0), tx.init(jnp.ones(3))))
+      131008.0
+    """
+    if not isinstance(loss, jax.Array | np.ndarray | np.generic | float | int):
+        raise TypeError(
+            f"The loss must be a floating scalar, got {type(loss).__name__}. If the "
+            "function returns more than the loss, pass has_aux=True."
+        )
+    if jnp.shape(loss) != ():
+        raise ValueError(
+            f"The loss must be a scalar, got shape {jnp.shape(loss)}. Reduce it with "
+            "jnp.mean or jnp.sum."
+        )
+    dtype = jnp.result_type(loss)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"The loss must be real and floating to have a gradient, got {dtype}."
+        )
+    scale = loss_scale(opt_state)
+    if dtype == jnp.float16:
+        scale = jnp.where(scale == 2.0**16, 65504.0, scale)
+    wide = widen(jnp.asarray(loss))
+    return wide * scale.astype(wide.dtype)
+
+
+def value_and_grad(
+    fun: Callable[..., Any],
+    opt_state: ArrayTree,
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+) -> Callable[..., tuple[Any, Any]]:
+    """``jax.value_and_grad`` of a loss multiplied by the loss scale.
+
+    Args:
+      fun: a function that returns a loss, or a loss and something else. Its keyword
+        arguments are passed on and not differentiated.
+      opt_state: any tree in which there is one `LossScalingState`.
+      argnums: the positional arguments to differentiate with respect to.
+      has_aux: whether ``fun`` returns a pair of a loss and auxiliary data.
+
+    Returns:
+      A function of the arguments of ``fun`` that returns ``(loss, grads)``, or
+      ``((loss, aux), grads)``. The loss is the true one, in float32. The gradients are
+      those of the scaled loss: give them to ``tx.update``, which unscales them.
+
+    Raises:
+      ValueError: the loss is not a scalar, or there is no loss scale in the state.
+      TypeError: the loss is not real and floating.
+
+    Example:
+      >>> import jax.numpy as jnp, mpjax, optax
+      >>> tx = mpjax.dynamic_loss_scaling(optax.sgd(0.1), init_scale=2.0**10)
+      >>> params = {"w": jnp.array([1.0, 2.0])}
+      >>> loss_fn = lambda params, batch: jnp.sum(params["w"] * batch)
+      >>> grad_fn = mpjax.value_and_grad(loss_fn, tx.init(params))
+      >>> loss, grads = grad_fn(params, batch=jnp.array([1.0, 3.0]))
+      >>> print(loss, grads["w"])
+      7.0 [1024. 3072.]
+    """
+
+    @functools.wraps(fun)
+    def scaled(*args, **kwargs):
+        out: Any = fun(*args, **kwargs)
+        if not has_aux:
+            out = (out, None)
+        elif not (isinstance(out, tuple) and len(out) == 2):
+            raise TypeError(
+                "With has_aux=True the function must return a pair (loss, aux), got "
+                f"{type(out).__name__}."
+            )
+        loss, aux = out
+        scaled_loss = scale_loss(loss, opt_state)
+        return scaled_loss, (jnp.asarray(loss, scaled_loss.dtype), aux)
+
+    grad_fn = jax.grad(scaled, argnums, has_aux=True)
+
+    @functools.wraps(fun)
+    def loss_and_scaled_grads(*args, **kwargs):
+        grads, (loss, aux) = grad_fn(*args, **kwargs)
+        grads = _with_loss_scale(grads, loss_scale(opt_state))
+        return ((loss, aux) if has_aux else loss), grads
+
+    return loss_and_scaled_grads
+
+
+def _with_loss_scale(grads: Any, scale: Array) -> Any:
+    """Tells what scaling states have observed by which loss scale it is multiplied."""
+
+    def tell(node):
+        if not isinstance(node, ScalingState):
+            return node
+        scales = jnp.broadcast_to(scale, node.loss_scale.shape)
+        return dataclasses.replace(node, loss_scale=scales)
+
+    is_state = functools.partial(_is_instance, ScalingState)
+    return jax.tree.map(tell, grads, is_leaf=is_state)
+
+
+def _is_instance(kind: type, node: Any) -> bool:
+    return isinstance(node, kind)
+
+
+def loss_scale(opt_state: ArrayTree) -> Array:
+    """The scale of the next loss, float32[], wherever it is in an optimizer's state.
+
+    Example:
+      >>> import jax.numpy as jnp, mpjax, optax
+      >>> tx = mpjax.dynamic_loss_scaling(optax.adam(1e-3))
+      >>> print(mpjax.loss_scale(tx.init(jnp.ones(3))))
+      65536.0
+    """
+    return jnp.asarray(_find_state(opt_state).scale)
+
+
+def last_step_finite(opt_state: ArrayTree) -> Array:
+    """Whether the last step was applied (bool[]): its gradient was finite.
+
+    Example:
+      >>> import jax.numpy as jnp, mpjax, optax
+      >>> tx = mpjax.dynamic_loss_scaling(optax.sgd(0.1))
+      >>> params = jnp.ones(3)
+      >>> updates, opt_state = tx.update(params * jnp.nan, tx.init(params), params)
+      >>> print(mpjax.last_step_finite(opt_state))
+      False
+    """
+    return jnp.asarray(_find_state(opt_state).last_finite)
+
+
+def skipped_steps(opt_state: ArrayTree) -> Array:
+    """How many steps were skipped since the start, int32[].
+
+    Those skipped in a row are ``optax.tree.get(opt_state, "notfinite_count")``.
+
+    Example:
+      >>> import jax.numpy as jnp, mpjax, optax
+      >>> tx = mpjax.dynamic_loss_scaling(optax.sgd(0.1))
+      >>> params = jnp.ones(3)
+      >>> updates, opt_state = tx.update(params * jnp.nan, tx.init(params), params)
+      >>> print(mpjax.skipped_steps(opt_state))
+      1
+    """
+    return jnp.asarray(_find_state(opt_state).total_notfinite)
+
+
+def _find_state(opt_state: ArrayTree) -> LossScalingState:
+    found = list(_states(opt_state))
+    if not found:
+        raise ValueError(
+            "There is no loss scale in this optimizer state. Wrap the optimizer in "
+            "mpjax.dynamic_loss_scaling(...) or mpjax.static_loss_scaling(...) and "
+            "pass the state that its init or update returned."
+        )
+    if len(found) > 1:
+        raise ValueError(
+            f"There are {len(found)} loss scales in this optimizer state, but a loss "
+            "has one. Wrap the whole optimizer once, from outside."
+        )
+    return found[0]
+
+
+def _states(tree: ArrayTree) -> Iterator[LossScalingState]:
+    types = (LossScalingState, optax.MultiStepsState, optax.ApplyIfFiniteState)
+    for node in jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, types)):
+        if isinstance(node, LossScalingState):
+            yield node
+            yield from _states(node.inner_state)
+        elif isinstance(node, optax.MultiStepsState):
+            if list(_states(node.inner_opt_state)):
+                # optax resets its accumulator by 0 * sum, which is NaN from there on.
+                raise ValueError(
+                    "Loss scaling inside optax.MultiSteps never recovers from an "
+                    "overflow, which stays in the accumulator. Put it outside: "
+                    "mpjax.dynamic_loss_scaling(optax.MultiSteps(...))."
+                )
+        elif isinstance(node, optax.ApplyIfFiniteState):
+            if list(_states(node.inner_state)):
+                raise ValueError(
+                    "Loss scaling inside optax.apply_if_finite is not told of an "
+                    "overflow, so that it never backs off. It skips such steps by "
+                    "itself: leave optax.apply_if_finite out."
+                )

@@ -1,0 +1,6 @@
+"""What a compiler makes of a program.
+
+May import: `_inspection`, `_recipes`.
+
+A verdict: in `verdicts.py`.
+"""

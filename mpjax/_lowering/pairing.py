@@ -1,0 +1,75 @@
+"""Which products of a compiled program come from which of the traced one.
+
+XLA keeps the number of a product in the name of what it makes of it, mostly. Where it
+drops the name, as it does when it changes the dtype of a result or the algorithm, sizes
+tell products apart, and then formats and their order.
+"""
+
+import collections
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from mpjax._inspection.steps import COMPOSITES, Step
+from mpjax._lowering.hlo import CompiledProduct
+from mpjax._lowering.matrix_units import DTYPES
+
+
+def match(
+    written: dict[int, Step], products: Iterable[CompiledProduct], devices: int
+) -> tuple[dict[int, list[CompiledProduct]], list[CompiledProduct]]:
+    """Finds the compiled products of each traced one.
+
+    Args:
+      written: the traced ones by number, in the order of the program.
+      products: the compiled ones.
+      devices: how many the program is compiled for.
+
+    Returns:
+      By number, those that were found: one may become several. And those without a name
+      that fit none.
+    """
+    found: dict[int, list[CompiledProduct]] = collections.defaultdict(list)
+    loose = []
+    for p in products:
+        if p.tag in written:
+            found[p.tag].append(p)
+        else:
+            loose.append(p)
+    strays = []
+    for p in loose:
+        # What has the name of something else is an algorithm's own, such as that of QR.
+        named = bool(p.instruction.op_name)
+        fits = [
+            number
+            for number, step in written.items()
+            if _fits(p, step, devices) and not (named and number in found)
+            if not step.in_kernel
+        ]
+        if fits:
+            lhs = DTYPES.get(p.operands[0])
+            strange = {n: _avals(written[n])[0].dtype.name != lhs for n in fits}
+            best = min(fits, key=lambda n: (len(found.get(n, ())), strange[n], n))
+            found[best].append(p)
+        else:
+            strays.append(p)
+    # A composite may be compiled in sizes of the compiler's own.
+    for number, step in written.items():
+        if strays and number not in found and step.eqn.primitive.name in COMPOSITES:
+            found[number].append(strays.pop(0))
+    unexplained = [p for p in strays if not p.instruction.op_name]
+    return dict(found), unexplained
+
+
+def _avals(step: Step) -> list[Any]:
+    return [a.aval for a in (*step.eqn.invars[:2], step.eqn.outvars[0])]
+
+
+def _fits(made: CompiledProduct, step: Step, devices: int) -> bool:
+    """Whether its arrays are as large as those written, or an equal part of them."""
+    lhs, rhs, out = (math.prod(aval.shape) for aval in _avals(step))
+    sizes = zip(made.sizes, (*sorted((lhs, rhs)), out), strict=True)
+    return all(
+        has and whole % has == 0 and devices % (whole // has) == 0
+        for has, whole in sizes
+    )

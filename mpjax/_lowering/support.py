@@ -1,0 +1,123 @@
+"""Which recipe runs natively on which target: the table, and what compilers say."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mpjax._hardware.targets import E5M2, INT8, PAIRS, TARGETS
+from mpjax._lowering.hlo import bits
+from mpjax._lowering.report import report
+from mpjax._printing.table import render
+from mpjax._printing.text import brief
+from mpjax._products.dot_general import scaled_dot_general
+from mpjax._recipes.named import (
+    block_scaling,
+    current_scaling,
+    delayed_scaling,
+    mx_scaling,
+    per_channel_scaling,
+)
+from mpjax._recipes.recipe import Recipe
+
+RECIPES: dict[str, Recipe] = {
+    "current_scaling()": current_scaling(),
+    "delayed_scaling()": delayed_scaling(),
+    "per_channel_scaling()": per_channel_scaling(),
+    "block_scaling()": block_scaling(),
+    "mx_scaling()": mx_scaling(),
+    "current_scaling('float8_e5m2')": current_scaling(E5M2),
+    "current_scaling('int8', 'int8')": current_scaling(INT8, INT8),
+    "current_scaling().fnuz()": current_scaling().fnuz(),
+}
+# Those with a compiler that says the same on every machine.
+COMPILED = tuple(name for name, t in TARGETS.items() if t.platform in ("cuda", "tpu"))
+
+
+class Cell(NamedTuple):
+    """One answer of the table beside that of a compiler.
+
+    Attributes:
+      what: a recipe, or the two formats of a product.
+      table: whether the table calls it native.
+      compiled: whether the compiler made it so.
+      shown: what it was made of.
+    """
+
+    what: str
+    table: bool
+    compiled: bool
+    shown: str
+
+
+def matrix() -> str:
+    """The table of recipes and targets that ``Recipe.is_supported`` answers from.
+
+    Example:
+      >>> print(matrix().splitlines()[0])
+      Where all three products of a recipe are native
+    """
+    rows = [
+        (name, *("yes" if recipe.is_supported(t)[0] else "-" for t in TARGETS))
+        for name, recipe in RECIPES.items()
+    ]
+    title = "Where all three products of a recipe are native"
+    return render(rows, ("recipe", *TARGETS), title)
+
+
+def verify(target: str, size: int = 512) -> list[Cell]:
+    """Asks the compiler of a target for every cell of its column.
+
+    Args:
+      target: name of a device.
+      size: of the square matrices that are multiplied.
+
+    Returns:
+      The cells of pairs of formats, then those of recipes.
+    """
+    device = TARGETS[target]
+    answers = {f"{a} x {b}": device.multiplies(a, b) for a, b in PAIRS}
+    answers |= {name: r.is_supported(target)[0] for name, r in RECIPES.items()}
+    operand = functools.partial(jax.ShapeDtypeStruct, (size, size))
+    pairs = [(operand(jnp.dtype(a)), operand(jnp.dtype(b))) for a, b in PAIRS]
+    # Each cell has operands of its own, or XLA finds that some are alike.
+    trained = [(operand(jnp.bfloat16),) * 2] * len(RECIPES)
+
+    def program(pairs, trained):
+        fns = [_multiply] * len(pairs)
+        fns += [functools.partial(_train, recipe=r) for r in RECIPES.values()]
+        results = []
+        for i, (fn, own) in enumerate(zip(fns, [*pairs, *trained], strict=True)):
+            with jax.named_scope(f"cell{i}"):
+                results.append(fn(*own))
+        return results
+
+    products = report(program, pairs, trained, target=target).products
+    cells = []
+    for i, (what, table) in enumerate(answers.items()):
+        own = [p for p in products if p.traced.path.split("/")[0] == f"cell{i}"]
+        compiled = all(p.native and bits(p.unit) == 8 for p in own)
+        shown = dict.fromkeys(
+            brief(f"{p.traced.operands} as {p.unit or p.verdict}") for p in own
+        )
+        cells.append(Cell(what, table, compiled, ", ".join(shown)))
+    return cells
+
+
+def _multiply(lhs, rhs):
+    out = jnp.int32 if lhs.dtype == jnp.int8 else jnp.float32
+    return lax.dot(lhs, rhs, preferred_element_type=out)
+
+
+def _train(x, w, recipe):
+    """A product and its two gradients."""
+    numbers = (((1,), (0,)), ((), ()))
+    scales = jnp.ones(3) if recipe.stateful else None
+
+    def loss(x, w):
+        out = scaled_dot_general(x, w, numbers, recipe=recipe, scales=scales)
+        return jnp.sum(out.astype(jnp.float32) ** 2)
+
+    return jax.grad(loss, argnums=(0, 1))(x, w)

@@ -1,0 +1,248 @@
+"""The classes that modules of a mixed NNX model have: a bare class and a rule.
+
+Their methods run under the policy of the rule, and see parameters in its compute dtype.
+"""
+
+import functools
+import inspect
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mpjax._nnx.parameters import keep, map_params, read
+from mpjax._nnx.recipes import HOOKS, stand_in, stand_in_method
+from mpjax._nnx.scope_names import note, scope
+from mpjax._policies.policy import Policy, get_policy, in_kind_of
+from mpjax._policies.rule import Rule
+from mpjax._tree import cast_floating
+
+# The policy of the module whose method runs; None outside of models. JAX has it in the
+# key of its caches of traced functions, and each thread has its own.
+_region = jax.make_user_context(None)
+
+
+def rule_of(module) -> Rule | None:
+    """The rule that a module follows; None: it is bare, or left alone."""
+    return getattr(type(module), "_mpjax_rule", None)
+
+
+def bare_type(module) -> type:
+    """The class of a module without a rule."""
+    return getattr(type(module), "_mpjax_bare_type", type(module))
+
+
+def set_type(module, rule: Rule | None) -> None:
+    """Makes a module follow a rule; None: end the region around it."""
+    is_pytree = not jax.tree_util.all_leaves([module])
+    dtype = None
+    if rule is not None and "dtype" not in vars(module) and has_dtype(module):
+        # In place of a property, or of the class's dtype.
+        dtype = in_kind_of(module.dtype, get_policy(rule.policy).compute_dtype)
+    module.__class__ = _mixed_type(bare_type(module), rule, is_pytree, dtype)
+
+
+class _Mixed:
+    """Comes first among the bases of a class that ``_mixed_type`` makes."""
+
+    _mpjax_key: tuple
+
+    def __init_subclass__(cls, **kwargs):
+        if "_mpjax_key" not in vars(cls):
+            return super().__init_subclass__(**kwargs)
+        # A hook of the model is for classes that its author writes, as in a registry.
+        vars(nnx.Pytree)["__init_subclass__"].__func__(cls, **kwargs)
+
+    def __reduce__(self):
+        return _new, type(self)._mpjax_key, vars(self).copy()
+
+
+class _End:
+    """Comes after ``nnx.Pytree``, for hooks of the model that stand behind it."""
+
+    def __init_subclass__(cls, **kwargs):
+        if "_mpjax_key" not in vars(cls):
+            super().__init_subclass__(**kwargs)
+
+
+@functools.cache
+def _metaclass(kind: Any) -> type:
+    """A metaclass that has those two in the order of a class's bases.
+
+    As bases they would change the layout of the class, which then no module could take.
+    """
+
+    def mro(cls):
+        order = kind.mro(cls)
+        if "_mpjax_key" in vars(cls):
+            order.insert(order.index(nnx.Pytree) + 1, _End)
+            order.insert(1, _Mixed)
+        return order
+
+    return type(kind)(kind.__name__, (kind,), {"mro": mro})
+
+
+# For good, as JAX and Flax keep every class of modules in their registries.
+@functools.cache
+def _mixed_type(bare: type, rule: Rule | None, is_pytree: bool, dtype) -> type:
+    """The subclass of a module class that follows a rule; None: that leaves it."""
+    namespace = {
+        "__module__": bare.__module__,
+        "__qualname__": bare.__qualname__,
+        "__doc__": bare.__doc__,
+        "_mpjax_key": (bare, rule, is_pytree, dtype),
+        "_mpjax_bare_type": bare,
+        "_mpjax_rule": rule,
+    }
+    for name in _public_methods(bare):
+        namespace[name] = _method(name, getattr(bare, name), rule)
+    namespace["__getattribute__"] = _getattribute(bare, rule)
+    if rule is not None:
+        namespace["__setattr__"] = _setattr(bare, rule)
+        if issubclass(bare, nnx.SimpleCell):
+            namespace["initialize_carry"] = _initialize_carry
+        if issubclass(bare, nnx.MultiHeadAttention):
+            namespace["init_cache"] = _init_cache
+    if dtype is not None:
+        namespace["dtype"] = dtype
+    return types.new_class(
+        bare.__name__,
+        (bare,),
+        {"metaclass": _metaclass(type(bare)), "pytree": is_pytree},
+        lambda ns: ns.update(namespace),
+    )
+
+
+def _new(*key) -> nnx.Module:
+    return object.__new__(_mixed_type(*key))
+
+
+def _public_methods(bare: type) -> Iterator[str]:
+    """Names of the methods with which the world outside may run a module."""
+    if not issubclass(bare, nnx.Module) or issubclass(bare, nnx.List | nnx.Dict):
+        return
+    for name in set(dir(bare)) - set(dir(nnx.Module)):
+        method = inspect.getattr_static(bare, name)
+        if (
+            (name == "__call__" or not name.startswith("_"))
+            and callable(method)
+            and hasattr(method, "__get__")
+            and not isinstance(method, type | staticmethod | classmethod)
+        ):
+            yield name
+
+
+def _getattribute(bare: type, rule: Rule | None) -> Callable:
+    inherited: Callable = bare.__getattribute__
+    policy = None if rule is None else get_policy(rule.policy)
+    hooks = () if rule is None or rule.recipe is None else HOOKS
+
+    def getattribute(self, name):
+        value = inherited(self, name)
+        if name == "__dict__":
+            return value
+        note(self, name, value)
+        if policy is None or _region.value is None:
+            return value
+        if name in hooks:
+            return stand_in(self, name, value)
+        return map_params(functools.partial(read, policy), value)
+
+    return getattribute
+
+
+def _setattr(bare: type, rule: Rule) -> Callable:
+    inherited: Callable = bare.__setattr__
+    kept = functools.partial(keep, get_policy(rule.policy))
+
+    def setattr_(self, name, value):
+        if _region.value is not None:
+            value = map_params(kept, value)
+        inherited(self, name, value)
+
+    return setattr_
+
+
+def _init_cache(self, input_shape, dtype=None):
+    del dtype  # keys and values come in the compute dtype
+    type(self)._mpjax_bare_type.init_cache(self, input_shape, _compute_dtype(self))
+
+
+def _initialize_carry(self, *args, **kwargs):
+    # This cell answers in its compute dtype, which a scan wants of the first carry too.
+    carry = type(self)._mpjax_bare_type.initialize_carry(self, *args, **kwargs)
+    return _cast(carry, _compute_dtype(self))
+
+
+def _compute_dtype(module):
+    return get_policy(type(module)._mpjax_rule.policy).compute_dtype
+
+
+def _method(name: str, function: Callable, rule: Rule | None) -> Callable:
+    policy = None if rule is None else get_policy(rule.policy)
+    run = function
+    if rule is not None and rule.recipe is not None:
+        run = stand_in_method(function)
+    of_flax = getattr(function, "__module__", "").startswith("flax.nnx")
+
+    def under_policy(self, *args, **kwargs):
+        if policy is not None and of_flax:
+            _check_real(self, policy, (*args, *kwargs.values()))
+        if _region.value == policy:
+            return run(self, *args, **kwargs)
+        if rule is None or policy is None:
+            with _region(None):
+                return run(self, *args, **kwargs)
+        if rule.cast_inputs:
+            args, kwargs = _cast((args, kwargs), policy.compute_dtype)
+        with _region(policy):
+            outputs = run(self, *args, **kwargs)
+        return _cast(outputs, policy.output_dtype)
+
+    @functools.wraps(function)
+    def method(self, *args, **kwargs):
+        with scope(self, name):
+            return under_policy(self, *args, **kwargs)
+
+    return method
+
+
+def _check_real(module, policy: Policy, args: tuple) -> None:
+    """Raises where a layer of Flax would drop the imaginary part of an argument."""
+    for arg in args:
+        is_array = isinstance(arg, jax.Array | np.ndarray)
+        if is_array and jnp.iscomplexobj(arg) and has_dtype(module):
+            raise ValueError(
+                f"A {type(module).__name__} has a complex argument and cannot compute "
+                f"in {policy.compute_dtype.name}. To leave it alone, put a "
+                "mpjax.Rule of its path, with policy None, before the rule that "
+                "matches it; mpjax.nnx.tabulate shows the paths."
+            )
+
+
+def _cast(tree, dtype):
+    """Casts the arrays among arguments or results; modules and states are no arrays."""
+    return jax.tree.map(
+        lambda leaf: leaf if _is_node(leaf) else cast_floating(leaf, dtype),
+        tree,
+        is_leaf=_is_node,
+    )
+
+
+def _is_node(value) -> bool:
+    return isinstance(value, nnx.Pytree | nnx.Variable)
+
+
+def has_dtype(module) -> bool:
+    """Whether the module has a ``dtype`` that says what it computes in."""
+    dtype = getattr(module, "dtype", "none")
+    if not isinstance(dtype, str | type | np.dtype):
+        return dtype is None
+    try:
+        return jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:  # there is none, or another thing of that name
+        return False

@@ -1,0 +1,239 @@
+"""Mixed precision for Flax NNX models.
+
+Each module of a clone of the model gets a subclass of its class, which knows a policy.
+Parameters, their paths and their types stay those of the bare model: a policy shows in
+the graph definition, which is in the key of every jit cache, and not in the state.
+"""
+
+import functools
+import inspect
+from dataclasses import replace
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mpjax._nnx.classes import bare_type, has_dtype, rule_of, set_type
+from mpjax._nnx.parameters import own_params, store
+from mpjax._nnx.recipes import attention, products_of, set_states
+from mpjax._nnx.scaling import Scaling
+from mpjax._policies.lookup import matcher
+from mpjax._policies.policy import Policy, get_policy, in_kind_of
+from mpjax._policies.rule import Rule, Rules, expand_rules
+from mpjax._printing import table as _table
+from mpjax._products.xla_cpu import conv_general_dilated
+
+M = TypeVar("M", bound=nnx.Module)
+
+
+def mixed_precision(model: M, rules: Rules) -> M:
+    """Makes a model that computes under a policy, or under rules with one a layer.
+
+    The result shares its arrays with ``model``, which stays as it is and usable (as
+    long as no step donates the arrays). It has the same parameters at the same paths,
+    so that states, checkpoints, optimizers and gradients fit both; outside of the
+    model's methods they are in ``param_dtype``. A method that would round one, as it
+    writes there what it computed in fewer bits, raises a TypeError.
+
+    A layer with a ``dtype`` attribute computes in its policy's ``compute_dtype``;
+    parameters that a module reads itself are cast to it as they are read, inside the
+    methods of the model and nowhere else. Where a module's policy differs from that of
+    the module around it, floating arguments of its public methods are cast to
+    ``compute_dtype`` and results to ``output_dtype``; elsewhere nothing is cast, so
+    that under ``"mixed_bfloat16"`` everything between the model's inputs and its
+    float32 outputs flows in bfloat16. Stock attention computes its softmax in float32.
+    A plain list or dict of parameters is read as a copy, to which no method may append;
+    ``nnx.List`` and ``nnx.Dict`` are themselves. Other state than ``nnx.Param`` holds
+    what the model writes there, as it writes it: batch statistics in float32, but
+    activations that it sows in 16 bits.
+
+    Under a rule with a recipe Linear, Einsum and convolution layers, the projections of
+    attention, ``Embed.attend`` and modules with a ``dot_general`` that is stock or None
+    multiply in its formats. Delayed scaling adds `Scaling` variables to them, which
+    `update_scaling` keeps.
+
+    Of a model that has policies already, the new rules replace all of the old ones.
+
+    Args:
+      model: an NNX module; its parameters may be ``jax.ShapeDtypeStruct``.
+      rules: a policy, its name, or a list of ``mpjax.Rule``, the first match of which
+        decides. Modules without a match are left alone.
+
+    Returns:
+      A model of the same kind (``isinstance`` holds).
+
+    Raises:
+      ValueError: a rule decides for no module or its recipe serves none, or a layer
+        cannot follow its rule (complex parameters, a Linen module inside, a
+        ``dot_general`` of its own, a bound method kept); the message has the path.
+        Later, when a method runs, a layer of Flax gets a complex argument.
+      TypeError: ``model`` is no NNX module.
+
+    Example:
+      >>> from flax import nnx
+      >>> import jax.numpy as jnp, mpjax.nnx
+      >>> model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+      >>> mixed = mpjax.nnx.mixed_precision(model, "p=f32,c=bf16")
+      >>> mixed(jnp.ones((2, 4))).dtype.name, mixed.kernel[...].dtype.name
+      ('bfloat16', 'float32')
+    """
+    if not isinstance(model, nnx.Module):
+        raise TypeError(
+            f"mpjax.nnx.mixed_precision takes a flax.nnx.Module, got {model!r}. For a "
+            "Linen module use mpjax.linen.MixedPrecision."
+        )
+    lookup = matcher(expand_rules(rules))
+    model = nnx.clone(model)
+    layers = _layers(model)
+    seen = {path: bare_type(layer) for path, (layer, *_) in layers.items()}
+    found = {path: lookup.rule(path, kind) for path, kind in seen.items()}
+    modules = {path: nodes[0] for path, nodes in layers.items()}
+    served = {
+        path: products_of(path, module, seen[path], found[path])
+        for path, module in modules.items()
+    }
+    lookup.check_all_used(seen, served=served)
+    set_states(modules, found, served)
+    owners: dict[int, tuple[str, Policy]] = {}
+    for path, nodes in layers.items():
+        rule = found[path]
+        if rule is None:
+            below = (found[inner] for inner in layers if _is_inside(inner, path))
+            if any(below) and rule_of(nodes[0]) is None:
+                set_type(nodes[0], None)  # left alone, it ends the region around it
+            continue
+        rule, policy = _essence(rule, served[path]), get_policy(rule.policy)
+        for node in nodes:
+            _check(path, node)
+            store(path, node, policy, owners)
+            # These two write what they normalize into the layer inside them.
+            if not isinstance(node, nnx.WeightNorm | nnx.SpectralNorm):
+                _set_dtype(path, node, policy)
+                set_type(node, rule)
+    return model
+
+
+def _essence(rule: Rule, served: set[str]) -> Rule:
+    """What a class needs of a rule: classes of equal essence are one class."""
+    rule = replace(rule, path=".*", module_type=None, optional=False)
+    return rule if served else replace(rule, recipe=None, min_size=0, attention=False)
+
+
+def _layers(model: nnx.Module) -> dict[str, list[nnx.Pytree]]:
+    """By path, each module and the containers in it that hold parameters of its own."""
+    nodes = {p: n for p, n in nnx.iter_graph(model) if isinstance(n, nnx.Pytree)}
+    layers = {
+        path: [node]
+        for path, node in nodes.items()
+        if not path
+        or (isinstance(node, nnx.Module) and not isinstance(node, nnx.List | nnx.Dict))
+    }
+    for path, node in nodes.items():
+        if path not in layers and any(own_params(node)):
+            while path not in layers:
+                path = path[:-1]
+            layers[path].append(node)
+    return {
+        "/".join(map(str, path)): layers[path] for path in sorted(layers, key=_order)
+    }
+
+
+def _order(path: tuple) -> list:
+    return [(0, key, "") if isinstance(key, int) else (1, 0, str(key)) for key in path]
+
+
+def _is_inside(inner: str, outer: str) -> bool:
+    return inner != outer and (not outer or inner.startswith(f"{outer}/"))
+
+
+def _check(path: str, module) -> None:
+    """Raises for what could only be left as it is without a word."""
+    if isinstance(module, nnx.bridge.ToNNX):
+        raise ValueError(
+            f"Module {path!r} holds a Linen module, whose layers NNX does not see. "
+            "Give nnx.bridge.ToNNX a mpjax.linen.MixedPrecision(module, rules), and "
+            f"put mpjax.Rule({path!r}, None) first among the rules here."
+        )
+    if isinstance(module, nnx.WeightNorm):
+        states = nnx.to_flat_state(nnx.state(module.layer_instance, Scaling))
+        if any(module.variable_filter(*state) for state in states):
+            raise ValueError(
+                f"Module {path!r} (WeightNorm) normalizes all variables of what is in "
+                "it, states of delayed scaling too. Make it with "
+                "variable_filter=nnx.Param, or give the layer in it a rule without "
+                "delayed scaling."
+            )
+    for name, value in vars(module).items():
+        if isinstance(value, nnx.Param) and not issubclass(type(value), nnx.Param):
+            raise ValueError(
+                f"Parameter {name!r} of module {path!r} is a hijax variable, which "
+                "shows its value without asking. Make it with hijax=False."
+            )
+        while isinstance(value, functools.partial):
+            value = value.func
+        if inspect.ismethod(value) and isinstance(value.__self__, nnx.Module):
+            raise ValueError(
+                f"Attribute {name!r} of module {path!r} is the bound method "
+                f"{value.__name__!r} of the model without a policy, and would run "
+                "that. Keep the name of the method, and look it up for each call: "
+                f"getattr(self, {value.__name__!r})."
+            )
+
+
+def _set_dtype(path: str, module, policy: Policy) -> None:
+    """Tells a module by its attributes to compute in ``compute_dtype``."""
+    dtype = policy.compute_dtype
+    if has_dtype(module):
+        for name, param in own_params(module):
+            if any(map(jnp.iscomplexobj, jax.tree.leaves(param.get_value()))):
+                raise ValueError(
+                    f"Module {path!r} ({type(module).__name__}) has a complex "
+                    f"parameter {name!r} and cannot compute in {dtype.name}. Put "
+                    f"mpjax.Rule({path!r}, None) before the rule that matches it, to "
+                    "leave it alone."
+                )
+        if "dtype" in vars(module):
+            module.dtype = in_kind_of(module.dtype, dtype)
+    for name, value in list(vars(module).items()):
+        if value is nnx.dot_product_attention and dtype.itemsize == 2:
+            setattr(module, name, attention)
+        if value is jax.lax.conv_general_dilated:
+            setattr(module, name, conv_general_dilated)
+    if isinstance(module, nnx.MultiHeadAttention):
+        for cache in module.cached_key, module.cached_value:
+            if cache is not None:
+                cache.set_value(policy.cast_to_compute(cache.get_value()))
+
+
+def tabulate(model: nnx.Module) -> str:
+    """Shows what each layer of a model will do, before a step is run.
+
+    Args:
+      model: a model from ``mixed_precision``; its parameters may be
+        ``jax.ShapeDtypeStruct``, from ``nnx.eval_shape``.
+
+    Returns:
+      A table with a row a module: path, type, policy ("-": left alone), the recipe of
+      its products ("-": none uses it) and the dtypes and number of the parameters of
+      its own. The model is not run: of a layer whose kernel another module reads and
+      multiplies with, the recipe is shown and not used; ``mpjax.lowering`` sees that.
+
+    Example:
+      >>> from flax import nnx
+      >>> import mpjax.nnx
+      >>> model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+      >>> print(mpjax.nnx.tabulate(mpjax.nnx.mixed_precision(model, "mixed_bfloat16")))
+      1 layers, 15 parameters in 60 bytes
+        path   type     policy               recipe   dtypes   params
+       ───────────────────────────────────────────────────────────────
+               Linear   p=f32,c=bf16,o=f32   -        f32          15
+    """
+    rows = []
+    for path, nodes in _layers(model).items():
+        values = [p.get_raw_value() for node in nodes for _, p in own_params(node)]
+        arrays = [leaf for leaf in jax.tree.leaves(values) if hasattr(leaf, "shape")]
+        rule = rule_of(nodes[0])
+        policy, recipe = (rule.policy, rule.recipe) if rule else (None, None)
+        rows.append((path, type(nodes[0]), policy, recipe, arrays))
+    return _table.layers(rows)

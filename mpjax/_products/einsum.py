@@ -1,0 +1,206 @@
+"""``jnp.einsum`` of two operands under a recipe."""
+
+import string
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from mpjax._numerics.qarray import QArray
+from mpjax._products.dot_general import observed_dot_general
+from mpjax._products.operands import check_operand
+from mpjax._recipes.recipe import Recipe
+from mpjax._typing import Array, DType
+
+
+def einsum(
+    subscripts: str,
+    lhs: Array,
+    rhs: Array,
+    /,
+    *,
+    recipe: Recipe,
+    scales: Array | None = None,
+    quantized_rhs: QArray | None = None,
+    precision: Any = None,
+    preferred_element_type: DType | None = None,
+    out_sharding: Any = None,
+) -> Array:
+    """``jnp.einsum`` of two operands with its products in the formats of a recipe.
+
+    The operands keep their roles: the first is scaled as ``lhs``, the second as
+    ``rhs``. (``jnp.einsum`` exchanges them where that saves a transposition, which
+    matters to a ``_dot_general`` that treats activations and weights differently.)
+
+    Args:
+      subscripts: as for ``jnp.einsum``, with or without ``...`` and ``->``.
+      lhs: f[...], usually activations.
+      rhs: f[...], usually weights.
+      recipe: formats and scalings.
+      scales: this and all that follows as for ``scaled_dot_general``.
+      quantized_rhs: ``rhs`` already quantized.
+      precision: of products in high precision.
+      preferred_element_type: dtype of the result.
+      out_sharding: of the result.
+
+    Returns:
+      f[...].
+
+    Raises:
+      ValueError: there are not two operands, an index occurs twice in one of them or in
+        the result, or the result has one that they have not.
+
+    Example:
+      >>> import jax.numpy as jnp, mpjax
+      >>> q, k = jnp.ones((2, 5, 3, 8)), jnp.ones((2, 7, 3, 8))
+      >>> mpjax.einsum("bqhd,bkhd->bhqk", q, k, recipe=mpjax.current_scaling()).shape
+      (2, 3, 5, 7)
+    """
+    out, _ = observed_einsum(
+        subscripts,
+        lhs,
+        rhs,
+        scales,
+        recipe=recipe,
+        quantized_rhs=quantized_rhs,
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+        out_sharding=out_sharding,
+    )
+    return out
+
+
+def observed_einsum(
+    subscripts: str,
+    lhs: Array,
+    rhs: Array,
+    scales: Array | None,
+    /,
+    *,
+    recipe: Recipe,
+    quantized_rhs: QArray | None = None,
+    precision: Any = None,
+    preferred_element_type: DType | None = None,
+    out_sharding: Any = None,
+) -> tuple[Array, Array | None]:
+    """``einsum`` that hands its scales on, as ``observed_dot_general`` does.
+
+    Args:
+      subscripts: this and all that follows as for ``einsum``.
+      lhs: f[...].
+      rhs: f[...].
+      scales: f32[3], or ``None`` under a recipe without state.
+      recipe: formats and scalings.
+      quantized_rhs: ``rhs`` already quantized.
+      precision: of products in high precision.
+      preferred_element_type: dtype of the result.
+      out_sharding: of the result.
+
+    Returns:
+      The result, and ``scales``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, mpjax
+      >>> recipe, x, w = mpjax.delayed_scaling(), jnp.ones((2, 4)), jnp.ones((4, 5))
+      >>> def loss_fn(scales):
+      ...     y, scales = mpjax.observed_einsum("ik,kj", x, w, scales, recipe=recipe)
+      ...     return y.sum()
+      >>> jax.grad(loss_fn)(jnp.zeros(3))
+      Array([1., 1., 1.], dtype=float32)
+    """
+    lhs, rhs = check_operand("lhs", lhs), check_operand("rhs", rhs)
+    one, two, out = _parse(subscripts, lhs.ndim, rhs.ndim)
+    sizes = dict(zip(two, rhs.shape, strict=True))
+    lhs, one = _sum_out(lhs, one, two + out, sizes)
+    sizes = dict(zip(one, lhs.shape, strict=True))
+    summed, two = _sum_out(rhs, two, one + out, sizes)
+    if quantized_rhs is not None and summed.shape != rhs.shape:
+        raise ValueError(
+            f"quantized_rhs serves no {subscripts!r}, which first reduces the second "
+            "operand; leave it out."
+        )
+    batch = [c for c in one if c in two and c in out]
+    contracted = [c for c in one if c in two and c not in out]
+    result = batch + [c for c in one + two if c not in batch + contracted]
+    order = [result.index(c) for c in out]
+    contracting, batching = (
+        ([one.index(c) for c in axes], [two.index(c) for c in axes])
+        for axes in (contracted, batch)
+    )
+    product, scales = observed_dot_general(
+        lhs,
+        summed,
+        scales,
+        (contracting, batching),
+        precision,
+        preferred_element_type,
+        recipe=recipe,
+        quantized_rhs=quantized_rhs,
+        out_sharding=_permuted(out_sharding, np.argsort(order).tolist()),
+    )
+    return lax.transpose(product, order), scales
+
+
+def _parse(subscripts: str, *ndims: int) -> tuple[list[str], list[str], list[str]]:
+    """The indices of both operands and of the result, without dots."""
+    inputs, arrow, out = subscripts.replace(" ", "").partition("->")
+    terms = inputs.split(",")
+    if len(terms) != 2:
+        raise ValueError(
+            "einsum under a recipe has two operands, each with scales of its own, got "
+            f"{subscripts!r}; contract more of them pair by pair."
+        )
+    spare = [c for c in string.ascii_letters if c not in subscripts]
+    indices, dots = [], ""
+    for term, ndim in zip(terms, ndims, strict=True):
+        missing = ndim - len(term.replace("...", ""))
+        if missing < 0 or (missing and "..." not in term):
+            raise ValueError(
+                f"einsum {subscripts!r} has a term {term!r} for an operand of {ndim} "
+                "axes."
+            )
+        filled = "".join(spare[len(spare) - missing :])
+        dots = max(dots, filled, key=len)
+        indices.append(term.replace("...", filled))
+        if len(set(indices[-1])) < ndim:
+            raise ValueError(
+                f"einsum under a recipe takes no diagonal, got {term!r}; take it with "
+                "jnp.einsum first."
+            )
+    if not arrow:
+        both = indices[0] + indices[1]
+        once = {c for c in both if both.count(c) == 1}
+        out = dots + "".join(sorted(once - set(dots)))
+    result = out.replace("...", dots)
+    if len(set(result)) < len(result) or not set(result) <= {*indices[0], *indices[1]}:
+        raise ValueError(
+            "The result of an einsum has indices of its operands, each of them once, "
+            f"got {out!r} in {subscripts!r}."
+        )
+    return list(indices[0]), list(indices[1]), list(result)
+
+
+def _sum_out(x: Array, indices: list[str], kept: list[str], sizes: dict[str, int]):
+    """Sums over axes that nothing else has; drops those of size 1 that broadcast."""
+    alone = [c for c in indices if c not in kept]
+    broadcast = [
+        c
+        for c, size in zip(indices, x.shape, strict=True)
+        if size == 1 and sizes.get(c, 1) > 1
+    ]
+    dropped = [c for c in indices if c in (*alone, *broadcast)]
+    if dropped:
+        x = jnp.sum(x, axis=tuple(indices.index(c) for c in dropped))
+    return x, [c for c in indices if c not in dropped]
+
+
+def _permuted(sharding, order: list[int]):
+    if sharding is None:
+        return None
+    named = isinstance(sharding, NamedSharding)
+    spec = sharding.spec if named else sharding
+    spec = (*spec, *[None] * (len(order) - len(spec)))
+    spec = PartitionSpec(*(spec[i] for i in order))
+    return NamedSharding(sharding.mesh, spec) if named else spec

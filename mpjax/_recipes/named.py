@@ -1,0 +1,209 @@
+"""The recipes that have a name."""
+
+from typing import Literal
+
+import jax.numpy as jnp
+
+from mpjax._numerics.scales import Rounding
+from mpjax._recipes.recipe import Recipe
+from mpjax._recipes.scalings import (
+    BlockScaling,
+    ChannelScaling,
+    CurrentScaling,
+    DelayedScaling,
+)
+from mpjax._typing import DType
+
+
+def current_scaling(
+    dtype: DType = jnp.float8_e4m3fn,
+    grad_dtype: DType = jnp.float8_e5m2,
+    *,
+    power_of_two: bool = True,
+    delayed_weights: bool = False,
+) -> Recipe:
+    """One scale a tensor, from its own amax. Stateless: the recipe to begin with.
+
+    Args:
+      dtype: the format of both operands.
+      grad_dtype: the format of the output gradient.
+      power_of_two: round scales up to powers of two. Scaling is exact then, and a
+        compiler needs fewer passes over bfloat16.
+      delayed_weights: scale the second operand by the amax that it had a step before. A
+        weight changes little in a step, and no pass over it has to come before its
+        quantization. The recipe then has a state, as `delayed_scaling` has, and
+        `calibrate_scaling` and `keep_weights` serve it. In attention the second
+        operands are keys and values, which change with the batch: a rule with
+        ``attention=True`` refuses it.
+
+    Returns:
+      A recipe.
+
+    Example:
+      >>> import mpjax
+      >>> mpjax.current_scaling().lhs.dtype.name
+      'float8_e4m3fn'
+
+    References:
+      Micikevicius et al., FP8 Formats for Deep Learning, arXiv 2209.05433.
+    """
+    rounding = _rounding(power_of_two)
+    operand = CurrentScaling(dtype, rounding)
+    weights = DelayedScaling(dtype, rounding, 1, "most_recent")
+    return Recipe(
+        operand,
+        weights if delayed_weights else operand,
+        CurrentScaling(grad_dtype, rounding),
+    )
+
+
+def delayed_scaling(
+    history_length: int = 1024,
+    algorithm: Literal["max", "most_recent"] = "max",
+    margin: float = 0.0,
+    *,
+    dtype: DType = jnp.float8_e4m3fn,
+    grad_dtype: DType = jnp.float8_e5m2,
+    power_of_two: bool = True,
+) -> Recipe:
+    """One scale a tensor, from the amaxes of earlier steps.
+
+    The fastest recipe, since no reduction has to end before a quantization begins, and
+    the only one with a state::
+
+        state = recipe.init()                                    # one a layer
+        def loss_fn(params, scales):
+            y = mpjax.scaled_dot_general(..., recipe=recipe, scales=scales)
+            ...
+        grads, observed = jax.grad(loss_fn, argnums=(0, 1))(params, state.scale)
+        state = recipe.update(state, observed)                   # once a step
+
+    Args:
+      history_length: how many steps are remembered.
+      algorithm: ``"max"`` of the history, or its ``"most_recent"`` entry.
+      margin: scales are made ``2^margin`` times larger, to leave headroom.
+      dtype: the format of both operands.
+      grad_dtype: the format of the output gradient.
+      power_of_two: round scales up to powers of two. Scaling is exact then, and a
+        compiler needs fewer passes over bfloat16.
+
+    Returns:
+      A recipe.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, mpjax
+      >>> recipe, x, w = mpjax.delayed_scaling(), jnp.ones((2, 4)), 3 * jnp.ones((4, 5))
+      >>> def loss_fn(w, scales):
+      ...     return mpjax.einsum("ik,kj->ij", x, w, recipe=recipe, scales=scales).sum()
+      >>> state = recipe.init()
+      >>> _, observed = jax.grad(loss_fn, argnums=(0, 1))(w, state.scale)
+      >>> observed
+      Array([1., 3., 1.], dtype=float32)
+      >>> state = recipe.update(state, observed)
+
+    References:
+      Micikevicius et al., FP8 Formats for Deep Learning, arXiv 2209.05433.
+    """
+    rounding = _rounding(power_of_two)
+    options = (history_length, algorithm, margin)
+    operand = DelayedScaling(dtype, rounding, *options)
+    return Recipe(operand, operand, DelayedScaling(grad_dtype, rounding, *options))
+
+
+def per_channel_scaling(
+    dtype: DType = jnp.float8_e4m3fn,
+    grad_dtype: DType = jnp.float8_e4m3fn,
+    *,
+    power_of_two: bool = True,
+) -> Recipe:
+    """One scale for each row of lhs and each column of rhs ("row-wise").
+
+    Each of the three products contracts other axes, so every tensor is quantized once
+    for each of the two products it is in.
+
+    Args:
+      dtype: the format of both operands.
+      grad_dtype: the format of the output gradient.
+      power_of_two: round scales up to powers of two. Scaling is exact then, and a
+        compiler needs fewer passes over bfloat16.
+
+    Returns:
+      A recipe.
+
+    Example:
+      >>> import mpjax
+      >>> mpjax.per_channel_scaling().grad.dtype.name
+      'float8_e4m3fn'
+    """
+    rounding = _rounding(power_of_two)
+    operand = ChannelScaling(dtype, rounding)
+    return Recipe(operand, operand, ChannelScaling(grad_dtype, rounding))
+
+
+def block_scaling(
+    dtype: DType = jnp.float8_e4m3fn,
+    grad_dtype: DType = jnp.float8_e4m3fn,
+    *,
+    size: int = 128,
+    power_of_two: bool = True,
+) -> Recipe:
+    """Blocks of 1 x 128 for activations and gradients and 128 x 128 for weights.
+
+    Args:
+      dtype: the format of both operands.
+      grad_dtype: the format of the output gradient.
+      size: of a block.
+      power_of_two: round scales up to powers of two.
+
+    Returns:
+      A recipe.
+
+    Example:
+      >>> import mpjax
+      >>> mpjax.block_scaling().rhs.block((256, 512), contracting=(0,))
+      (128, 128)
+
+    References:
+      DeepSeek-AI, DeepSeek-V3 Technical Report, arXiv 2412.19437, section 3.3.2.
+    """
+    rounding = _rounding(power_of_two)
+    return Recipe(
+        BlockScaling(dtype, rounding, size),
+        BlockScaling(dtype, rounding, size, square=True),
+        BlockScaling(grad_dtype, rounding, size),
+    )
+
+
+def mx_scaling(
+    dtype: DType = jnp.float8_e4m3fn,
+    grad_dtype: DType = jnp.float8_e4m3fn,
+    *,
+    rounding: Literal["up", "floor"] = "up",
+) -> Recipe:
+    """Microscaling: blocks of 32 along the contraction, with scales of one byte.
+
+    Args:
+      dtype: the format of both operands: an fp8 (MXFP8), fp6, fp4 or int8.
+      grad_dtype: the format of the output gradient.
+      rounding: ``"up"`` keeps every element in range; ``"floor"`` is the rule of the
+        specification, under which training can diverge.
+
+    Returns:
+      A recipe.
+
+    Example:
+      >>> import mpjax
+      >>> mpjax.mx_scaling().is_supported("b200")
+      (True, 'b200 has units for every quantized product')
+
+    References:
+      OCP Microscaling Formats (MX) Specification v1.0.
+      Mishra et al., Recipes for Pre-training LLMs with MXFP8, arXiv 2506.08027.
+    """
+    options = (rounding, 32, False, jnp.float8_e8m0fnu)
+    operand = BlockScaling(dtype, *options)
+    return Recipe(operand, operand, BlockScaling(grad_dtype, *options))
+
+
+def _rounding(power_of_two: bool) -> Rounding:
+    return "up" if power_of_two else "exact"

@@ -1,0 +1,334 @@
+"""Which format and which scaling for the three tensors of a product."""
+
+import dataclasses
+from typing import ClassVar, Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from mpjax._hardware.targets import get_target
+from mpjax._numerics.casts import format_info
+from mpjax._numerics.qarray import QArray
+from mpjax._recipes.scalings import BlockScaling, DelayedScaling, Scaling
+from mpjax._typing import Array
+
+Product: TypeAlias = Literal["out", "lhs_grad", "rhs_grad"]
+PRODUCTS: tuple[Product, ...] = ("out", "lhs_grad", "rhs_grad")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class WeightCopy:
+    """A weight in 8 bits, made where the optimizer writes the weight; a pytree.
+
+    Attributes:
+      values: of the weight, scaled by what was known before it.
+      amax: f32[...], of the weight.
+    """
+
+    values: QArray
+    amax: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ScalingState:
+    """What delayed scaling remembers of one product; a pytree of float32 arrays.
+
+    The last axis of ``scale`` runs over lhs, rhs and output gradient; axes before it
+    are those of stacked layers. A loss is differentiated with respect to the whole
+    state; in place of ``scale`` the gradient then holds the amaxes of the step.
+
+    Attributes:
+      scale: f32[..., 3], what a product takes as ``scales``: in units of the gradient
+        of the scaled loss; 0 where nothing finite has been seen yet.
+      history: f32[..., 3, history_length], amaxes of the unscaled loss, the newest
+        last; 0 where a step saw nothing finite. Under ``optax.MultiSteps`` the last
+        entry belongs to the step whose microbatches are being summed.
+      loss_scale: f32[...], what the loss is multiplied with in the step to come; 0
+        where that is not known.
+      recipe: the recipe of the product.
+      weight: what `keep_weights` keeps of rhs, or ``None``.
+    """
+
+    scale: Array
+    history: Array
+    loss_scale: Array
+    recipe: "Recipe" = dataclasses.field(metadata={"static": True})
+    weight: WeightCopy | None = None
+    keeps_dtypes: ClassVar[bool] = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Formats and scalings of a product ``out = lhs @ rhs`` and of its two gradients.
+
+    ::
+
+        out       lhs   with rhs
+        lhs_grad  grad  with rhs
+        rhs_grad  lhs   with grad
+
+    Equal recipes hash equal, so a recipe is a static argument that never retraces.
+
+    Attributes:
+      lhs: the scaling of the first operand, usually activations.
+      rhs: the scaling of the second operand, usually weights.
+      grad: the scaling of the gradient of the output.
+      quantized: the products that use low precision; the others run in the operands'
+        own dtype. ``dataclasses.replace(recipe, quantized=("out", "lhs_grad"))`` keeps
+        the weight gradient in high precision.
+      calibrated: of delayed scaling: a promise that ``update`` has been called, so that
+        no product has to wait for the current amax; see `calibrate_scaling`. A scale
+        that is still unknown, of a tensor that was all zeros, is then 1 for a step.
+
+    Raises:
+      TypeError: one of the three is no ``Scaling``.
+      ValueError: the scalings cannot go together.
+
+    Example:
+      >>> import jax.numpy as jnp, mpjax
+      >>> e4m3, e5m2 = jnp.float8_e4m3fn, jnp.float8_e5m2
+      >>> recipe = mpjax.Recipe(
+      ...     mpjax.CurrentScaling(e4m3),
+      ...     mpjax.CurrentScaling(e4m3),
+      ...     mpjax.CurrentScaling(e5m2),
+      ... )
+      >>> recipe == mpjax.current_scaling()
+      True
+    """
+
+    lhs: Scaling
+    rhs: Scaling
+    grad: Scaling
+    quantized: tuple[Product, ...] = PRODUCTS
+    calibrated: bool = False
+
+    def __post_init__(self):
+        for name, scaling in self._scalings():
+            if not isinstance(scaling, Scaling):
+                raise TypeError(
+                    f"{name} of a recipe is a Scaling such as CurrentScaling(dtype), "
+                    f"got {scaling!r}."
+                )
+        unknown = set(self.quantized) - set(PRODUCTS)
+        if isinstance(self.quantized, str) or unknown:
+            raise ValueError(
+                f"quantized is a tuple of names out of {PRODUCTS}, got "
+                f"{self.quantized!r}."
+            )
+        ordered = tuple(name for name in PRODUCTS if name in self.quantized)
+        object.__setattr__(self, "quantized", ordered)
+        lengths = {s.history_length for _, s in self._delayed()}
+        if len(lengths) > 1:
+            raise ValueError(
+                "The delayed scalings of a recipe share one history_length, got "
+                f"{sorted(lengths)}."
+            )
+        sizes = {s.size for _, s in self._scalings() if isinstance(s, BlockScaling)}
+        if len(sizes) > 1:
+            raise ValueError(
+                "Blocks of both operands of a product cover the same elements: all "
+                f"block scalings of a recipe have one size, got {sorted(sizes)}."
+            )
+
+    def __str__(self):
+        kinds = dict.fromkeys(str(scaling) for _, scaling in self._scalings())
+        names = (s.dtype.name.removeprefix("float8_") for _, s in self._scalings())
+        return f"{', '.join(kinds)} {'/'.join(names)}"
+
+    def _scalings(self):
+        return [("lhs", self.lhs), ("rhs", self.rhs), ("grad", self.grad)]
+
+    def _delayed(self):
+        return [
+            (i, s)
+            for i, (_, s) in enumerate(self._scalings())
+            if isinstance(s, DelayedScaling)
+        ]
+
+    @property
+    def stateful(self) -> bool:
+        """Whether a product under this recipe reads scales from a ``ScalingState``."""
+        return bool(self._delayed())
+
+    def init(self, loss_scale: float = 1.0) -> ScalingState:
+        """The state of a product that has seen nothing.
+
+        Its first step, and every step until the first ``update``, scales by the current
+        amax.
+
+        Args:
+          loss_scale: that of the first step; 0 if it is not known.
+
+        Raises:
+          ValueError: no scaling of this recipe is delayed, so there is no state.
+
+        Example:
+          >>> import mpjax
+          >>> mpjax.delayed_scaling(history_length=16).init().history.shape
+          (3, 16)
+        """
+        if not self.stateful:
+            raise ValueError("Only a recipe with a DelayedScaling has a state.")
+        length = self._delayed()[0][1].history_length
+        return ScalingState(
+            scale=jnp.zeros(3, jnp.float32),
+            history=jnp.zeros((3, length), jnp.float32),
+            loss_scale=jnp.full((), loss_scale, jnp.float32),
+            recipe=self,
+        )
+
+    def update(
+        self,
+        state: ScalingState,
+        observed: Array,
+        loss_scale: Array | float | None = None,
+    ) -> ScalingState:
+        """Enters the amaxes of one optimizer step; to be called once a step.
+
+        The scale of the next step comes from the maximum of the history, or its last
+        entry. An amax that is 0 or not finite tells nothing: it never enters the
+        history, and when no other is left the scale stays what it was. The scale of the
+        gradient follows the loss scale, so that a change of that saturates nothing.
+
+        Args:
+          state: of the product.
+          observed: f32[..., 3], the gradient with respect to ``state.scale``: the
+            amaxes of lhs, rhs and output gradient. Those of microbatches, or of several
+            uses of a layer, are to be merged by ``jnp.maximum``.
+          loss_scale: f32[], the loss scale of the step to come; None: the loss is not
+            scaled. While that of the last step is not known, nothing is entered.
+
+        Returns:
+          The state for the next step.
+
+        Example:
+          >>> import jax.numpy as jnp, mpjax
+          >>> recipe = mpjax.delayed_scaling()
+          >>> state = recipe.update(recipe.init(), jnp.array([448.0, 44.8, jnp.inf]))
+          >>> state.scale
+          Array([1.   , 0.125, 0.   ], dtype=float32)
+        """
+        last = state.loss_scale
+        if loss_scale is None:
+            last, loss_scale = jnp.where(last > 0, last, 1.0), 1.0
+        amaxes = observed / _on_grad(jnp.where(last > 0, last, 1.0))
+        known = jnp.isfinite(amaxes) & (amaxes > 0) & (last[..., None] > 0)
+        amaxes = jnp.where(known, amaxes, 0.0)
+        history = jnp.concatenate([state.history[..., 1:], amaxes[..., None]], axis=-1)
+        scales = []
+        for i, (name, scaling) in enumerate(self._scalings()):
+            scale = state.scale[..., i]
+            if isinstance(scaling, DelayedScaling):
+                recent = scaling.algorithm == "most_recent"
+                amax = (
+                    amaxes[..., i] if recent else jnp.max(history[..., i, :], axis=-1)
+                )
+                new = scaling.scale(amax) * (last if name == "grad" else 1.0)
+                scale = jnp.where(amax > 0, new, scale)
+            scales.append(scale)
+        entered = dataclasses.replace(
+            state, scale=jnp.stack(scales, axis=-1), history=history, loss_scale=last
+        )
+        return self.rescale(entered, loss_scale)
+
+    def rescale(self, state: ScalingState, loss_scale: Array | float) -> ScalingState:
+        """The state for a step with another loss scale; after a skipped step, say.
+
+        Args:
+          state: of the product.
+          loss_scale: f32[], that of the step to come.
+
+        Returns:
+          The same history, and a scale of the gradient that follows the loss scale.
+
+        Example:
+          >>> import jax.numpy as jnp, mpjax
+          >>> recipe = mpjax.delayed_scaling()
+          >>> state = recipe.update(recipe.init(8.0), jnp.full(3, 448.0), 8.0)
+          >>> recipe.rescale(state, 4.0).scale / state.scale
+          Array([1. , 1. , 0.5], dtype=float32)
+        """
+        last = state.loss_scale
+        ratio = jnp.where(last > 0, loss_scale / jnp.where(last > 0, last, 1.0), 1.0)
+        scale = jnp.clip(state.scale * _on_grad(ratio), 2.0**-126, 2.0**126)
+        return dataclasses.replace(
+            state,
+            scale=jnp.where(state.scale > 0, scale, 0.0),
+            loss_scale=jnp.broadcast_to(loss_scale, last.shape).astype(last.dtype),
+        )
+
+    def agrees_with(self, other: "Recipe") -> bool:
+        """Whether states of one serve the other: all but ``calibrated`` is equal."""
+        return dataclasses.replace(other, calibrated=self.calibrated) == self
+
+    def fnuz(self) -> "Recipe":
+        """The same recipe in the fnuz formats of AMD's MI300.
+
+        Example:
+          >>> import mpjax
+          >>> mpjax.current_scaling().fnuz().grad.dtype.name
+          'float8_e5m2fnuz'
+        """
+        names = {
+            "float8_e4m3fn": "float8_e4m3fnuz",
+            "float8_e5m2": "float8_e5m2fnuz",
+        }
+        scalings = {
+            field: dataclasses.replace(s, dtype=names.get(s.dtype.name, s.dtype.name))
+            for field, s in self._scalings()
+        }
+        return dataclasses.replace(self, **scalings)
+
+    def is_supported(self, target: str) -> tuple[bool, str]:
+        """Whether a device multiplies the formats of every quantized product natively.
+
+        Where it does not, the product is emulated: the same numbers, no speed-up.
+
+        Args:
+          target: one of ``"cpu"``, ``"a100"``, ``"h100"``, ``"b200"``, ``"mi300"``,
+            ``"v4"``, ``"v5e"``, ``"v5p"``, ``"v6e"``, ``"v7x"``.
+
+        Returns:
+          The answer and the reason.
+
+        Raises:
+          ValueError: the target is unknown.
+
+        Example:
+          >>> import mpjax
+          >>> mpjax.current_scaling().is_supported("v6e")
+          (False, 'v6e multiplies no float8_e4m3fn with float8_e4m3fn (product out)')
+        """
+        device = get_target(target)
+        pairs = {
+            "out": (self.lhs, self.rhs),
+            "lhs_grad": (self.grad, self.rhs),
+            "rhs_grad": (self.lhs, self.grad),
+        }
+        for product in self.quantized:
+            one, two = pairs[product]
+            names = f"{one.dtype.name} with {two.dtype.name} (product {product})"
+            blocked = isinstance(one, BlockScaling) or isinstance(two, BlockScaling)
+            if blocked and not (device.block_scaled and _is_mx(one) and _is_mx(two)):
+                return False, f"{device.name} has no scales within a product of {names}"
+            if not device.multiplies(one.dtype.name, two.dtype.name):
+                return False, f"{device.name} multiplies no {names}"
+        return True, f"{device.name} has units for every quantized product"
+
+
+def _on_grad(factor: Array) -> Array:
+    """f32[..., 3], 1 for the operands."""
+    one = jnp.ones_like(factor)
+    return jnp.stack([one, one, factor], axis=-1)
+
+
+def _is_mx(scaling: Scaling) -> bool:
+    return (
+        isinstance(scaling, BlockScaling)
+        and scaling.size == 32
+        and not scaling.square
+        and scaling.scale_dtype == jnp.float8_e8m0fnu
+        and format_info(scaling.dtype).is_float8
+    )

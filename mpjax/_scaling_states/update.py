@@ -1,0 +1,316 @@
+"""The scaling states of a whole model, entered once a step."""
+
+import functools
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.core import Tracer
+from jax.tree_util import keystr
+
+from mpjax._loss_scaling.loss import last_step_finite, loss_scale
+from mpjax._loss_scaling.transform import LossScalingState
+from mpjax._recipes.recipe import ScalingState
+from mpjax._recipes.scalings import DelayedScaling
+from mpjax._scaling_states.weights import copy_weights, seen_by_copy
+from mpjax._tree import select_tree
+from mpjax._typing import Array, ArrayTree
+
+
+def update_scaling(
+    states: ArrayTree,
+    observed: ArrayTree,
+    opt_state: ArrayTree | None = None,
+    params: ArrayTree | None = None,
+) -> ArrayTree:
+    """Enters the amaxes of one optimizer step into the scaling states of a model.
+
+    To be called after each ``update`` of the optimizer. A step that was skipped does
+    not enter the history, and scales of gradients follow the loss scale. Under
+    ``optax.MultiSteps`` a step has several microbatches: what they observe is merged,
+    and the scales change when the optimizer makes its step, to what they would be after
+    one large batch. Microbatches of a loop of one's own are merged before, as gradients
+    are summed::
+
+        observed = jax.tree.map(jnp.maximum, observed, observed_of_the_next)
+
+    States that are not updated after a step keep their scales for the next. Nothing
+    tells the program of a step that it is not called again: watch that ``history``
+    changes. States that have never been updated scale by the current amax.
+
+    Args:
+      states: a tree of ``ScalingState``: the collection ``"scaling"`` of a Linen model.
+      observed: the gradient of the loss with respect to ``states``. Of
+        ``mpjax.value_and_grad`` it tells the loss scale that the step was made with.
+      opt_state: the new state of the optimizer, if the loss is scaled or gradients are
+        accumulated: any tree in which there is one `LossScalingState`, or a
+        ``optax.MultiStepsState``, or both. Microbatches that
+        ``optax.skip_not_finite`` or ``optax.skip_large_updates`` skip do not enter.
+      params: the new parameters, if states keep copies of them (`keep_weights`).
+
+    Returns:
+      The states for the next step.
+
+    Raises:
+      ValueError: ``observed`` is not the gradient of ``states``, or there is neither a
+        loss scale in ``opt_state`` nor a count of microbatches, or no ``params`` for
+        states that keep copies.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, mpjax, mpjax.linen
+      >>> rule = mpjax.Rule(".*", "mixed_bfloat16", mpjax.delayed_scaling())
+      >>> model = mpjax.linen.MixedPrecision(nn.Dense(16), rule)
+      >>> x = jnp.ones((4, 8))
+      >>> variables = model.init(jax.random.key(0), x)
+      >>> params, scaling = variables["params"], variables["scaling"]
+      >>> def loss_fn(params, scaling):
+      ...     return model.apply({"params": params, "scaling": scaling}, x).mean()
+      >>> grads, observed = jax.grad(loss_fn, argnums=(0, 1))(params, scaling)
+      >>> scaling = mpjax.update_scaling(scaling, observed)
+      >>> print(f"{scaling['kernel'].scale[0]:.5f}")  # 1 / 448, rounded up
+      0.00391
+    """
+    step = _Step.of(opt_state)
+    structure = jax.tree.structure(states, is_leaf=_is_state)
+    new = structure.unflatten(
+        _enter(state, seen, step) for state, seen in _pairs(states, observed)
+    )
+    return copy_weights(new, params)
+
+
+def calibrate_scaling(states: ArrayTree) -> ArrayTree:
+    """The same states with a promise: their scales are known.
+
+    In its first step delayed scaling has nothing but the current amax, and a program
+    that can take it waits for that amax in every step. To be called once, between two
+    steps, when `update_scaling` has seen a step; what is jitted is then compiled again,
+    and no quantization waits for a reduction. A gradient that was all zeros so far,
+    whose scale is unknown, has the scale 1 until it has been seen. The states of layers
+    whose operands have not been seen stay as they were: those that no gradient reaches,
+    behind ``jax.lax.stop_gradient`` say, go on with the current amax. ::
+
+        scaling = train_step(...)
+        scaling = mpjax.calibrate_scaling(scaling)
+
+    Args:
+      states: a tree of ``ScalingState``, and of anything else, a whole train state say.
+
+    Returns:
+      The tree with states whose recipes are ``calibrated``; of other static structure,
+      so not for the carry of a loop that has begun without. States that are traced are
+      taken to be known.
+
+    Raises:
+      ValueError: no scale of the states is known yet.
+
+    Example:
+      >>> import jax.numpy as jnp, mpjax
+      >>> recipe = mpjax.delayed_scaling()
+      >>> states = {"kernel": recipe.update(recipe.init(), jnp.ones(3))}
+      >>> mpjax.calibrate_scaling(states)["kernel"].recipe.calibrated
+      True
+    """
+    found = _found(states, ScalingState)
+    if not any(map(_has_seen_operands, found)):
+        raise ValueError(
+            "Scaling states are calibrated by at least one step: call update_scaling "
+            f"before calibrate_scaling. Got {len(found)} states of which none has been "
+            "updated."
+        )
+
+    def promise(leaf):
+        if not (_is_state(leaf) and _has_seen_operands(leaf)):
+            return leaf
+        return replace(leaf, recipe=replace(leaf.recipe, calibrated=True))
+
+    return jax.tree.map(promise, states, is_leaf=_is_state)
+
+
+def _has_seen_operands(state: ScalingState) -> bool:
+    """Whether the delayed scales of lhs and rhs are known, in all layers of a stack.
+
+    Those that a product in low precision reads; that of the gradient if there are none.
+    """
+    if isinstance(state.scale, Tracer):
+        return True
+    recipe, read = state.recipe, {"out": (0, 1), "lhs_grad": (1,), "rhs_grad": (0,)}
+    operands = {i for product in recipe.quantized for i in read[product]}
+    delayed = [
+        i for i in operands if isinstance((recipe.lhs, recipe.rhs)[i], DelayedScaling)
+    ]
+    return bool((np.asarray(state.scale)[..., delayed or [2]] > 0).all())
+
+
+def rescale_scaling(states: ArrayTree, opt_state: ArrayTree) -> ArrayTree:
+    """The scaling states of a model for a step with another loss scale.
+
+    `update_scaling` takes care of what an optimizer does to its loss scale. This is for
+    what happens beside that: states that are restored without the optimizer's, or a
+    loss scale that is set by hand. Without it the gradients of one step would be
+    quantized by scales of another magnitude, and could saturate.
+
+    Args:
+      states: a tree of ``ScalingState``.
+      opt_state: any tree in which there is one `LossScalingState`, that of the step to
+        come.
+
+    Returns:
+      States with the same histories.
+
+    Raises:
+      ValueError: there is no loss scale in ``opt_state``.
+
+    Example:
+      >>> import jax.numpy as jnp, mpjax, optax
+      >>> recipe = mpjax.delayed_scaling()
+      >>> states = {"kernel": recipe.update(recipe.init(8.0), jnp.full(3, 448.0), 8.0)}
+      >>> tx = mpjax.static_loss_scaling(optax.sgd(0.1), 4.0)
+      >>> states = mpjax.rescale_scaling(states, tx.init(jnp.ones(2)))
+      >>> print(states["kernel"].loss_scale)
+      4.0
+    """
+    coming = loss_scale(opt_state)
+
+    def rescale(state: ScalingState) -> ScalingState:
+        # A copy for each, or a step to which states are donated gets one array twice.
+        return state.recipe.rescale(state, jnp.copy(coming))
+
+    return jax.tree.map(rescale, states, is_leaf=_is_state)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What the state of an optimizer tells of the step that it has taken.
+
+    Attributes:
+      loss_scale: f32[], of the step to come; None: the optimizer scales no loss.
+      applied: bool[], whether it has used the gradients; None: it always does.
+      made: bool[], whether a step of microbatches was made; None: it takes none.
+    """
+
+    loss_scale: Array | None
+    applied: Array | None
+    made: Array | None
+
+    @classmethod
+    def of(cls, opt_state: ArrayTree | None) -> "_Step":
+        if opt_state is None:
+            return cls(None, None, None)
+        many = _found(opt_state, optax.MultiStepsState)
+        scales_loss = not many or _found(opt_state, LossScalingState)
+        applied = [last_step_finite(opt_state)] if scales_loss else []
+        for state in many:  # gradients that should_skip_update_fn has turned away
+            skip = state.skip_state
+            if isinstance(skip, Mapping) and "should_skip" in skip:
+                applied.append(~jnp.asarray(skip["should_skip"]))
+        return cls(
+            loss_scale(opt_state) if scales_loss else None,
+            _all(applied),
+            _all([jnp.asarray(state.mini_step) == 0 for state in many]),
+        )
+
+
+def _enter(state: ScalingState, seen: ScalingState, step: _Step) -> ScalingState:
+    """The state of a product after a step.
+
+    Args:
+      state: before it.
+      seen: the gradient with respect to ``state``.
+      step: what the optimizer tells.
+    """
+    seen = seen_by_copy(state, seen)
+    recipe, used = state.recipe, seen.loss_scale  # 0 without value_and_grad
+    state = recipe.rescale(state, jnp.where(used > 0, used, state.loss_scale))
+    coming = step.loss_scale
+    if coming is None:
+        coming = jnp.where(used > 0, used, 1.0)
+        last = jnp.where(state.loss_scale > 0, state.loss_scale, 1.0)
+        state = replace(state, loss_scale=last)
+    if step.made is None:
+        entered = recipe.update(state, seen.scale, coming)
+    else:
+        entered = _enter_microbatch(state, seen.scale, coming, step.made)
+    if step.applied is None:
+        return entered
+    return select_tree(step.applied, entered, recipe.rescale(state, coming))
+
+
+def _enter_microbatch(
+    state: ScalingState, seen: Array, loss_scale: Array, made: Array
+) -> ScalingState:
+    """Merges the amaxes of a microbatch into the step that they belong to.
+
+    The last entry of the history is that of the step in hand, 0 when it begins.
+
+    Args:
+      state: of one product.
+      seen: f32[..., 3], amaxes.
+      loss_scale: f32[...], that of the step to come.
+      made: bool[], whether the step is made.
+    """
+    recipe, last = state.recipe, state.loss_scale[..., None]
+    unit = jnp.where(jnp.arange(3) == 2, last, 1.0)
+    known = jnp.isfinite(seen) & (last > 0)
+    amaxes = jnp.where(known, seen / jnp.where(known, unit, 1.0), 0.0)
+    amaxes = jnp.maximum(amaxes, state.history[..., -1])
+    state = recipe.rescale(state, 1.0)
+    earlier = jnp.roll(state.history, 1, axis=-1)  # update drops the first entry
+    entered = recipe.update(replace(state, history=earlier), amaxes)
+    empty = jnp.zeros_like(amaxes)[..., None]
+    next_history = jnp.concatenate([entered.history[..., 1:], empty], axis=-1)
+    state = select_tree(
+        made,
+        replace(entered, history=next_history),
+        replace(state, history=entered.history),
+    )
+    return recipe.rescale(state, loss_scale)
+
+
+def _pairs(states: ArrayTree, observed: ArrayTree) -> list[tuple[Any, Any]]:
+    """The states of a tree, each with its gradient.
+
+    Raises:
+      ValueError: they do not belong together.
+    """
+    wanted, found = _by_path(states), _by_path(observed)
+    for path in [*wanted, *found]:
+        name = repr(keystr(path, simple=True, separator="/"))
+        state, seen = wanted.get(path), found.get(path)
+        if state is None or seen is None:
+            wrong = f"{name} is only in {'states' if seen is None else 'observed'}"
+        elif not (_is_state(state) and _is_state(seen)):
+            kinds = type(seen).__name__, type(state).__name__
+            wrong = f"{name} is a {kinds[0]} for a {kinds[1]}, and no ScalingState"
+        elif seen.scale.shape != state.scale.shape:
+            wrong = f"{name} has scales {seen.scale.shape} for {state.scale.shape}"
+        elif not seen.recipe.agrees_with(state.recipe):
+            wrong = f"{name} is of a recipe {seen.recipe} for another {state.recipe}"
+        else:
+            continue
+        raise ValueError(
+            "observed is the gradient with respect to states, which has their "
+            f"structure; got one in which {wrong}."
+        )
+    return [(state, found[path]) for path, state in wanted.items()]
+
+
+def _by_path(tree: ArrayTree) -> dict[Any, Any]:
+    return dict(jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_state)[0])
+
+
+def _all(conditions: list[Array]) -> Array | None:
+    return functools.reduce(operator.and_, conditions) if conditions else None
+
+
+def _found(tree: ArrayTree, kind: type) -> list[Any]:
+    leaves = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, kind))
+    return [node for node in leaves if isinstance(node, kind)]
+
+
+def _is_state(node) -> bool:
+    return isinstance(node, ScalingState)
