@@ -175,7 +175,7 @@ def report(products, target, **options):
 def test_every_cell_is_asked_for_once():
     made = mpjax.lowering.census(dot, *PAIR)
     assert [p.flops for p in made.products] == [2 * SIZE**3]
-    assert made.products[0].where.startswith("test_lowering.py:")
+    assert made.products[0].where.startswith("test_report.py:")
 
 
 # The table of LOWERING.md: does the matrix unit multiply 8 bits? If not, what?
@@ -693,7 +693,7 @@ def test_clear_errors(monkeypatch):
             report(dot, *PAIR, compiler_options=options)
     with pytest.raises(mpjax.lowering.LoweringError, match="No such compile option"):
         report(dot, *PAIR, compiler_options={"xla_a": True})
-    with pytest.raises(ValueError, match=r"debug.*test_lowering.py:\d+ in printing"):
+    with pytest.raises(ValueError, match=r"debug.*test_report.py:\d+ in printing"):
         report(printing, shapes(8, 8))
     with pytest.raises(TypeError, match="contracting dimensions"):  # of JAX, as it is
         report(jnp.dot, shapes(8, 9), shapes(8, 9))
