@@ -1,4 +1,4 @@
 """Mixed precision for Flax Linen."""
 
+from mpjax._linen.tabulate import tabulate as tabulate
 from mpjax._linen.wrapper import MixedPrecision as MixedPrecision
-from mpjax._linen.wrapper import tabulate as tabulate

@@ -7,8 +7,8 @@ complain, and do no harm, where there is no device: ``JAX_PLATFORMS=cpu`` silenc
 from mpjax._hardware.targets import Target as Target
 from mpjax._hardware.targets import get_target as get_target
 from mpjax._inspection.census import Census as Census
-from mpjax._inspection.census import Finding as Finding
 from mpjax._inspection.census import census as census
+from mpjax._inspection.findings import Finding as Finding
 from mpjax._inspection.products import Product as Product
 from mpjax._lowering.assertion import assert_native as assert_native
 from mpjax._lowering.compiler import LoweringError as LoweringError

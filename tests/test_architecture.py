@@ -1,118 +1,163 @@
-"""The ladder of imports, and the public ways that everything keeps to."""
+"""The ladder of folders, and the public ways that everything keeps to."""
 
 import ast
 import pathlib
 
+import pytest
+
 import mpjax
 
 ROOT = pathlib.Path(mpjax.__file__).parent
+# A folder, or a file of the root, imports only what stands below it.
 LADDER = [
-    [
-        "_typing",
-        "_numerics/casts",
-        "_tree",
-        "_hardware/targets",
-        "_inspection/steps",
-        "_printing/text",
-    ],
-    ["_lowering/compiler_worker", "_lowering/orphan_guard", "_numerics/scales"],
-    [
-        "_numerics/qarray",
-        "_recipes/scalings",
-        "_policies/policy",
-        "_loss_scaling/transform",
-        "_layers/attention",
-        "_products/xla_cpu",
-    ],
-    ["_inspection/products", "_lowering/hlo", "_inspection/detectors"],
-    ["_recipes/recipe", "_recipes/named", "_loss_scaling/loss", "_printing/table"],
-    [
-        "_products/operands",
-        "_products/observations",
-        "_products/multiply",
-        "_products/dot_general",
-        "_products/einsum",
-        "_products/conv",
-    ],
-    [
-        "_scaling_states/export",
-        "_scaling_states/weights",
-        "_policies/rule",
-        "_policies/lookup",
-        "_layers/multiplier",
-        "_layers/functions",
-    ],
-    ["_scaling_states/update", "_linen/states", "_nnx/scaling"],
-    [
-        "_linen/recipes",
-        "_nnx/recipes",
-        "_nnx/parameters",
-        "_nnx/scope_names",
-        "_layers/serialization",
-    ],
-    ["_nnx/classes"],
-    ["_linen/attention", "_linen/parameters", "_linen/cache_keys", "_linen/attributes"],
-    ["_linen/wrapper", "_nnx/mixed_precision", "_nnx/functional"],
-    ["_inspection/tracing"],
-    ["_lowering/compiler", "_inspection/census"],
-    [
-        "_lowering/matrix_units",
-        "_lowering/pairing",
-        "_lowering/verdicts",
-        "_lowering/report",
-    ],
-    ["_lowering/assertion", "_lowering/support"],
-    ["linen", "nnx", "lowering", "__init__", "__main__"],
+    ["_typing", "_hardware", "_printing"],
+    ["_numerics", "_tree", "_mesh"],
+    ["_recipes", "numerics"],
+    ["_products", "_policies", "_loss_scaling"],
+    ["_scaling_states"],
+    ["_layers"],
+    ["_linen", "_nnx", "__init__"],
+    ["_inspection", "linen", "nnx"],
+    ["_lowering"],
+    ["lowering", "__main__"],
 ]
 LEVEL = {name: level for level, names in enumerate(LADDER) for name in names}
-FILES = [
-    path
+MAY_IMPORT_FLAX = ("_layers", "_linen", "_nnx")
+DOORS = ("__init__", "linen", "nnx", "lowering", "numerics")
+PRIVATE = ("jax._src", "jax.interpreters", "flax.core", "optax._src")
+LONGEST = 350  # lines of a file
+FILES = {
+    path.relative_to(ROOT).with_suffix("").as_posix(): ast.parse(path.read_text())
     for path in ROOT.rglob("*.py")
-    if path.parent == ROOT or path.name != "__init__.py"
-]
+}
 
 
-def place(path):
-    return path.relative_to(ROOT).with_suffix("").as_posix()
-
-
-def imports(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+def imports(tree, types=True):
+    """Full names of what a file imports; `types`: also for type checkers alone."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = node.body if types else []
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield node.module
-            if node.module == "mpjax":
-                yield from (f"mpjax.{alias.name}" for alias in node.names)
-            elif (node.module or "").startswith("mpjax."):
-                yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            assert node.level == 0, "imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def files_imported(name, types=True):
+    """The files of mpjax that a file imports, by their names in `FILES`."""
+    tree = ast.parse((ROOT / f"{name}.py").read_text())
+    for imported in imports(tree, types):
+        first, *parts = imported.split(".")
+        if first != "mpjax":
+            continue
+        for end in range(len(parts), -1, -1):
+            file = "/".join(parts[:end]) or "__init__"
+            if file in FILES or f"{file}/__init__" in FILES:
+                yield file if file in FILES else f"{file}/__init__"
+                break
+
+
+def room(file):
+    return file.split("/")[0]
+
+
+def upward_arrows():
+    for file in FILES:
+        for other in files_imported(file):
+            here, there = room(file), room(other)
+            if here != there and LEVEL[there] >= LEVEL[here]:
+                yield f"{file} imports {other}"
+
+
+def circle():
+    """Files that import one another, or None."""
+    graph = {file: list(files_imported(file, types=False)) for file in FILES}
+    done, path = set(), []
+
+    def visit(file):
+        if file in path:
+            return [*path[path.index(file) :], file]
+        if file in done:
+            return None
+        path.append(file)
+        found = next(filter(None, map(visit, graph[file])), None)
+        path.pop()
+        done.add(file)
+        return found
+
+    return next(filter(None, map(visit, graph)), None)
 
 
 def test_every_file_has_a_place_on_the_ladder():
-    assert {place(path) for path in FILES} <= LEVEL.keys()
+    assert {room(file) for file in FILES} == LEVEL.keys()
+    assert len(LADDER) <= 10
 
 
-def test_imports_go_up_the_ladder():
-    for path in FILES:
-        for name in imports(path):
-            if name.startswith("mpjax."):
-                below = name.removeprefix("mpjax.").replace(".", "/")
-                if below in LEVEL:
-                    assert LEVEL[below] <= LEVEL[place(path)], (path, name)
-            if name.split(".")[0] == "flax":
-                assert LEVEL[place(path)] >= LEVEL["_linen/states"], (path.name, name)
+def test_no_import_runs_up_the_ladder():
+    assert list(upward_arrows()) == []
+
+
+def test_no_files_import_one_another():
+    assert circle() is None
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "complaint"),
+    [
+        ("_numerics/casts", "from mpjax._recipes import recipe", "upward"),
+        ("_numerics/formats", "from mpjax._numerics import scales", "circle"),
+        ("_products/conv", "from mpjax._policies.policy import Policy", "upward"),
+        ("_tree", "import mpjax.nnx", "upward"),
+    ],
+)
+def test_the_ladder_is_enforced(file, line, complaint, tmp_path, monkeypatch):
+    for path in ROOT.rglob("*.py"):
+        copy = tmp_path / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(path.read_text())
+    with (tmp_path / f"{file}.py").open("a") as changed:
+        changed.write(f"\n{line}\n")
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    found = {"upward": bool(list(upward_arrows())), "circle": circle() is not None}
+    assert found[complaint]
+
+
+def test_each_folder_says_what_it_is_and_imports_nothing():
+    for file, tree in FILES.items():
+        folder, _, name = file.rpartition("/")
+        if folder and name == "__init__":
+            assert len(tree.body) == 1, file
+            doc = ast.get_docstring(tree)
+            assert doc is not None, file
+            assert "May import" in doc, file
+
+
+def test_flax_is_imported_where_it_may_be():
+    for file, tree in FILES.items():
+        if any(name.split(".")[0] == "flax" for name in imports(tree)):
+            assert room(file) in MAY_IMPORT_FLAX, file
     # The front ends do not know each other.
-    assert not any("nnx" in name for name in imports(ROOT / "_linen/wrapper.py"))
-    assert not any(
-        "linen" in name for name in imports(ROOT / "_nnx/mixed_precision.py")
-    )
+    for one, other in (("_linen", "nnx"), ("_nnx", "linen")):
+        for file, tree in FILES.items():
+            if room(file) == one:
+                assert not any(other in name.split(".") for name in imports(tree))
 
 
 def test_only_public_ways():
-    private = ("jax._src", "flax.core", "jax.interpreters", "optax._src")
-    for path in FILES:
-        found = [name for name in imports(path) if name.startswith(private)]
-        assert not found, path
+    for file, tree in FILES.items():
+        found = [name for name in imports(tree) if name.startswith(PRIVATE)]
+        assert not found, file
+
+
+def test_files_are_short():
+    lengths = {
+        file: len((ROOT / f"{file}.py").read_text().splitlines()) for file in FILES
+    }
+    assert max(lengths.values()) <= LONGEST
+    code = sorted(n for file, n in lengths.items() if not file.endswith("__init__"))
+    assert code[len(code) // 2] <= 130, "the median file"
 
 
 def test_every_public_name_is_documented():

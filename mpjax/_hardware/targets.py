@@ -149,8 +149,6 @@ _ALL = (
 )
 TARGETS = {target.name: target for target in _ALL}
 _NAMES = TARGETS | {alias: target for target in _ALL for alias in target.aliases}
-
-
 _CAPABILITY = re.compile(r"cuda_compute_capability\s*\{([^}]*)\}")
 
 

@@ -7,58 +7,14 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, get_args
 
 from mpjax._hardware.targets import Platform
-from mpjax._inspection.detectors import REMEDIES, Kind, find
-from mpjax._inspection.products import Product, is_product, name, product
+from mpjax._inspection.detectors import find
+from mpjax._inspection.findings import REMEDIES, Finding
+from mpjax._inspection.products import Product, is_product, name, product, work
 from mpjax._inspection.steps import Step, steps, where
 from mpjax._inspection.tracing import trace
-from mpjax._printing.table import render, work
-from mpjax._printing.text import (
-    WIDTH,
-    below,
-    brief,
-    common,
-    count,
-    fold_layers,
-    html_table,
-    passed,
-    short,
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Finding:
-    """One thing that is probably not meant.
-
-    Attributes:
-      kind: "promotion": a 16-bit stream becomes float32 and stays so, into a product or
-        out of the module, or is multiplied with it, except by a router: a product of
-        fewer numbers, which end in a softmax or a choice; "dequantized": float8, int8
-        or int4 values are cast up before a product; "reduction": a sum in 16 bits, a
-        segment's and one carried by a scan too; "exponential": exp or log in 16 bits;
-        "statistics": a root of a mean in 16 bits, as in a norm; "accumulation": a
-        product that adds up in less than 32 bits; "round trip": a cast to a wider
-        dtype and back at once. A product of 16-bit operands with a 16-bit result is
-        none of these: matrix units add in float32 and round once.
-      path: the modules and scopes around it.
-      where: "file:line in function" of the user's code.
-      backward: whether it belongs to a backward pass.
-      detail: what happens there.
-      count: how many are alike.
-      elements: of the largest array concerned.
-    """
-
-    kind: Kind
-    path: str
-    where: str
-    backward: bool
-    detail: str
-    count: int
-    elements: int
-
-    @property
-    def remedy(self) -> str:
-        """What to do about it."""
-        return REMEDIES[self.kind]
+from mpjax._printing.paths import below, common, fold_layers
+from mpjax._printing.table import html_table, render
+from mpjax._printing.text import WIDTH, brief, count, passed, short
 
 
 @dataclasses.dataclass(frozen=True)

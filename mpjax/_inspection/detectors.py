@@ -1,47 +1,23 @@
 """Looks in a traced program for what mixed precision rarely means."""
 
 import math
-from collections.abc import Iterable, Iterator
-from typing import Any, Literal, TypeAlias
+from collections.abc import Iterator
+from typing import Any
 
 import jax.numpy as jnp
 
+from mpjax._inspection.findings import Found
+from mpjax._inspection.primitives import (
+    _CAST,
+    _EXPONENTIALS,
+    _SUMS,
+    MOVES,
+    inner,
+)
 from mpjax._inspection.products import is_product
-from mpjax._inspection.steps import MOVES, Step, inner
+from mpjax._inspection.promotions import _promotions
+from mpjax._inspection.steps import Step, _bits, _in, _out, _widens
 
-Kind: TypeAlias = Literal[
-    "promotion",
-    "dequantized",
-    "reduction",
-    "exponential",
-    "statistics",
-    "accumulation",
-    "round trip",
-]
-Found: TypeAlias = tuple[int, Kind, str]  # which step, and what happens there
-
-REMEDIES: dict[Kind, str] = {
-    "promotion": "Cast the float32 operand down, or the result at once; parameters "
-    "that a module reads itself follow its policy under MixedPrecision.",
-    "dequantized": "Multiply the 8-bit values and apply their scales to the result, "
-    "as mpjax.scaled_dot_general does.",
-    "reduction": "Sum in float32: jnp.sum(x, dtype=jnp.float32). In a backward pass it "
-    "is the gradient of what was broadcast, as a bias: add that in float32 if it "
-    "matters.",
-    "exponential": "Cast to float32 before exp or log, and back after the softmax.",
-    "statistics": "Compute means, variances and their roots in float32; policies with "
-    "a name do so for normalization layers.",
-    "accumulation": "Ask for the sum: preferred_element_type=jnp.float32, or int32.",
-    "round trip": "Leave the value in its dtype: both casts are for nothing.",
-}
-
-_CAST = "convert_element_type"
-# Near 0 expm1 and log1p keep all bits.
-_EXPONENTIALS = ("exp", "exp2", "log", "cumlogsumexp")
-_SUMS = ("reduce_sum", "cumsum", "reduce_prod", "cumprod", "psum", "psum_invariant")
-_ENDS_A_STREAM = ("reduce_", "argm", "cum", "gather", "iota", "random", "sort")
-_MULTIPLIED = "is multiplied in float32"
-_GATES = (*_EXPONENTIALS[:2], "logistic", "top_k", "argmax", "sort")
 _SHORT_ACCUMULATION = ("F16_F16_F16", "BF16_BF16_BF16")
 
 
@@ -60,161 +36,6 @@ def find(program: list[Step]) -> Iterator[Found]:
             yield from _round_trip(index, step, made)
         elif step.outputs[0] not in in_log1p:
             yield from _half(index, step)
-
-
-def _in(step: Step, i: int = 0) -> Any:
-    return step.eqn.invars[i].aval
-
-
-def _out(step: Step) -> Any:
-    return step.eqn.outvars[0].aval
-
-
-def _bits(aval: Any) -> int:
-    """Bits of a floating-point value, 0 of any other."""
-    dtype = getattr(aval, "dtype", None)
-    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-        return 0
-    return jnp.finfo(dtype).bits
-
-
-def _widens(step: Step, low: int, high: int) -> bool:
-    """Whether it casts an array of at most `low` bits to at least `high` bits."""
-    if step.eqn.primitive.name != _CAST or _in(step).size < 2:
-        return False
-    return 0 < _bits(_in(step)) <= low and _bits(_out(step)) >= high
-
-
-def _promotions(program: list[Step]) -> Iterator[Found]:
-    """16-bit arrays that become float32 and, still so, meet a product or a module.
-
-    Every cast has a bit. `streams` maps a value to the bits of the casts that it comes
-    from without a sum, a product or a cast down between. What is cast for a router, a
-    product that makes few numbers of many and chooses by them, is meant, and so are the
-    products of its gradients.
-    """
-    feeds, routers = _feeding_products(program), _routers(program)
-    casts: list[int] = []  # indices of steps
-    products = 0  # the bits of those that are products with a float32 result
-    entered: dict[int, str] = {}  # a bit -> the first module that it enters
-    sources: dict[int, int] = {}  # a value of 16 bits -> the bits of its casts
-    streams: dict[int, int] = {}
-    guilty: dict[int, str] = {}  # a bit -> what comes of it
-    meant = 0  # the bits of those that are cast for a router
-    backward = 0  # the bits of those that a product of a backward pass reads
-    for index, step in enumerate(program):
-        name = step.eqn.primitive.name
-        if _widens(step, 16, 32):
-            bit = 1 << len(casts)
-            casts.append(index)
-            sources[step.inputs[0]] = sources.get(step.inputs[0], 0) | bit
-            streams[step.outputs[0]] = bit
-            continue
-        carried = [streams.get(value, 0) for value in step.inputs]
-        if is_product(step) and not step.backward and not any(carried):
-            sizes = sorted(_bits(_in(step, i)) for i in (0, 1))
-            if sizes == [16, 16] and _bits(_out(step)) == 32:
-                products |= 1 << len(casts)
-                streams[step.outputs[0]] = 1 << len(casts)
-                casts.append(index)
-            elif sizes == [16, 32]:
-                narrow = next(i for i in (0, 1) if _bits(_in(step, i)) == 16)
-                what = f"{_in(step, narrow).dtype} is multiplied with float32"
-                yield index, "promotion", what
-        if not any(carried) or (name == _CAST and _bits(_out(step)) < 32):
-            continue
-        joint = 0
-        for bits in carried:
-            joint |= bits
-        if is_product(step):
-            read = [_in(step, i).size for i in (0, 1) if carried[i]]
-            if index in routers and _out(step).size < max(read):
-                meant |= joint
-            elif step.backward:
-                backward |= joint & ~products
-                meant |= joint if joint & meant else 0
-            else:
-                guilty |= dict.fromkeys(_ones(joint), _MULTIPLIED)
-            continue
-        forward = not step.backward and any(feeds[value] for value in step.outputs)
-        known = joint & ~products
-        for bit in _ones(known) if forward and name not in MOVES else ():
-            cast = program[casts[bit]]
-            if cast.path and step.path and cast.path != step.path:
-                # A module that is alone in it was handed float32 on purpose.
-                first = entered.setdefault(bit, step.path)
-                if not f"{step.path}/".startswith(f"{first}/"):
-                    module = first.rpartition("/")[2]
-                    guilty.setdefault(bit, f"enters {module} in float32")
-            elif name == "add" and _in(cast).size == _out(step).size:
-                own, size = sources[cast.inputs[0]], _in(cast).size
-                others = _ones(joint & ~own) if all(carried) else ()
-                if any(_in(program[casts[other]]).size == size for other in others):
-                    guilty.setdefault(bit, "makes a sum float32")
-        if not name.startswith(_ENDS_A_STREAM):
-            for value, var in zip(step.outputs, step.eqn.outvars, strict=True):
-                if _bits(var.aval) >= 32:
-                    streams[value] = joint
-    guilty |= dict.fromkeys(_ones(backward & ~meant), _MULTIPLIED)
-    for bit, what in guilty.items():
-        old, new = _in(program[casts[bit]]), _out(program[casts[bit]])
-        yield casts[bit], "promotion", f"{old.dtype} becomes {new.dtype} and {what}"
-
-
-def _ones(mask: int) -> Iterable[int]:
-    """The positions of the bits that are set."""
-    while mask:
-        low = mask & -mask
-        yield low.bit_length() - 1
-        mask ^= low
-
-
-def _routers(program: list[Step]) -> set[int]:
-    """Products whose results end in a softmax or a choice before any other product.
-
-    Those of attention have batches.
-    """
-    found: set[int] = set()
-    gates: set[int] = set()  # values that a softmax, a sigmoid or a choice reads
-    multiplied: set[int] = set()  # values that a product reads before
-    for index, step in reversed(list(enumerate(program))):
-        if is_product(step):
-            result = step.outputs[0]
-            if result in gates and result not in multiplied and not _batches(step):
-                found.add(index)
-            if not step.backward:
-                multiplied.update(step.inputs)
-        elif step.eqn.primitive.name in _GATES:
-            gates.update(step.inputs)
-        else:
-            for values in (gates, multiplied):
-                if not values.isdisjoint(step.outputs):
-                    values.update(step.inputs)
-    return found
-
-
-def _batches(step: Step) -> bool:
-    """Whether a product is several, or no ordinary one."""
-    if step.eqn.primitive.name != "dot_general":
-        return True
-    _, (batch, _) = step.eqn.params["dimension_numbers"]
-    return bool(batch)
-
-
-class _Feeding(dict[int, bool]):
-    def __missing__(self, value):
-        return False
-
-
-def _feeding_products(program: list[Step]) -> _Feeding:
-    """The values that a product of the forward pass comes from."""
-    feeds = _Feeding()
-    for step in reversed(program):
-        if not step.backward:
-            if is_product(step) or any(feeds[value] for value in step.outputs):
-                feeds.update(dict.fromkeys(step.inputs, True))
-    feeds[-1] = False  # literals
-    return feeds
 
 
 def _product(index: int, step: Step, made: dict[int, Step]) -> Iterator[Found]:

@@ -2,11 +2,16 @@
 
 import dataclasses
 import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
-from mpjax._inspection.steps import PRODUCTS, Step, where
+from mpjax._inspection.primitives import PRODUCTS
+from mpjax._inspection.steps import Step, where
+from mpjax._printing.paths import below, fold_layers
+from mpjax._printing.table import render
+from mpjax._printing.text import WIDTH, short
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,3 +102,33 @@ def flops(eqn) -> int:
     # Two complex numbers are multiplied by four products.
     parts = 4 if jnp.iscomplexobj(eqn.outvars[0].aval) else 1
     return 2 * out * terms * parts
+
+
+def work(
+    products: Iterable[tuple[tuple, int]],
+    columns: Sequence[str],
+    title: str,
+    above: str,
+) -> str:
+    """The table of products that reports and censuses are printed as.
+
+    Args:
+      products: the path, what else tells rows apart, and the operations of each.
+      columns: the header of all but numbers.
+      title: the lines above.
+      above: the path that all are below of.
+
+    Returns:
+      A table with a row for all that are alike, layers of a stack among them.
+    """
+    groups: dict[tuple, tuple[int, ...]] = {}
+    for key, flops in products:
+        number, total = groups.get(key, (0, 0))
+        groups[key] = number + 1, total + flops
+    every = max(sum(flops for _, flops in groups.values()), 1)
+    rows = [
+        (below(path, above), *rest, n, f"{short(flops):>6}", f"{flops / every:6.1%}")
+        for (path, *rest), (n, flops) in fold_layers(groups).items()
+    ]
+    title += f"\nPaths are below {above}" if above else ""
+    return render(rows, (*columns, "n", "  FLOP", " share"), title, WIDTH)

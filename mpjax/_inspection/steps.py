@@ -8,43 +8,21 @@ import functools
 import itertools
 import math
 import os
-import re
 from collections.abc import Generator, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core
 
-PRODUCTS = (
-    "conv_general_dilated",
-    "dot_general",
-    "ragged_dot",
-    "ragged_dot_general",
-    "scaled_dot",
-    "scaled_matmul_wrapper",
+from mpjax._inspection.primitives import (
+    _CAST,
+    _COMBINERS,
+    _REMAT,
+    _is_jaxpr,
+    inner,
 )
-COMPOSITES = ("scaled_dot",)
-CALLBACKS = ("pure_callback", "io_callback", "debug_callback", "debug_print")
-
-# What changes only the layout or the dtype of its first operand.
-MOVES = (
-    "broadcast_in_dim",
-    "convert_element_type",
-    "copy",
-    "expand_dims",
-    "optimization_barrier",
-    "reshape",
-    "rev",
-    "sharding_constraint",
-    "squeeze",
-    "transpose",
-)
-
-_TAG = re.compile(r"mpjax\.(\d+)(\.out)?")
-_TAGS = re.compile(rf"(?:^|[/(]){_TAG.pattern}(?=[/)]|$)")
-_REMAT = ("checkpoint", "rematted_computation")
-# Their jaxprs say how two numbers become one.
-_COMBINERS = ("reduce", "scatter", "select_and", "argmax", "argmin", "sort", "cum")
+from mpjax._inspection.tags import _TAG
 
 
 class Step(NamedTuple):
@@ -85,11 +63,6 @@ class Step(NamedTuple):
 
 def _name(eqn) -> str:
     return eqn.primitive.name
-
-
-def inner(jaxpr: Any) -> Any:
-    """The jaxpr in a closed one."""
-    return getattr(jaxpr, "jaxpr", jaxpr)
 
 
 def steps(jaxpr: Any, platform: str) -> Iterator[Step]:
@@ -188,10 +161,6 @@ def _opened(eqn, operands, platform) -> list[tuple[Any, list[int], int]]:
     return [(v, operands, times) for v in jaxprs if _is_jaxpr(v)]
 
 
-def _is_jaxpr(value) -> bool:
-    return isinstance(value, core.Jaxpr | core.ClosedJaxpr)
-
-
 def _names(eqn) -> tuple[list[str], bool, int | None]:
     """The scopes of an equation, whether it was transposed, and its tag."""
     names, transposed, tag = [], False, None
@@ -213,68 +182,6 @@ def _once(names: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
-def tag(jaxpr: Any) -> Any:
-    """Numbers each product of a program, in the names that compilers keep.
-
-    XLA carries the scope of an operation through its rewrites into the program that it
-    emits. What only moves or casts the result of a product gets the number as well, in
-    another form: a transpose that is merged with the product leaves its own name on it.
-    """
-    return _tagged(jaxpr, itertools.count())
-
-
-def _tagged(jaxpr, numbers):
-    eqns, followers = [], {}
-    for eqn in inner(jaxpr).eqns:
-        params = {key: _tagged_param(v, numbers) for key, v in eqn.params.items()}
-        number, form = None, ""
-        if eqn.primitive.name in PRODUCTS:
-            number = next(numbers)
-        elif eqn.primitive.name in MOVES and eqn.invars:
-            number, form = followers.get(_key(eqn.invars[0])), ".out"
-        source = eqn.source_info
-        if number is not None:
-            stack = source.name_stack.extend(f"mpjax.{number}{form}")
-            source = source.replace(name_stack=stack)
-            followers |= {_key(var): number for var in eqn.outvars}
-        eqns.append(eqn.replace(params=params, source_info=source))
-    new = inner(jaxpr).replace(eqns=eqns)
-    return new if inner(jaxpr) is jaxpr else jaxpr.replace(jaxpr=new)
-
-
-def _key(atom):
-    return None if isinstance(atom, core.Literal) else atom
-
-
-def _tagged_param(value, numbers):
-    if _is_jaxpr(value):
-        return _tagged(value, numbers)
-    if isinstance(value, tuple | list):
-        items = [_tagged_param(item, numbers) for item in value]
-        is_named = hasattr(value, "_fields")
-        return type(value)(*items) if is_named else type(value)(items)
-    return value
-
-
-def tag_of(op_name: str) -> tuple[int | None, bool]:
-    """The number of a product in the name of a compiled operation.
-
-    Without a scope around it a transformation wraps the number itself.
-
-    Returns:
-      The number, and whether the operation is the product or what it was rewritten to,
-      not what only moves or casts its result.
-
-    Example:
-      >>> tag_of("jit(step)/Dense_0/mpjax.3/dot_general")
-      (3, True)
-      >>> tag_of("jit(f)/jvp(mpjax.4.out)/transpose")
-      (4, False)
-    """
-    found = _TAGS.findall(op_name)
-    return (int(found[-1][0]), not found[-1][1]) if found else (None, False)
-
-
 @functools.cache
 def _libraries() -> tuple[str, ...]:
     """Folders whose lines say how something is computed, not where it was asked for."""
@@ -293,3 +200,26 @@ def where(step: Step) -> str:
                 file = os.path.basename(frame.file_name)
                 return f"{file}:{frame.line_num} in {frame.function_name}"
     return ""
+
+
+def _in(step: Step, i: int = 0) -> Any:
+    return step.eqn.invars[i].aval
+
+
+def _out(step: Step) -> Any:
+    return step.eqn.outvars[0].aval
+
+
+def _bits(aval: Any) -> int:
+    """Bits of a floating-point value, 0 of any other."""
+    dtype = getattr(aval, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        return 0
+    return jnp.finfo(dtype).bits
+
+
+def _widens(step: Step, low: int, high: int) -> bool:
+    """Whether it casts an array of at most `low` bits to at least `high` bits."""
+    if step.eqn.primitive.name != _CAST or _in(step).size < 2:
+        return False
+    return 0 < _bits(_in(step)) <= low and _bits(_out(step)) >= high

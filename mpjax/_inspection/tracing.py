@@ -10,7 +10,8 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mpjax._inspection.steps import inner, steps
+from mpjax._inspection.primitives import inner
+from mpjax._inspection.steps import steps
 
 
 @dataclasses.dataclass(frozen=True)

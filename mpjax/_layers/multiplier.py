@@ -14,8 +14,9 @@ from mpjax._products.dot_general import observed_dot_general
 from mpjax._products.einsum import observed_einsum
 from mpjax._products.multiply import DimensionNumbers
 from mpjax._products.xla_cpu import conv_general_dilated
-from mpjax._recipes.recipe import Recipe, ScalingState
+from mpjax._recipes.recipe import Recipe
 from mpjax._recipes.scalings import BlockScaling
+from mpjax._recipes.state import ScalingState
 from mpjax._typing import Array, DType
 
 _CONVOLUTION = inspect.signature(lax.conv_general_dilated)

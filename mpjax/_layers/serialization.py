@@ -11,7 +11,7 @@ from typing import Any
 from flax import serialization
 
 from mpjax._numerics.qarray import QArray
-from mpjax._recipes.recipe import ScalingState, WeightCopy
+from mpjax._recipes.state import ScalingState, WeightCopy
 
 
 def _to_state_dict(fields: tuple[str, ...], node: Any) -> dict[str, Any]:

@@ -11,9 +11,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
+from mpjax._layers.dtypes import complex_error
 from mpjax._layers.multiplier import LayerProducts, unserved_attention
 from mpjax._linen.attention import stand_in
-from mpjax._linen.parameters import Param, complex_error, in_kind_of
+from mpjax._linen.parameters import Param, in_kind_of
 from mpjax._linen.recipes import stand_in_method, stand_ins
 from mpjax._policies.policy import Policy, get_policy
 from mpjax._policies.rule import Rule

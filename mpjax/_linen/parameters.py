@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mpjax._layers.dtypes import complex_error
 from mpjax._policies.policy import Policy, in_kind_of
 
 
@@ -19,15 +20,6 @@ def is_dtype(value: Any, dtype: np.dtype) -> bool:
         return jnp.dtype(value) == dtype
     except TypeError:  # some other string or class
         return False
-
-
-def complex_error(module: nn.Module, path: str, policy: Policy, what: str):
-    """The error for a layer that would drop imaginary parts."""
-    return ValueError(
-        f"Module {path!r} ({type(module).__name__}) has a complex {what} and cannot "
-        f"compute in {policy.compute_dtype.name}. To leave it alone, put "
-        f"mpjax.Rule({path!r}, None) before the rule that matches it."
-    )
 
 
 @dataclass(frozen=True, eq=False)

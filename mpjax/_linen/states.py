@@ -11,7 +11,8 @@ import flax.linen as nn
 import jax
 from jax.extend.core import get_opaque_trace_state
 
-from mpjax._recipes.recipe import Recipe, ScalingState
+from mpjax._recipes.recipe import Recipe
+from mpjax._recipes.state import ScalingState
 from mpjax._typing import Array
 
 SCALING = "scaling"

@@ -10,7 +10,6 @@ import functools
 import inspect
 import types
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
@@ -18,14 +17,11 @@ import flax.linen as nn
 import jax
 from flax.traverse_util import flatten_dict
 
-from mpjax._linen.attributes import attributes, check_real, classes, method_of
-from mpjax._linen.cache_keys import Marks
-from mpjax._linen.recipes import make_products
-from mpjax._linen.states import SCALING, Keeper, States
+from mpjax._linen.attributes import classes
+from mpjax._linen.run import _record, _Run
+from mpjax._linen.states import SCALING
 from mpjax._policies.lookup import Matcher, matcher
-from mpjax._policies.policy import Policy
-from mpjax._policies.rule import Rules, expand_rules
-from mpjax._printing import table as _table
+from mpjax._policies.presets import Rules, expand_rules
 
 
 class MixedPrecision(nn.Module):
@@ -152,7 +148,7 @@ class MixedPrecision(nn.Module):
         # A fresh matcher is a fresh key for nn.jit: every module is seen.
         rules, model = expand_rules(self.rules), classes(module)
         rules = matcher(rules, model) if record is None else Matcher(rules, model)
-        run = _Run(rules, module)
+        run = _Run(rules, module, MixedPrecision)
         try:
             with nn.intercept_methods(run.intercept):
                 result = function(module, *args, **kwargs)
@@ -234,164 +230,9 @@ def _of_the_model(capture: Any) -> Any:
     )
 
 
-# The policy of the module whose method runs. Traced calls nest, so it is put back on
-# the way out; each thread has its own.
-_enclosing: ContextVar[Policy | None] = ContextVar("mpjax_enclosing", default=None)
-
-# Where a wrapper leaves what it has seen, for ``tabulate``.
-_record: ContextVar[dict | None] = ContextVar("mpjax_record", default=None)
-
-_ABSENT = object()
-
-
-class _Run:
-    """One run of a wrapper, and what it meets.
-
-    Attributes:
-      rules: of the wrapper.
-      seen: path and type of every module, in order of their first calls.
-      served: by path, the products that used a recipe.
-      marks: in the scopes of the modules.
-    """
-
-    def __init__(self, rules: Matcher, root: nn.Module):
-        self.rules = rules
-        self.seen: dict[tuple[str, type], None] = {}
-        self.served: dict[str, set[str]] = {}
-        self.marks = Marks(rules, root.scope, _enclosing.get)
-        self.marks.enter(root)
-        self._root, self._depth = root, len(root.path)
-        self._scope_type = type(root.scope)
-        self._inside: str | None = None  # the path of the module that runs
-        self._states = States()
-        self._apart: dict[int, str] = {}  # paths of modules that the model applies
-
-    def intercept(self, method, args, kwargs, context):
-        """Runs one method of one module of the model under the module's policy."""
-        module = context.module
-        # Flax tries each setup in a scope of another type, at no path of the model.
-        if type(module.scope) is not self._scope_type:
-            return method(*args, **kwargs)
-        self.marks.enter(module)
-        if isinstance(module, MixedPrecision):
-            return method(*args, **kwargs)
-        path = self._path(module)
-        self.seen[path, type(module)] = None
-        rule = self.rules.rule(path, type(module))
-        policy = self.rules.policy(path, type(module))
-        border = policy if policy != _enclosing.get() else None
-        own, name, lent = vars(module), context.method_name, {}
-        states = self._states
-        if rule is not None and policy is not None:
-            served = self.served.setdefault(path, set())
-            products = make_products(module, path, rule, served, states)
-            lent = attributes(module, path, rule, products, name)
-            check_real(module, path, policy, name, args, kwargs)
-            method = method_of(module, products, policy, name, method)
-        before = {name: own.get(name, _ABSENT) for name in lent}
-        token, outside = _enclosing.set(policy), (self._inside, states.keeper)
-        self._inside = path
-        if isinstance(module, Keeper.kinds):
-            states.keeper = Keeper(module)
-        # A bound module is Flax's private clone of the user's, and may be lent some.
-        own.update(lent)
-        try:
-            if border is not None and rule is not None and rule.cast_inputs:
-                args, kwargs = border.cast_to_compute((args, kwargs))
-            result = method(*args, **kwargs)
-            return result if border is None else border.cast_to_output(result)
-        finally:
-            for name, value in before.items():
-                if value is _ABSENT:
-                    del own[name]
-                else:
-                    own[name] = value
-            _enclosing.reset(token)
-            self._inside, states.keeper = outside
-
-    def _path(self, module: nn.Module) -> str:
-        """The path of a module in the model.
-
-        A model may apply a layer by itself, ``self.head.apply(variables, x)``: that has
-        scopes of its own, and stands below the module that does so.
-        """
-        scope: Any = module.scope
-        names, root = module.path[self._depth :], id(scope.root)
-        if root in self._apart:
-            names = self._apart[root], *module.path
-        elif (
-            not names
-            and self._inside is not None
-            and module.name not in (None, self._root.name)
-        ):
-            path = "/".join(filter(None, (self._inside, module.name)))
-            self._apart[root] = path
-            names = (path,)
-        return "/".join(names)
-
-
 def _variable_paths(variables: Mapping) -> Iterator[str]:
     """Paths of the modules that hold variables."""
     for collection in variables.values():
         for names in flatten_dict(collection):
             for end in range(len(names)):
                 yield "/".join(names[:end])
-
-
-def tabulate(model: nn.Module, rngs, *args, **kwargs) -> str:
-    """Shows what each layer of a wrapped model will do, before a step is run.
-
-    Nothing is computed: the model is traced with shapes only.
-
-    Args:
-      model: a ``MixedPrecision``, or a module with some inside.
-      rngs: as for ``model.init``.
-      *args: as for ``model.init``; arrays may be ``jax.ShapeDtypeStruct``.
-      **kwargs: likewise.
-
-    Returns:
-      A table with a row a module: path, type, policy, the recipe of its products ("-":
-      none uses it) and the dtypes and number of the parameters of its own.
-
-    Raises:
-      ValueError: there is no ``MixedPrecision`` in the model.
-
-    Example:
-      >>> import flax.linen as nn, jax, jax.numpy as jnp, mpjax.linen
-      >>> model = mpjax.linen.MixedPrecision(nn.Dense(3), "mixed_bfloat16")
-      >>> table = mpjax.linen.tabulate(model, jax.random.key(0), jnp.ones((2, 4)))
-      >>> "p=f32,c=bf16,o=f32" in table
-      True
-    """
-    leaves, structure = jax.tree.flatten((args, kwargs))
-    arrays = {i: leaf for i, leaf in enumerate(leaves) if hasattr(leaf, "dtype")}
-
-    def init(rngs, arrays):
-        traced = [arrays.get(i, leaf) for i, leaf in enumerate(leaves)]
-        args, kwargs = jax.tree.unflatten(structure, traced)
-        return model.init(rngs, *args, **kwargs)
-
-    record: dict[tuple[str, ...], _Run] = {}
-    token = _record.set(record)
-    try:
-        variables = jax.eval_shape(init, rngs, arrays)
-    finally:
-        _record.reset(token)
-    if not record:
-        raise ValueError(
-            "tabulate shows what mpjax.linen.MixedPrecision does, and found none in "
-            f"{type(model).__name__}."
-        )
-    params = flatten_dict(variables.get("params", {}))
-    rows = []
-    for root, run in record.items():
-        last = dict(run.seen.keys())  # two may share a path, and its parameters
-        for path, kind in run.seen:
-            full = (*root, *filter(None, path.split("/")))
-            own = [leaf for names, leaf in params.items() if names[:-1] == full]
-            own = jax.tree.leaves(own) if last[path] is kind else []
-            policy, recipe = run.rules.policy(path, kind), None
-            if run.served.get(path):
-                recipe = run.rules.recipe(path, kind)
-            rows.append(("/".join(full), kind, policy, recipe, own))
-    return _table.layers(rows)

@@ -2,17 +2,16 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.typing import ArrayLike
 
-from mpjax._loss_scaling.transform import LossScalingState
-from mpjax._recipes.recipe import ScalingState
+from mpjax._loss_scaling.state import _is_instance, loss_scale
+from mpjax._recipes.state import ScalingState
 from mpjax._tree import widen
 from mpjax._typing import Array, ArrayTree
 
@@ -138,88 +137,3 @@ def _with_loss_scale(grads: Any, scale: Array) -> Any:
 
     is_state = functools.partial(_is_instance, ScalingState)
     return jax.tree.map(tell, grads, is_leaf=is_state)
-
-
-def _is_instance(kind: type, node: Any) -> bool:
-    return isinstance(node, kind)
-
-
-def loss_scale(opt_state: ArrayTree) -> Array:
-    """The scale of the next loss, float32[], wherever it is in an optimizer's state.
-
-    Example:
-      >>> import jax.numpy as jnp, mpjax, optax
-      >>> tx = mpjax.dynamic_loss_scaling(optax.adam(1e-3))
-      >>> print(mpjax.loss_scale(tx.init(jnp.ones(3))))
-      65536.0
-    """
-    return jnp.asarray(_find_state(opt_state).scale)
-
-
-def last_step_finite(opt_state: ArrayTree) -> Array:
-    """Whether the last step was applied (bool[]): its gradient was finite.
-
-    Example:
-      >>> import jax.numpy as jnp, mpjax, optax
-      >>> tx = mpjax.dynamic_loss_scaling(optax.sgd(0.1))
-      >>> params = jnp.ones(3)
-      >>> updates, opt_state = tx.update(params * jnp.nan, tx.init(params), params)
-      >>> print(mpjax.last_step_finite(opt_state))
-      False
-    """
-    return jnp.asarray(_find_state(opt_state).last_finite)
-
-
-def skipped_steps(opt_state: ArrayTree) -> Array:
-    """How many steps were skipped since the start, int32[].
-
-    Those skipped in a row are ``optax.tree.get(opt_state, "notfinite_count")``.
-
-    Example:
-      >>> import jax.numpy as jnp, mpjax, optax
-      >>> tx = mpjax.dynamic_loss_scaling(optax.sgd(0.1))
-      >>> params = jnp.ones(3)
-      >>> updates, opt_state = tx.update(params * jnp.nan, tx.init(params), params)
-      >>> print(mpjax.skipped_steps(opt_state))
-      1
-    """
-    return jnp.asarray(_find_state(opt_state).total_notfinite)
-
-
-def _find_state(opt_state: ArrayTree) -> LossScalingState:
-    found = list(_states(opt_state))
-    if not found:
-        raise ValueError(
-            "There is no loss scale in this optimizer state. Wrap the optimizer in "
-            "mpjax.dynamic_loss_scaling(...) or mpjax.static_loss_scaling(...) and "
-            "pass the state that its init or update returned."
-        )
-    if len(found) > 1:
-        raise ValueError(
-            f"There are {len(found)} loss scales in this optimizer state, but a loss "
-            "has one. Wrap the whole optimizer once, from outside."
-        )
-    return found[0]
-
-
-def _states(tree: ArrayTree) -> Iterator[LossScalingState]:
-    types = (LossScalingState, optax.MultiStepsState, optax.ApplyIfFiniteState)
-    for node in jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, types)):
-        if isinstance(node, LossScalingState):
-            yield node
-            yield from _states(node.inner_state)
-        elif isinstance(node, optax.MultiStepsState):
-            if list(_states(node.inner_opt_state)):
-                # optax resets its accumulator by 0 * sum, which is NaN from there on.
-                raise ValueError(
-                    "Loss scaling inside optax.MultiSteps never recovers from an "
-                    "overflow, which stays in the accumulator. Put it outside: "
-                    "mpjax.dynamic_loss_scaling(optax.MultiSteps(...))."
-                )
-        elif isinstance(node, optax.ApplyIfFiniteState):
-            if list(_states(node.inner_state)):
-                raise ValueError(
-                    "Loss scaling inside optax.apply_if_finite is not told of an "
-                    "overflow, so that it never backs off. It skips such steps by "
-                    "itself: leave optax.apply_if_finite out."
-                )

@@ -1,45 +1,17 @@
 """Loss scaling as an optax wrapper: unscale, check, update or skip."""
 
-import functools
 import operator
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import lax
-from jax.core import Tracer
-from jax.experimental.layout import Layout, with_layout_constraint
 
-from mpjax._tree import select_tree, widen
-from mpjax._typing import Array, AxisName
+from mpjax._loss_scaling.guarded import _FLOAT32, _is_traced, _loss_scaling
+from mpjax._typing import AxisName
 
-_FLOAT32 = jnp.finfo(jnp.float32)
 _INT32_MAX = jnp.iinfo(jnp.int32).max
-
-
-class LossScalingState(NamedTuple):
-    """State of `dynamic_loss_scaling` and of `static_loss_scaling`.
-
-    Attributes:
-      inner_state: state of the wrapped transformation.
-      scale: float32[], what the next loss is multiplied by.
-      growth_tracker: int32[], finite steps in a row since the scale last grew.
-      hysteresis_tracker: int32[], overflows left before the scale backs off.
-      last_finite: bool[], whether the last step was applied.
-      notfinite_count: int32[], steps skipped in a row, up to now.
-      total_notfinite: int32[], steps skipped since the start.
-    """
-
-    inner_state: optax.OptState
-    scale: Array
-    growth_tracker: Array
-    hysteresis_tracker: Array
-    last_finite: Array
-    notfinite_count: Array
-    total_notfinite: Array
 
 
 def dynamic_loss_scaling(
@@ -196,135 +168,6 @@ def static_loss_scaling(
     """
     scale = _number("scale", scale, "at least 2**-126", lambda x: x >= 2.0**-126)
     return _loss_scaling(inner, scale, 1, lambda state, finite: state, axis_name)
-
-
-def _loss_scaling(inner, scale, hysteresis, adjust, axis_name):
-    """What the two have in common; ``adjust`` moves the scale."""
-    if not all(callable(getattr(inner, name, None)) for name in ("init", "update")):
-        raise TypeError(
-            "inner must be a gradient transformation, such as optax.adamw(1e-3), got "
-            f"{inner!r}."
-        )
-    inner = optax.with_extra_args_support(inner)
-
-    def init(params):
-        return LossScalingState(
-            inner_state=inner.init(widen(params)),
-            scale=jnp.asarray(scale, jnp.float32),
-            growth_tracker=jnp.zeros((), jnp.int32),
-            hysteresis_tracker=jnp.asarray(hysteresis, jnp.int32),
-            last_finite=jnp.array(True),
-            notfinite_count=jnp.zeros((), jnp.int32),
-            total_notfinite=jnp.zeros((), jnp.int32),
-        )
-
-    def update(updates, state, params=None, **extra_args):
-        def apply(grads, inner_state, params):
-            updates, inner_state = inner.update(
-                grads, inner_state, widen(params), **extra_args
-            )
-            like = grads if params is None else params
-            updates = _map(lambda u, x: u.astype(jnp.result_type(x)), updates, like)
-            return updates, inner_state
-
-        def skip(*args):
-            updates, _ = jax.eval_shape(step, *args)  # those of lookahead have more
-            return jax.tree.map(_negative_zeros, updates), args[1]
-
-        if any(_is_traced(g) for g in jax.tree.leaves(updates)):
-            updates = lax.platform_dependent(
-                updates, cpu=_row_major, default=lambda grads: grads
-            )
-        grads = _unscale(updates, state.scale)
-        finite = _all_squares_finite(grads)
-        for axis in jax.tree.leaves(axis_name):  # it may vary over some of them only
-            finite = lax.pmin(finite.astype(jnp.int32), axis).astype(bool)
-
-        step = jax.jit(apply)  # for all that follows to trace it once
-        args = (grads, state.inner_state, params)
-        if _is_traced(finite):
-            # On a CPU a branch keeps the update in place, where a select copies the
-            # state; on an accelerator a select fuses with the update, a branch not.
-            updates, inner_state = lax.platform_dependent(
-                finite,
-                *args,
-                cpu=lambda finite, *args: lax.cond(finite, step, skip, *args),
-                default=lambda finite, *args: select_tree(
-                    finite, step(*args), skip(*args)
-                ),
-            )
-        else:
-            updates, inner_state = apply(*args) if finite else skip(*args)
-        return updates, adjust(state, finite)._replace(
-            inner_state=inner_state,
-            last_finite=finite,
-            notfinite_count=jnp.where(
-                finite, 0, optax.safe_increment(state.notfinite_count)
-            ),
-            total_notfinite=jnp.where(
-                finite,
-                state.total_notfinite,
-                optax.safe_increment(state.total_notfinite),
-            ),
-        )
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _is_traced(x):
-    return isinstance(x, Tracer)
-
-
-def _map(fn, tree, like):
-    """Maps over a tree of updates and what it is an update of; None has no update."""
-    return jax.tree.map(
-        lambda x, y: None if x is None else fn(x, y),
-        tree,
-        like,
-        is_leaf=lambda x: x is None,
-    )
-
-
-def _negative_zeros(update):
-    # x + -0.0 is x for every x; -0.0 + 0.0 is not -0.0.
-    complex_ = jnp.issubdtype(update.dtype, jnp.complexfloating)
-    return lax.full_like(update, complex(-0.0, -0.0) if complex_ else -0.0)
-
-
-def _row_major(grads):
-    # On a CPU, XLA leaves weight gradients transposed and every later pass strided.
-    def pin(g):
-        return with_layout_constraint(g, Layout(tuple(range(g.ndim))))
-
-    return jax.tree.map(lambda g: pin(g) if jnp.ndim(g) > 1 else g, grads)
-
-
-def _unscale(grads, scale):
-    # By two factors: the reciprocal of a scale above 2**126 would flush to zero.
-    first = jnp.where(scale > 2.0**126, 2.0**-64, 1.0)
-
-    @functools.cache
-    def factors(dtype):
-        return first.astype(dtype), 1 / (scale * first).astype(dtype)
-
-    def unscale(g):
-        if jnp.issubdtype(g.dtype, jnp.complexfloating):
-            return lax.complex(unscale(g.real), unscale(g.imag))
-        if jnp.issubdtype(g.dtype, jnp.floating):
-            by, then = factors(g.dtype)
-            return g * by * then
-        return g
-
-    return jax.tree.map(lambda g: unscale(widen(jnp.asarray(g))), grads)
-
-
-def _all_squares_finite(grads):
-    inexact = [
-        g for g in jax.tree.leaves(grads) if jnp.issubdtype(g.dtype, jnp.inexact)
-    ]
-    # The sum that clip_by_global_norm takes, in its words, for XLA to merge the two.
-    with jax.numpy_dtype_promotion("standard"):  # float32 and float64 may meet
-        return jnp.isfinite(optax.tree.norm(inexact, squared=True))
 
 
 def _number(name, value, rule, holds):

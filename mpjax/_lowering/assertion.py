@@ -7,15 +7,17 @@ from typing import Any
 import jax.numpy as jnp
 
 from mpjax._hardware.targets import Target, get_target
-from mpjax._inspection.census import Finding, take
+from mpjax._inspection.census import take
+from mpjax._inspection.findings import Finding
 from mpjax._inspection.steps import steps
 from mpjax._inspection.tracing import trace
-from mpjax._lowering.compiler import Gemm
+from mpjax._lowering.compiled import Gemm
 from mpjax._lowering.hlo import bits
 from mpjax._lowering.report import Report, compiled_report, tagged
 from mpjax._lowering.verdicts import LoweredProduct
+from mpjax._printing.paths import fold_layers
 from mpjax._printing.table import render
-from mpjax._printing.text import WIDTH, brief, fold_layers, short
+from mpjax._printing.text import WIDTH, brief, short
 
 
 def assert_native(

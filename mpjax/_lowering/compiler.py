@@ -1,7 +1,6 @@
 """Sends a traced program to a compiler in a process of its own."""
 
 import contextlib
-import dataclasses
 import importlib.util
 import json
 import os
@@ -12,17 +11,17 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import jax
 from jax import export
 from jax.extend import core
 
 from mpjax._hardware.targets import Target
-from mpjax._inspection.steps import CALLBACKS, steps, where
+from mpjax._inspection.primitives import CALLBACKS
+from mpjax._inspection.steps import steps, where
 from mpjax._inspection.tracing import Traced
-
-Gemm: TypeAlias = Literal["library", "triton"]
+from mpjax._lowering.compiled import Compiled, Gemm, _bundles, _ptx
 
 _WORKER = pathlib.Path(__file__).with_name("compiler_worker.py")
 _GUARD = pathlib.Path(__file__).with_name("orphan_guard.py")
@@ -31,13 +30,6 @@ _CUSTOM_CALL = re.compile(r"custom_call @([\w.$]+)")
 _RAISED = re.compile(r"[A-Za-z][\w.]*(Error|Exception)\b: ")
 _CONFIG = threading.Lock()
 _LONGEST = 2000  # characters of an error message
-# The code after registers are allocated: of the final bundles the compiler would make
-# several versions for the dump, in twice the time, with the same instructions.
-_DUMPS = re.compile(r"^\d+-(.*?)-\d+-post-ra\.txt$")
-_MATRIX_UNIT = re.compile(r"\bvmat[\w.]+")
-_EQUIVALENT = re.compile(
-    r"^key:(\S+)\n(?:.*\n)*?((?:  \S+\n)*)(?=key:|\Z)", re.MULTILINE
-)
 
 # Without an accelerator libtpu asks the network what it runs on.
 _ENVIRONMENT = dict(
@@ -69,22 +61,6 @@ _GEMM: dict[Gemm, dict[str, Any]] = {
 
 class LoweringError(RuntimeError):
     """A program that cannot be lowered or compiled for a target."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Compiled:
-    """What came back.
-
-    Attributes:
-      text: the optimized program.
-      figures: sizes of its memory in bytes, and "bytes_accessed".
-      code: machine code of the kernels, by name, where the compiler shows it; of a TPU
-        the opcodes of its matrix units.
-    """
-
-    text: str
-    figures: dict[str, int | None]
-    code: dict[str, str]
 
 
 def compile_for(
@@ -281,26 +257,3 @@ def _run(target: Target, directory: pathlib.Path, devices: int, quick: bool) -> 
             f"The compiler for {target.name} refused this program (exit status "
             f"{process.returncode}):\n" + "\n".join(said)[:_LONGEST]
         )
-
-
-def _bundles(dump: pathlib.Path) -> dict[str, str]:
-    """What a TPU's matrix units do; of equal kernels the compiler shows one."""
-    code = {}
-    for path in dump.iterdir():
-        if name := _DUMPS.match(path.name):
-            code[name[1]] = " ".join(_MATRIX_UNIT.findall(path.read_text()))
-    for path in dump.glob("*deduplication-map.txt"):
-        for shown, others in _EQUIVALENT.findall(path.read_text()):
-            for other in others.split() if shown in code else ():
-                code.setdefault(other, code[shown])
-    return code
-
-
-def _ptx(dump: pathlib.Path) -> dict[str, str]:
-    """Machine code of a GPU; dots in names have become underscores."""
-    code = {}
-    for path in dump.rglob("*.ptx"):
-        for kernel in re.split(r"(?=\.entry )", path.read_text())[1:]:
-            name = re.match(r"\.entry (\w+)", kernel)
-            code |= {name[1]: kernel} if name else {}
-    return code

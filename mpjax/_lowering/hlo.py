@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable
 
-from mpjax._inspection.steps import tag_of
+from mpjax._inspection.tags import tag_of
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.$-]+) \(.*\) -> .*{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.$-]+) = (.*?) ([a-z][\w-]*)\((.*)$")

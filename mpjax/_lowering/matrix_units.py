@@ -4,7 +4,7 @@ import collections
 import re
 
 from mpjax._hardware.targets import Target
-from mpjax._lowering.compiler import Compiled, Gemm
+from mpjax._lowering.compiled import Compiled, Gemm
 from mpjax._lowering.hlo import CompiledProduct, bits
 
 # Names of HLO and of opcodes.

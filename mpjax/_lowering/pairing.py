@@ -10,7 +10,8 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from mpjax._inspection.steps import COMPOSITES, Step
+from mpjax._inspection.primitives import COMPOSITES
+from mpjax._inspection.steps import Step
 from mpjax._lowering.hlo import CompiledProduct
 from mpjax._lowering.matrix_units import DTYPES
 

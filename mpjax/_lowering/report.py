@@ -11,14 +11,17 @@ from typing import Any
 import jax
 
 from mpjax._hardware.targets import Target, get_target
-from mpjax._inspection.products import is_product
-from mpjax._inspection.steps import Step, steps, tag
+from mpjax._inspection.products import is_product, work
+from mpjax._inspection.steps import Step, steps
+from mpjax._inspection.tags import tag
 from mpjax._inspection.tracing import Traced, trace
-from mpjax._lowering.compiler import Gemm, compile_for
+from mpjax._lowering.compiled import Gemm
+from mpjax._lowering.compiler import compile_for
 from mpjax._lowering.hlo import Module
 from mpjax._lowering.verdicts import LoweredProduct, join
-from mpjax._printing.table import work
-from mpjax._printing.text import brief, common, count, html_table, passed, short
+from mpjax._printing.paths import common
+from mpjax._printing.table import html_table
+from mpjax._printing.text import brief, count, passed, short
 
 
 @dataclasses.dataclass(frozen=True)

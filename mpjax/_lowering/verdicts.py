@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 from mpjax._hardware.targets import Target
 from mpjax._inspection.products import Product, product
 from mpjax._inspection.steps import Step
-from mpjax._lowering.compiler import Compiled, Gemm
+from mpjax._lowering.compiled import Compiled, Gemm
 from mpjax._lowering.hlo import CompiledProduct, Module, bits
 from mpjax._lowering.matrix_units import unit_of
 from mpjax._lowering.pairing import match

@@ -14,16 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mpjax._layers.region import _region
 from mpjax._nnx.parameters import keep, map_params, read
 from mpjax._nnx.recipes import HOOKS, stand_in, stand_in_method
 from mpjax._nnx.scope_names import note, scope
 from mpjax._policies.policy import Policy, get_policy, in_kind_of
 from mpjax._policies.rule import Rule
 from mpjax._tree import cast_floating
-
-# The policy of the module whose method runs; None outside of models. JAX has it in the
-# key of its caches of traced functions, and each thread has its own.
-_region = jax.make_user_context(None)
 
 
 def rule_of(module) -> Rule | None:

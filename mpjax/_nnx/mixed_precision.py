@@ -14,14 +14,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mpjax._nnx.attention import attention
 from mpjax._nnx.classes import bare_type, has_dtype, rule_of, set_type
+from mpjax._nnx.layers import _is_inside, _layers
 from mpjax._nnx.parameters import own_params, store
-from mpjax._nnx.recipes import attention, products_of, set_states
+from mpjax._nnx.recipes import products_of
 from mpjax._nnx.scaling import Scaling
+from mpjax._nnx.states import set_states
 from mpjax._policies.lookup import matcher
 from mpjax._policies.policy import Policy, get_policy, in_kind_of
-from mpjax._policies.rule import Rule, Rules, expand_rules
-from mpjax._printing import table as _table
+from mpjax._policies.presets import Rules, expand_rules
+from mpjax._policies.rule import Rule
 from mpjax._products.xla_cpu import conv_general_dilated
 
 M = TypeVar("M", bound=nnx.Module)
@@ -120,33 +123,6 @@ def _essence(rule: Rule, served: set[str]) -> Rule:
     return rule if served else replace(rule, recipe=None, min_size=0, attention=False)
 
 
-def _layers(model: nnx.Module) -> dict[str, list[nnx.Pytree]]:
-    """By path, each module and the containers in it that hold parameters of its own."""
-    nodes = {p: n for p, n in nnx.iter_graph(model) if isinstance(n, nnx.Pytree)}
-    layers = {
-        path: [node]
-        for path, node in nodes.items()
-        if not path
-        or (isinstance(node, nnx.Module) and not isinstance(node, nnx.List | nnx.Dict))
-    }
-    for path, node in nodes.items():
-        if path not in layers and any(own_params(node)):
-            while path not in layers:
-                path = path[:-1]
-            layers[path].append(node)
-    return {
-        "/".join(map(str, path)): layers[path] for path in sorted(layers, key=_order)
-    }
-
-
-def _order(path: tuple) -> list:
-    return [(0, key, "") if isinstance(key, int) else (1, 0, str(key)) for key in path]
-
-
-def _is_inside(inner: str, outer: str) -> bool:
-    return inner != outer and (not outer or inner.startswith(f"{outer}/"))
-
-
 def _check(path: str, module) -> None:
     """Raises for what could only be left as it is without a word."""
     if isinstance(module, nnx.bridge.ToNNX):
@@ -204,36 +180,3 @@ def _set_dtype(path: str, module, policy: Policy) -> None:
         for cache in module.cached_key, module.cached_value:
             if cache is not None:
                 cache.set_value(policy.cast_to_compute(cache.get_value()))
-
-
-def tabulate(model: nnx.Module) -> str:
-    """Shows what each layer of a model will do, before a step is run.
-
-    Args:
-      model: a model from ``mixed_precision``; its parameters may be
-        ``jax.ShapeDtypeStruct``, from ``nnx.eval_shape``.
-
-    Returns:
-      A table with a row a module: path, type, policy ("-": left alone), the recipe of
-      its products ("-": none uses it) and the dtypes and number of the parameters of
-      its own. The model is not run: of a layer whose kernel another module reads and
-      multiplies with, the recipe is shown and not used; ``mpjax.lowering`` sees that.
-
-    Example:
-      >>> from flax import nnx
-      >>> import mpjax.nnx
-      >>> model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
-      >>> print(mpjax.nnx.tabulate(mpjax.nnx.mixed_precision(model, "mixed_bfloat16")))
-      1 layers, 15 parameters in 60 bytes
-        path   type     policy               recipe   dtypes   params
-       ───────────────────────────────────────────────────────────────
-               Linear   p=f32,c=bf16,o=f32   -        f32          15
-    """
-    rows = []
-    for path, nodes in _layers(model).items():
-        values = [p.get_raw_value() for node in nodes for _, p in own_params(node)]
-        arrays = [leaf for leaf in jax.tree.leaves(values) if hasattr(leaf, "shape")]
-        rule = rule_of(nodes[0])
-        policy, recipe = (rule.policy, rule.recipe) if rule else (None, None)
-        rows.append((path, type(nodes[0]), policy, recipe, arrays))
-    return _table.layers(rows)

@@ -8,31 +8,28 @@ is merged by its maximum.
 """
 
 import inspect
-import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.errors import TraceContextError
 from jax import lax
 
 from mpjax._layers import functions as _layers
-from mpjax._layers.attention import dot_product_attention, dropout
 from mpjax._layers.multiplier import (
     LayerProducts,
     check_convolution,
-    einsum_sizes,
     unserved,
     unserved_attention,
 )
-from mpjax._nnx.scaling import Scaling
+from mpjax._nnx.attention import _is_stock_attention, attention
+from mpjax._nnx.layers import _size
 from mpjax._policies.rule import Rule
 from mpjax._products import xla_cpu as _cpu_faults
-from mpjax._recipes.recipe import Recipe, ScalingState
+from mpjax._recipes.state import ScalingState
 from mpjax._tree import cast_floating
 from mpjax._typing import Array
 
@@ -117,103 +114,6 @@ def products_of(
     return names
 
 
-def set_states(
-    modules: Mapping[str, nnx.Pytree],
-    rules: Mapping[str, Rule | None],
-    served: Mapping[str, Collection[str]],
-) -> None:
-    """Gives modules the states of their products, where they have none yet.
-
-    Args:
-      modules: by path.
-      rules: by path.
-      served: names of the products that use a recipe, by path.
-    """
-    params = jax.tree.leaves([nnx.state(m, nnx.Param) for m in modules.values()])
-    abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in params)
-    for path, module in modules.items():
-        rule, wanted = rules[path], set()
-        if rule is None:
-            continue
-        recipe = rule.recipe
-        if recipe is not None and recipe.stateful:
-            wanted = {f"{name}_scaling" for name in served[path]}
-        for name, value in list(vars(module).items()):
-            if not isinstance(value, Scaling):
-                continue
-            agrees = recipe and value.get_value().recipe.agrees_with(recipe)
-            if name in wanted and agrees:
-                wanted.remove(name)
-            else:
-                delattr(module, name)
-        if recipe is not None and wanted:
-            init = partial(_init, recipe, _stacked_axes(path, modules))
-            for name in sorted(wanted):
-                state = jax.eval_shape(init) if abstract else init()
-                setattr(module, name, Scaling(state, ref=False, hijax=False))
-
-
-def _init(recipe: Recipe, axes: tuple[int, ...]) -> ScalingState:
-    state = recipe.init(loss_scale=0)
-    return jax.tree.map(lambda x: jnp.broadcast_to(x, axes + x.shape), state)
-
-
-def _stacked_axes(path: str, layers: Mapping[str, nnx.Pytree]) -> tuple[int, ...]:
-    """The axes that ``nnx.vmap`` has put before those of a layer's parameters.
-
-    They show in the kernels of Flax's own layers. What has none of these is taken to
-    be stacked as those nearest to it are.
-    """
-    while True:
-        near = [
-            axes
-            for inner, layer in layers.items()
-            if f"{inner}/".startswith(f"{path}/" if path else "")
-            and (axes := _own_stacked_axes(layer)) is not None
-        ]
-        if near or not path:
-            return min(near, key=len, default=())
-        path = path.rpartition("/")[0]
-
-
-def _own_stacked_axes(layer: nnx.Pytree) -> tuple[int, ...] | None:
-    one = _kernel_shape(layer)
-    name = "embedding" if isinstance(layer, nnx.Embed) else "kernel"
-    shape = getattr(getattr(layer, name, None), "shape", None)
-    if one is None or shape is None:
-        return None
-    count = len(shape) - len(one)
-    # Of a single axis, which may be any, the size is known.
-    return (math.prod(shape) // math.prod(one),) if count == 1 else shape[:count]
-
-
-def _kernel_shape(layer: nnx.Pytree) -> tuple[int, ...] | None:
-    """Of one layer, however many are stacked; None: not known."""
-    if isinstance(layer, nnx.Linear):
-        return layer.in_features, layer.out_features
-    if isinstance(layer, nnx.LinearGeneral):
-        batch = layer.batch_axis.values()
-        return (*batch, *layer.in_features, *layer.out_features)
-    if isinstance(layer, nnx.Einsum | nnx.Conv | nnx.ConvTranspose):
-        return tuple(layer.kernel_shape)
-    if isinstance(layer, nnx.Embed):
-        return layer.num_embeddings, layer.features
-    return None
-
-
-def _size(layer: nnx.Pytree) -> tuple[int, int] | None:
-    """How many elements the product of a layer sums over, and how many it gives."""
-    if isinstance(layer, nnx.LinearGeneral):
-        return math.prod(layer.in_features), math.prod(layer.out_features)
-    if isinstance(layer, nnx.Einsum):
-        return einsum_sizes(layer.einsum_str, layer.kernel_shape)
-    shape = _kernel_shape(layer)
-    if shape is None:
-        return None
-    features = getattr(layer, "out_features", shape[0])  # those of Embed come first
-    return math.prod(shape) // features, features
-
-
 def _products(module: Any) -> LayerProducts:
     rule = type(module)._mpjax_rule
 
@@ -253,48 +153,3 @@ _METHODS: dict[Callable, Callable] = {
     nnx.ConvTranspose.__call__: _conv_transpose,
 }
 _ABSENT = object()
-
-
-def attention(
-    query,
-    key,
-    value,
-    bias=None,
-    mask=None,
-    broadcast_dropout=True,
-    dropout_rng: Any = None,
-    dropout_rate=0.0,
-    deterministic=False,
-    dtype=None,
-    precision=None,
-    module=None,
-    promote_dtype=None,
-    is_causal=False,
-    **einsum,
-):
-    """Stands in for ``nnx.dot_product_attention``, whose softmax may be 16-bit."""
-    del promote_dtype
-
-    def edit(weights):
-        if module is not None:
-            module.sow(nnx.Intermediate, "attention_weights", weights)
-        return dropout(
-            weights, dropout_rng, dropout_rate, broadcast_dropout, deterministic
-        )
-
-    query, key, value = cast_floating((query, key, value), dtype or query.dtype)
-    return dot_product_attention(
-        query,
-        key,
-        value,
-        bias,
-        mask,
-        is_causal=is_causal,
-        edit_weights=edit,
-        precision=precision,
-        **einsum,
-    )
-
-
-def _is_stock_attention(value) -> bool:
-    return value is nnx.dot_product_attention or value is attention

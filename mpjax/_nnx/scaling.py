@@ -5,9 +5,8 @@ from typing import Any
 
 from flax import nnx
 
-from mpjax._recipes.recipe import ScalingState
-from mpjax._scaling_states import update as _scaling_states
-from mpjax._scaling_states import weights as _weight_copies
+from mpjax._recipes.state import ScalingState
+from mpjax._scaling_states import calibrate, update, weights
 from mpjax._typing import ArrayTree
 
 
@@ -94,7 +93,7 @@ def update_scaling(
             )
     _write(
         model,
-        _scaling_states.update_scaling(
+        update.update_scaling(
             _values(states),
             {path: observed[path].get_value() for path in states},
             opt_state,
@@ -129,7 +128,7 @@ def rescale_scaling(model: nnx.Module, opt_state: ArrayTree) -> None:
       4.0
     """
     states = dict(nnx.to_flat_state(nnx.state(model, Scaling)))
-    _write(model, _scaling_states.rescale_scaling(_values(states), opt_state))
+    _write(model, update.rescale_scaling(_values(states), opt_state))
 
 
 def calibrate_scaling(model: nnx.Module) -> None:
@@ -147,7 +146,7 @@ def calibrate_scaling(model: nnx.Module) -> None:
       ValueError: no scale of the model is known yet.
     """
     states = dict(nnx.to_flat_state(nnx.state(model, Scaling)))
-    _write(model, _scaling_states.calibrate_scaling(_values(states)))
+    _write(model, calibrate.calibrate_scaling(_values(states)))
 
 
 def keep_weights(model: nnx.Module) -> None:
@@ -164,7 +163,7 @@ def keep_weights(model: nnx.Module) -> None:
       ValueError: no layer of the model has delayed scaling.
     """
     states = dict(nnx.to_flat_state(nnx.state(model, Scaling)))
-    _write(model, _weight_copies.keep_weights(_values(states), _kernels(model)))
+    _write(model, weights.keep_weights(_values(states), _kernels(model)))
 
 
 def drop_weights(model: nnx.Module) -> None:
@@ -177,7 +176,7 @@ def drop_weights(model: nnx.Module) -> None:
       model: from ``mixed_precision``.
     """
     states = dict(nnx.to_flat_state(nnx.state(model, Scaling)))
-    _write(model, _weight_copies.drop_weights(_values(states)))
+    _write(model, weights.drop_weights(_values(states)))
 
 
 def _values(states: Mapping[tuple, nnx.Variable]) -> dict[tuple, Any]:

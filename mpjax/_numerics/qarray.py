@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -148,3 +148,6 @@ def dequantize(q: QArray, dtype: DType = jnp.float32) -> Array:
     """
     scale = expand_scale(q.scale, q.qvalue.shape, q.block)
     return (q.qvalue.astype(jnp.float32) * scale).astype(dtype)
+
+
+Operand: TypeAlias = Array | QArray  # in high precision, or quantized

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from mpjax._numerics.casts import Format, format_info, round_to_grid, saturating_cast
+from mpjax._numerics.casts import round_to_grid, saturating_cast
+from mpjax._numerics.formats import Format, format_info
 from mpjax._typing import Array, DType
 
 Block: TypeAlias = tuple[int, ...]

@@ -8,7 +8,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from mpjax._policies.policy import Policy, get_policy
-from mpjax._policies.rule import Rule, describe, exceptions
+from mpjax._policies.presets import exceptions
+from mpjax._policies.rule import Rule, describe
 from mpjax._recipes.recipe import Recipe
 
 

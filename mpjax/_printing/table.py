@@ -1,7 +1,7 @@
 """Text tables, the same on every terminal."""
 
+import html
 import io
-import math
 import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -11,9 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mpjax._policies.policy import Policy, dtype_to_names
-from mpjax._printing.text import WIDTH, below, fold_layers, short, shorten
-from mpjax._recipes.recipe import Recipe
+from mpjax._printing.paths import shorten
 
 
 def render(
@@ -64,60 +62,17 @@ def render(
     return "\n".join(filter(None, lines))
 
 
-def work(
-    products: Iterable[tuple[tuple, int]],
-    columns: Sequence[str],
-    title: str,
-    above: str,
+def html_table(
+    rows: Iterable[Sequence[Any]], columns: Sequence[str], title: str
 ) -> str:
-    """The table of products that reports and censuses are printed as.
+    """A table for notebooks, of the same rows as ``render`` takes."""
 
-    Args:
-      products: the path, what else tells rows apart, and the operations of each.
-      columns: the header of all but numbers.
-      title: the lines above.
-      above: the path that all are below of.
+    def line(cells, tag):
+        return "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>"
 
-    Returns:
-      A table with a row for all that are alike, layers of a stack among them.
-    """
-    groups: dict[tuple, tuple[int, ...]] = {}
-    for key, flops in products:
-        number, total = groups.get(key, (0, 0))
-        groups[key] = number + 1, total + flops
-    every = max(sum(flops for _, flops in groups.values()), 1)
-    rows = [
-        (below(path, above), *rest, n, f"{short(flops):>6}", f"{flops / every:6.1%}")
-        for (path, *rest), (n, flops) in fold_layers(groups).items()
+    body = [
+        line(("" if cell is None else html.escape(str(cell)) for cell in row), "td")
+        for row in rows
     ]
-    title += f"\nPaths are below {above}" if above else ""
-    return render(rows, (*columns, "n", "  FLOP", " share"), title, WIDTH)
-
-
-def layers(
-    rows: Iterable[tuple[str, type, Policy | None, Recipe | None, Sequence[Any]]],
-) -> str:
-    """The table of a model's layers that ``tabulate`` of a front end returns.
-
-    Args:
-      rows: path, class, policy, recipe, and the parameters (arrays or their shapes)
-        that belong to the layer itself.
-
-    Returns:
-      A table with a row a layer and the sum of all below.
-    """
-    cells, sizes, nbytes = [], 0, 0
-    for path, module_type, policy, recipe, params in rows:
-        size = sum(math.prod(p.shape) for p in params)
-        sizes += size
-        nbytes += sum(math.prod(p.shape) * p.dtype.itemsize for p in params)
-        names = sorted({_short(p.dtype) for p in params})
-        name = module_type.__name__
-        cells.append((path, name, policy, recipe, " ".join(names), size))
-    title = f"{len(cells)} layers, {sizes:,} parameters in {nbytes:,} bytes"
-    columns = ["path", "type", "policy", "recipe", "dtypes", "params"]
-    return render(cells, columns, title)
-
-
-def _short(dtype) -> str:
-    return dtype_to_names.get(dtype.type, (dtype.name,))[0]
+    title = "<br>".join(map(html.escape, title.splitlines()))
+    return f"<p>{title}</p><table>{line(columns, 'th')}{''.join(body)}</table>"

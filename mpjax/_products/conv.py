@@ -9,17 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mpjax._numerics.qarray import QArray, dequantize
+from mpjax._mesh import match_varying
+from mpjax._numerics.qarray import Operand, QArray, dequantize
 from mpjax._products.observations import check_scales, hand_on, merge_observations
-from mpjax._products.operands import (
-    Operand,
-    check_operand,
-    check_result,
-    first_order,
-    keep,
-    match_varying,
-    quantize_operand,
-)
+from mpjax._products.operands import check_operand, check_result, quantize_operand
+from mpjax._products.residuals import first_order, keep
 from mpjax._recipes.recipe import Recipe
 from mpjax._recipes.scalings import BlockScaling, ChannelScaling
 from mpjax._typing import Array, DType

@@ -10,18 +10,13 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from mpjax._mesh import match_varying
 from mpjax._numerics.qarray import QArray
 from mpjax._numerics.scales import check_block
 from mpjax._products.multiply import DimensionNumbers, product
 from mpjax._products.observations import check_scales, hand_on, merge_observations
-from mpjax._products.operands import (
-    check_operand,
-    check_result,
-    first_order,
-    keep,
-    match_varying,
-    quantize_operand,
-)
+from mpjax._products.operands import check_operand, check_result, quantize_operand
+from mpjax._products.residuals import first_order, keep
 from mpjax._recipes.recipe import Recipe
 from mpjax._typing import Array, DType
 

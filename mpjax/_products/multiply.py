@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mpjax._numerics.casts import format_info
-from mpjax._numerics.qarray import QArray, dequantize
+from mpjax._mesh import varying_axes
+from mpjax._numerics.formats import format_info
+from mpjax._numerics.qarray import Operand, QArray, dequantize
 from mpjax._numerics.scales import expand_scale
-from mpjax._products.operands import Operand, varying_axes
 from mpjax._products.xla_cpu import dot_general, dot_general_on_cpu
 from mpjax._typing import Array, DType
 

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mpjax._products.operands import varying_axes
-from mpjax._recipes.recipe import Recipe, ScalingState
+from mpjax._mesh import varying_axes
+from mpjax._recipes.recipe import Recipe
+from mpjax._recipes.state import ScalingState
 from mpjax._typing import Array
 
 

@@ -1,14 +1,12 @@
 """What the operands of scaled products go through before and after them."""
 
 from collections.abc import Sequence
-from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
-from mpjax._numerics.qarray import QArray
+from mpjax._mesh import match_varying
+from mpjax._numerics.qarray import Operand, QArray
 from mpjax._numerics.scales import (
     amax_to_scale,
     block_amax,
@@ -16,12 +14,9 @@ from mpjax._numerics.scales import (
     quantize_with_scale,
     round_scale_up,
 )
+from mpjax._products.residuals import _named
 from mpjax._recipes.scalings import DelayedScaling, Scaling
 from mpjax._typing import Array, DType
-
-Operand: TypeAlias = Array | QArray  # in high precision, or quantized
-
-RESIDUAL_NAME = "mpjax_quantized"
 
 
 def check_operand(name: str, x: Array) -> Array:
@@ -116,74 +111,3 @@ def quantize_operand(
         for contracting in uses
     ]
     return operands, observed
-
-
-def keep(operand: Operand) -> Operand:
-    """What a forward pass hands to the backward pass, apart from what itself reads.
-
-    ``jax.checkpoint`` reduces the precision of floats that it keeps and that the
-    forward pass reads as well, by a rule for IEEE floats: all float8_e4m3fn from 256 on
-    would become infinity, which is NaN. Names are given to bits for the same reason.
-    Bits are not what is kept, since XLA slices a stack of them, which ``scan`` makes,
-    in passes of its own.
-    """
-    if not isinstance(operand, QArray):
-        return operand
-    return jax.tree.map(lambda x: _from_bits(_to_bits(x), x.dtype), operand)
-
-
-def _named(x: Array) -> Array:
-    return _from_bits(checkpoint_name(_to_bits(x), RESIDUAL_NAME), x.dtype)
-
-
-def _to_bits(x: Array) -> Array:
-    """Narrow floats as unsigned integers, all else as it is."""
-    if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize == 1:
-        bits = jnp.finfo(x.dtype).bits
-        return lax.bitcast_convert_type(x, jnp.uint4 if bits == 4 else jnp.uint8)
-    return x
-
-
-def _from_bits(x: Array, dtype: DType) -> Array:
-    return x if x.dtype == dtype else lax.bitcast_convert_type(x, dtype)
-
-
-@jax.custom_jvp
-def first_order(operands):
-    """The same; marks what a product of a recipe can be differentiated by only once.
-
-    Between the product and its gradients lie the bits of 8-bit numbers, across which a
-    second derivative would come out wrong without a word.
-    """
-    return operands
-
-
-@first_order.defjvp
-def _second_derivative(primals, tangents):
-    del primals, tangents
-    raise TypeError(
-        "A product under a recipe can be differentiated once, in reverse mode: it has "
-        "no second derivative and no jvp. Give the layers that need one a rule without "
-        "a recipe, or use lax.dot_general."
-    )
-
-
-def match_varying(*operands):
-    """Within ``shard_map``, marks all operands as varying where any of them does.
-
-    The sum over devices of the gradient of a replicated weight is then the transpose of
-    this mark, taken by JAX outside of the product's own rule.
-    """
-    leaves = jax.tree.leaves(operands)
-    axes = frozenset().union(*(varying_axes(leaf) for leaf in leaves))
-
-    def mark(x):
-        missing = tuple(sorted(axes - varying_axes(x), key=str))
-        return lax.pcast(x, missing, to="varying") if missing else x
-
-    return jax.tree.map(mark, operands)
-
-
-def varying_axes(x: Array) -> frozenset:
-    """The manual mesh axes over which an array differs between devices."""
-    return jax.typeof(x).manual_axis_type.varying

@@ -1,62 +1,18 @@
 """Which format and which scaling for the three tensors of a product."""
 
 import dataclasses
-from typing import ClassVar, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
-import jax
 import jax.numpy as jnp
 
 from mpjax._hardware.targets import get_target
-from mpjax._numerics.casts import format_info
-from mpjax._numerics.qarray import QArray
+from mpjax._numerics.formats import format_info
 from mpjax._recipes.scalings import BlockScaling, DelayedScaling, Scaling
+from mpjax._recipes.state import ScalingState, _on_grad
 from mpjax._typing import Array
 
 Product: TypeAlias = Literal["out", "lhs_grad", "rhs_grad"]
 PRODUCTS: tuple[Product, ...] = ("out", "lhs_grad", "rhs_grad")
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class WeightCopy:
-    """A weight in 8 bits, made where the optimizer writes the weight; a pytree.
-
-    Attributes:
-      values: of the weight, scaled by what was known before it.
-      amax: f32[...], of the weight.
-    """
-
-    values: QArray
-    amax: Array
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class ScalingState:
-    """What delayed scaling remembers of one product; a pytree of float32 arrays.
-
-    The last axis of ``scale`` runs over lhs, rhs and output gradient; axes before it
-    are those of stacked layers. A loss is differentiated with respect to the whole
-    state; in place of ``scale`` the gradient then holds the amaxes of the step.
-
-    Attributes:
-      scale: f32[..., 3], what a product takes as ``scales``: in units of the gradient
-        of the scaled loss; 0 where nothing finite has been seen yet.
-      history: f32[..., 3, history_length], amaxes of the unscaled loss, the newest
-        last; 0 where a step saw nothing finite. Under ``optax.MultiSteps`` the last
-        entry belongs to the step whose microbatches are being summed.
-      loss_scale: f32[...], what the loss is multiplied with in the step to come; 0
-        where that is not known.
-      recipe: the recipe of the product.
-      weight: what `keep_weights` keeps of rhs, or ``None``.
-    """
-
-    scale: Array
-    history: Array
-    loss_scale: Array
-    recipe: "Recipe" = dataclasses.field(metadata={"static": True})
-    weight: WeightCopy | None = None
-    keeps_dtypes: ClassVar[bool] = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -316,12 +272,6 @@ class Recipe:
             if not device.multiplies(one.dtype.name, two.dtype.name):
                 return False, f"{device.name} multiplies no {names}"
         return True, f"{device.name} has units for every quantized product"
-
-
-def _on_grad(factor: Array) -> Array:
-    """f32[..., 3], 1 for the operands."""
-    one = jnp.ones_like(factor)
-    return jnp.stack([one, one, factor], axis=-1)
 
 
 def _is_mx(scaling: Scaling) -> bool:

@@ -13,20 +13,30 @@ from typing import Any
 
 import jax.export
 
-from mpjax._loss_scaling.transform import LossScalingState
+from mpjax._loss_scaling.state import LossScalingState
 from mpjax._numerics.qarray import QArray
-from mpjax._recipes.recipe import Recipe, ScalingState, WeightCopy
+from mpjax._recipes.recipe import Recipe
 from mpjax._recipes.scalings import (
     BlockScaling,
     ChannelScaling,
     CurrentScaling,
     DelayedScaling,
 )
+from mpjax._recipes.state import ScalingState, WeightCopy
 
 _KINDS: dict[str, Callable[..., Any]] = {
     kind.__name__: kind
     for kind in (Recipe, CurrentScaling, ChannelScaling, BlockScaling, DelayedScaling)
 }
+
+
+def register() -> None:
+    """Lets programs of ``jax.export`` have states among their arguments."""
+    for kind in (ScalingState, QArray, WeightCopy):
+        _register(kind)
+    jax.export.register_namedtuple_serialization(
+        LossScalingState, serialized_name="mpjax.LossScalingState"
+    )
 
 
 def _write(node: Any) -> Any:
@@ -75,10 +85,3 @@ def _register(kind: type) -> None:
         serialize_auxdata=write,
         deserialize_auxdata=read,
     )
-
-
-for _kind in (ScalingState, QArray, WeightCopy):
-    _register(_kind)
-jax.export.register_namedtuple_serialization(
-    LossScalingState, serialized_name="mpjax.LossScalingState"
-)

@@ -8,15 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.core import Tracer
 from jax.tree_util import keystr
 
-from mpjax._loss_scaling.loss import last_step_finite, loss_scale
-from mpjax._loss_scaling.transform import LossScalingState
-from mpjax._recipes.recipe import ScalingState
-from mpjax._recipes.scalings import DelayedScaling
+from mpjax._loss_scaling.state import LossScalingState, last_step_finite, loss_scale
+from mpjax._recipes.state import ScalingState
 from mpjax._scaling_states.weights import copy_weights, seen_by_copy
 from mpjax._tree import select_tree
 from mpjax._typing import Array, ArrayTree
@@ -81,69 +77,6 @@ def update_scaling(
         _enter(state, seen, step) for state, seen in _pairs(states, observed)
     )
     return copy_weights(new, params)
-
-
-def calibrate_scaling(states: ArrayTree) -> ArrayTree:
-    """The same states with a promise: their scales are known.
-
-    In its first step delayed scaling has nothing but the current amax, and a program
-    that can take it waits for that amax in every step. To be called once, between two
-    steps, when `update_scaling` has seen a step; what is jitted is then compiled again,
-    and no quantization waits for a reduction. A gradient that was all zeros so far,
-    whose scale is unknown, has the scale 1 until it has been seen. The states of layers
-    whose operands have not been seen stay as they were: those that no gradient reaches,
-    behind ``jax.lax.stop_gradient`` say, go on with the current amax. ::
-
-        scaling = train_step(...)
-        scaling = mpjax.calibrate_scaling(scaling)
-
-    Args:
-      states: a tree of ``ScalingState``, and of anything else, a whole train state say.
-
-    Returns:
-      The tree with states whose recipes are ``calibrated``; of other static structure,
-      so not for the carry of a loop that has begun without. States that are traced are
-      taken to be known.
-
-    Raises:
-      ValueError: no scale of the states is known yet.
-
-    Example:
-      >>> import jax.numpy as jnp, mpjax
-      >>> recipe = mpjax.delayed_scaling()
-      >>> states = {"kernel": recipe.update(recipe.init(), jnp.ones(3))}
-      >>> mpjax.calibrate_scaling(states)["kernel"].recipe.calibrated
-      True
-    """
-    found = _found(states, ScalingState)
-    if not any(map(_has_seen_operands, found)):
-        raise ValueError(
-            "Scaling states are calibrated by at least one step: call update_scaling "
-            f"before calibrate_scaling. Got {len(found)} states of which none has been "
-            "updated."
-        )
-
-    def promise(leaf):
-        if not (_is_state(leaf) and _has_seen_operands(leaf)):
-            return leaf
-        return replace(leaf, recipe=replace(leaf.recipe, calibrated=True))
-
-    return jax.tree.map(promise, states, is_leaf=_is_state)
-
-
-def _has_seen_operands(state: ScalingState) -> bool:
-    """Whether the delayed scales of lhs and rhs are known, in all layers of a stack.
-
-    Those that a product in low precision reads; that of the gradient if there are none.
-    """
-    if isinstance(state.scale, Tracer):
-        return True
-    recipe, read = state.recipe, {"out": (0, 1), "lhs_grad": (1,), "rhs_grad": (0,)}
-    operands = {i for product in recipe.quantized for i in read[product]}
-    delayed = [
-        i for i in operands if isinstance((recipe.lhs, recipe.rhs)[i], DelayedScaling)
-    ]
-    return bool((np.asarray(state.scale)[..., delayed or [2]] > 0).all())
 
 
 def rescale_scaling(states: ArrayTree, opt_state: ArrayTree) -> ArrayTree:

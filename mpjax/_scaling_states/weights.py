@@ -7,12 +7,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.tree_util import keystr
 
-from mpjax._numerics.casts import format_info
+from mpjax._mesh import varying_axes
+from mpjax._numerics.formats import format_info
 from mpjax._numerics.qarray import QArray
 from mpjax._numerics.scales import block_amax, quantize_with_scale, round_scale_up
-from mpjax._products.operands import varying_axes
-from mpjax._recipes.recipe import ScalingState, WeightCopy
 from mpjax._recipes.scalings import DelayedScaling
+from mpjax._recipes.state import ScalingState, WeightCopy
 from mpjax._typing import Array, ArrayTree
 
 

@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 import mpjax
 import mpjax.linen
 import mpjax.lowering
-from mpjax._inspection import steps as _jaxpr
+from mpjax._inspection import steps, tags
 
 Struct = jax.ShapeDtypeStruct
 BF16, F32, E4M3 = jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn
@@ -35,10 +35,10 @@ def test_jaxprs_are_laid_out_as_this_library_reads_them():
                 return jnp.sum(jax.jit(jnp.dot)(x, x))
 
     jaxpr = jax.jit(jax.grad(fn)).trace(Struct((4, 4), F32)).jaxpr
-    tagged = _jaxpr.tag(jaxpr)
+    tagged = tags.tag(jaxpr)
     products = [
         step
-        for step in _jaxpr.steps(tagged, "tpu")
+        for step in steps.steps(tagged, "tpu")
         if step.tag is not None and step.eqn.primitive.name == "dot_general"
     ]
     assert [(p.path, p.backward, p.tag) for p in products] == [
@@ -46,13 +46,13 @@ def test_jaxprs_are_laid_out_as_this_library_reads_them():
         ("outer/inner", True, 1),
         ("outer/inner", True, 2),
     ]
-    assert {_jaxpr.where(p).split(":")[0] for p in products} == {"test_census.py"}
+    assert {steps.where(p).split(":")[0] for p in products} == {"test_census.py"}
     same = jax.jit(jax.extend.core.jaxpr_as_fun(tagged))
     text = same.trace(Struct((4, 4), F32)).lower().as_text(debug_info=True)
     assert "mpjax.1" in text  # nobody needs the first
-    assert _jaxpr.tag_of("jit(f)/jvp(outer)/inner/mpjax.12/dot_general") == (12, True)
-    assert _jaxpr.tag_of("jit(f)/transpose(jvp(mpjax.1.out))/transpose") == (1, False)
-    assert _jaxpr.tag_of("jit(f)/outer/dot_general") == (None, False)
+    assert tags.tag_of("jit(f)/jvp(outer)/inner/mpjax.12/dot_general") == (12, True)
+    assert tags.tag_of("jit(f)/transpose(jvp(mpjax.1.out))/transpose") == (1, False)
+    assert tags.tag_of("jit(f)/outer/dot_general") == (None, False)
 
 
 def loop(x):

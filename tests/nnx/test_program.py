@@ -18,7 +18,7 @@ from jaxprs import count_converts, dots, equations
 import mpjax
 import mpjax.linen
 import mpjax.nnx
-from mpjax._nnx.recipes import attention
+from mpjax._nnx.attention import attention
 from mpjax._products.xla_cpu import conv_general_dilated
 from mpjax.nnx import mixed_precision
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import mpjax
 from mpjax._policies.lookup import Matcher, matcher
-from mpjax._policies.rule import expand_rules
+from mpjax._policies.presets import expand_rules
 
 
 class LayerNorm:

@@ -1,0 +1,38 @@
+"""The table of layers that `tabulate` of both front ends returns."""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from mpjax._policies.policy import Policy, dtype_to_names
+from mpjax._printing.table import render
+from mpjax._recipes.recipe import Recipe
+
+
+def layers(
+    rows: Iterable[tuple[str, type, Policy | None, Recipe | None, Sequence[Any]]],
+) -> str:
+    """The table of a model's layers that ``tabulate`` of a front end returns.
+
+    Args:
+      rows: path, class, policy, recipe, and the parameters (arrays or their shapes)
+        that belong to the layer itself.
+
+    Returns:
+      A table with a row a layer and the sum of all below.
+    """
+    cells, sizes, nbytes = [], 0, 0
+    for path, module_type, policy, recipe, params in rows:
+        size = sum(math.prod(p.shape) for p in params)
+        sizes += size
+        nbytes += sum(math.prod(p.shape) * p.dtype.itemsize for p in params)
+        names = sorted({_short(p.dtype) for p in params})
+        name = module_type.__name__
+        cells.append((path, name, policy, recipe, " ".join(names), size))
+    title = f"{len(cells)} layers, {sizes:,} parameters in {nbytes:,} bytes"
+    columns = ["path", "type", "policy", "recipe", "dtypes", "params"]
+    return render(cells, columns, title)
+
+
+def _short(dtype) -> str:
+    return dtype_to_names.get(dtype.type, (dtype.name,))[0]

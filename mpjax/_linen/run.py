@@ -1,0 +1,107 @@
+"""One run of a wrapped model, and the interceptor of its methods."""
+
+from contextvars import ContextVar
+from typing import Any
+
+import flax.linen as nn
+
+from mpjax._linen.attributes import attributes, check_real, method_of
+from mpjax._linen.cache_keys import Marks
+from mpjax._linen.recipes import make_products
+from mpjax._linen.states import Keeper, States
+from mpjax._policies.lookup import Matcher
+from mpjax._policies.policy import Policy
+
+# The policy of the module whose method runs. Traced calls nest, so it is put back on
+# the way out; each thread has its own.
+_enclosing: ContextVar[Policy | None] = ContextVar("mpjax_enclosing", default=None)
+# Where a wrapper leaves what it has seen, for ``tabulate``.
+_record: ContextVar[dict | None] = ContextVar("mpjax_record", default=None)
+_ABSENT = object()
+
+
+class _Run:
+    """One run of a wrapper, and what it meets.
+
+    Attributes:
+      rules: of the wrapper.
+      seen: path and type of every module, in order of their first calls.
+      served: by path, the products that used a recipe.
+      marks: in the scopes of the modules.
+    """
+
+    def __init__(self, rules: Matcher, root: nn.Module, wrapper: type[nn.Module]):
+        self.rules = rules
+        self.seen: dict[tuple[str, type], None] = {}
+        self.served: dict[str, set[str]] = {}
+        self.marks = Marks(rules, root.scope, _enclosing.get)
+        self.marks.enter(root)
+        self._wrapper = wrapper  # the class of wrappers, which have runs of their own
+        self._root, self._depth = root, len(root.path)
+        self._scope_type = type(root.scope)
+        self._inside: str | None = None  # the path of the module that runs
+        self._states = States()
+        self._apart: dict[int, str] = {}  # paths of modules that the model applies
+
+    def intercept(self, method, args, kwargs, context):
+        """Runs one method of one module of the model under the module's policy."""
+        module = context.module
+        # Flax tries each setup in a scope of another type, at no path of the model.
+        if type(module.scope) is not self._scope_type:
+            return method(*args, **kwargs)
+        self.marks.enter(module)
+        if isinstance(module, self._wrapper):
+            return method(*args, **kwargs)
+        path = self._path(module)
+        self.seen[path, type(module)] = None
+        rule = self.rules.rule(path, type(module))
+        policy = self.rules.policy(path, type(module))
+        border = policy if policy != _enclosing.get() else None
+        own, name, lent = vars(module), context.method_name, {}
+        states = self._states
+        if rule is not None and policy is not None:
+            served = self.served.setdefault(path, set())
+            products = make_products(module, path, rule, served, states)
+            lent = attributes(module, path, rule, products, name)
+            check_real(module, path, policy, name, args, kwargs)
+            method = method_of(module, products, policy, name, method)
+        before = {name: own.get(name, _ABSENT) for name in lent}
+        token, outside = _enclosing.set(policy), (self._inside, states.keeper)
+        self._inside = path
+        if isinstance(module, Keeper.kinds):
+            states.keeper = Keeper(module)
+        # A bound module is Flax's private clone of the user's, and may be lent some.
+        own.update(lent)
+        try:
+            if border is not None and rule is not None and rule.cast_inputs:
+                args, kwargs = border.cast_to_compute((args, kwargs))
+            result = method(*args, **kwargs)
+            return result if border is None else border.cast_to_output(result)
+        finally:
+            for name, value in before.items():
+                if value is _ABSENT:
+                    del own[name]
+                else:
+                    own[name] = value
+            _enclosing.reset(token)
+            self._inside, states.keeper = outside
+
+    def _path(self, module: nn.Module) -> str:
+        """The path of a module in the model.
+
+        A model may apply a layer by itself, ``self.head.apply(variables, x)``: that has
+        scopes of its own, and stands below the module that does so.
+        """
+        scope: Any = module.scope
+        names, root = module.path[self._depth :], id(scope.root)
+        if root in self._apart:
+            names = self._apart[root], *module.path
+        elif (
+            not names
+            and self._inside is not None
+            and module.name not in (None, self._root.name)
+        ):
+            path = "/".join(filter(None, (self._inside, module.name)))
+            self._apart[root] = path
+            names = (path,)
+        return "/".join(names)

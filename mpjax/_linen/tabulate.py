@@ -1,0 +1,67 @@
+"""What each layer of a wrapped Linen model will do."""
+
+import flax.linen as nn
+import jax
+from flax.traverse_util import flatten_dict
+
+from mpjax._layers.table import layers
+from mpjax._linen.run import _record, _Run
+
+
+def tabulate(model: nn.Module, rngs, *args, **kwargs) -> str:
+    """Shows what each layer of a wrapped model will do, before a step is run.
+
+    Nothing is computed: the model is traced with shapes only.
+
+    Args:
+      model: a ``MixedPrecision``, or a module with some inside.
+      rngs: as for ``model.init``.
+      *args: as for ``model.init``; arrays may be ``jax.ShapeDtypeStruct``.
+      **kwargs: likewise.
+
+    Returns:
+      A table with a row a module: path, type, policy, the recipe of its products ("-":
+      none uses it) and the dtypes and number of the parameters of its own.
+
+    Raises:
+      ValueError: there is no ``MixedPrecision`` in the model.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, mpjax.linen
+      >>> model = mpjax.linen.MixedPrecision(nn.Dense(3), "mixed_bfloat16")
+      >>> table = mpjax.linen.tabulate(model, jax.random.key(0), jnp.ones((2, 4)))
+      >>> "p=f32,c=bf16,o=f32" in table
+      True
+    """
+    leaves, structure = jax.tree.flatten((args, kwargs))
+    arrays = {i: leaf for i, leaf in enumerate(leaves) if hasattr(leaf, "dtype")}
+
+    def init(rngs, arrays):
+        traced = [arrays.get(i, leaf) for i, leaf in enumerate(leaves)]
+        args, kwargs = jax.tree.unflatten(structure, traced)
+        return model.init(rngs, *args, **kwargs)
+
+    record: dict[tuple[str, ...], _Run] = {}
+    token = _record.set(record)
+    try:
+        variables = jax.eval_shape(init, rngs, arrays)
+    finally:
+        _record.reset(token)
+    if not record:
+        raise ValueError(
+            "tabulate shows what mpjax.linen.MixedPrecision does, and found none in "
+            f"{type(model).__name__}."
+        )
+    params = flatten_dict(variables.get("params", {}))
+    rows = []
+    for root, run in record.items():
+        last = dict(run.seen.keys())  # two may share a path, and its parameters
+        for path, kind in run.seen:
+            full = (*root, *filter(None, path.split("/")))
+            own = [leaf for names, leaf in params.items() if names[:-1] == full]
+            own = jax.tree.leaves(own) if last[path] is kind else []
+            policy, recipe = run.rules.policy(path, kind), None
+            if run.served.get(path):
+                recipe = run.rules.recipe(path, kind)
+            rows.append(("/".join(full), kind, policy, recipe, own))
+    return layers(rows)

@@ -1,0 +1,144 @@
+"""Unscale, check, and update or skip."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jax.core import Tracer
+from jax.experimental.layout import Layout, with_layout_constraint
+
+from mpjax._loss_scaling.state import LossScalingState
+from mpjax._tree import select_tree, widen
+
+_FLOAT32 = jnp.finfo(jnp.float32)
+
+
+def _loss_scaling(inner, scale, hysteresis, adjust, axis_name):
+    """What the two have in common; ``adjust`` moves the scale."""
+    if not all(callable(getattr(inner, name, None)) for name in ("init", "update")):
+        raise TypeError(
+            "inner must be a gradient transformation, such as optax.adamw(1e-3), got "
+            f"{inner!r}."
+        )
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params):
+        return LossScalingState(
+            inner_state=inner.init(widen(params)),
+            scale=jnp.asarray(scale, jnp.float32),
+            growth_tracker=jnp.zeros((), jnp.int32),
+            hysteresis_tracker=jnp.asarray(hysteresis, jnp.int32),
+            last_finite=jnp.array(True),
+            notfinite_count=jnp.zeros((), jnp.int32),
+            total_notfinite=jnp.zeros((), jnp.int32),
+        )
+
+    def update(updates, state, params=None, **extra_args):
+        def apply(grads, inner_state, params):
+            updates, inner_state = inner.update(
+                grads, inner_state, widen(params), **extra_args
+            )
+            like = grads if params is None else params
+            updates = _map(lambda u, x: u.astype(jnp.result_type(x)), updates, like)
+            return updates, inner_state
+
+        def skip(*args):
+            updates, _ = jax.eval_shape(step, *args)  # those of lookahead have more
+            return jax.tree.map(_negative_zeros, updates), args[1]
+
+        if any(_is_traced(g) for g in jax.tree.leaves(updates)):
+            updates = lax.platform_dependent(
+                updates, cpu=_row_major, default=lambda grads: grads
+            )
+        grads = _unscale(updates, state.scale)
+        finite = _all_squares_finite(grads)
+        for axis in jax.tree.leaves(axis_name):  # it may vary over some of them only
+            finite = lax.pmin(finite.astype(jnp.int32), axis).astype(bool)
+
+        step = jax.jit(apply)  # for all that follows to trace it once
+        args = (grads, state.inner_state, params)
+        if _is_traced(finite):
+            # On a CPU a branch keeps the update in place, where a select copies the
+            # state; on an accelerator a select fuses with the update, a branch not.
+            updates, inner_state = lax.platform_dependent(
+                finite,
+                *args,
+                cpu=lambda finite, *args: lax.cond(finite, step, skip, *args),
+                default=lambda finite, *args: select_tree(
+                    finite, step(*args), skip(*args)
+                ),
+            )
+        else:
+            updates, inner_state = apply(*args) if finite else skip(*args)
+        return updates, adjust(state, finite)._replace(
+            inner_state=inner_state,
+            last_finite=finite,
+            notfinite_count=jnp.where(
+                finite, 0, optax.safe_increment(state.notfinite_count)
+            ),
+            total_notfinite=jnp.where(
+                finite,
+                state.total_notfinite,
+                optax.safe_increment(state.total_notfinite),
+            ),
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _is_traced(x):
+    return isinstance(x, Tracer)
+
+
+def _map(fn, tree, like):
+    """Maps over a tree of updates and what it is an update of; None has no update."""
+    return jax.tree.map(
+        lambda x, y: None if x is None else fn(x, y),
+        tree,
+        like,
+        is_leaf=lambda x: x is None,
+    )
+
+
+def _negative_zeros(update):
+    # x + -0.0 is x for every x; -0.0 + 0.0 is not -0.0.
+    complex_ = jnp.issubdtype(update.dtype, jnp.complexfloating)
+    return lax.full_like(update, complex(-0.0, -0.0) if complex_ else -0.0)
+
+
+def _row_major(grads):
+    # On a CPU, XLA leaves weight gradients transposed and every later pass strided.
+    def pin(g):
+        return with_layout_constraint(g, Layout(tuple(range(g.ndim))))
+
+    return jax.tree.map(lambda g: pin(g) if jnp.ndim(g) > 1 else g, grads)
+
+
+def _unscale(grads, scale):
+    # By two factors: the reciprocal of a scale above 2**126 would flush to zero.
+    first = jnp.where(scale > 2.0**126, 2.0**-64, 1.0)
+
+    @functools.cache
+    def factors(dtype):
+        return first.astype(dtype), 1 / (scale * first).astype(dtype)
+
+    def unscale(g):
+        if jnp.issubdtype(g.dtype, jnp.complexfloating):
+            return lax.complex(unscale(g.real), unscale(g.imag))
+        if jnp.issubdtype(g.dtype, jnp.floating):
+            by, then = factors(g.dtype)
+            return g * by * then
+        return g
+
+    return jax.tree.map(lambda g: unscale(widen(jnp.asarray(g))), grads)
+
+
+def _all_squares_finite(grads):
+    inexact = [
+        g for g in jax.tree.leaves(grads) if jnp.issubdtype(g.dtype, jnp.inexact)
+    ]
+    # The sum that clip_by_global_norm takes, in its words, for XLA to merge the two.
+    with jax.numpy_dtype_promotion("standard"):  # float32 and float64 may meet
+        return jnp.isfinite(optax.tree.norm(inexact, squared=True))

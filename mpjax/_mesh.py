@@ -1,0 +1,27 @@
+"""What differs between the devices of a `jax.shard_map`."""
+
+import jax
+from jax import lax
+
+from mpjax._typing import Array
+
+
+def match_varying(*operands):
+    """Within ``shard_map``, marks all operands as varying where any of them does.
+
+    The sum over devices of the gradient of a replicated weight is then the transpose of
+    this mark, taken by JAX outside of the product's own rule.
+    """
+    leaves = jax.tree.leaves(operands)
+    axes = frozenset().union(*(varying_axes(leaf) for leaf in leaves))
+
+    def mark(x):
+        missing = tuple(sorted(axes - varying_axes(x), key=str))
+        return lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(mark, operands)
+
+
+def varying_axes(x: Array) -> frozenset:
+    """The manual mesh axes over which an array differs between devices."""
+    return jax.typeof(x).manual_axis_type.varying

@@ -1,0 +1,85 @@
+"""Gives layers the states of their recipes."""
+
+import math
+from collections.abc import Collection, Mapping
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mpjax._nnx.layers import _kernel_shape
+from mpjax._nnx.scaling import Scaling
+from mpjax._policies.rule import Rule
+from mpjax._recipes.recipe import Recipe
+from mpjax._recipes.state import ScalingState
+
+
+def set_states(
+    modules: Mapping[str, nnx.Pytree],
+    rules: Mapping[str, Rule | None],
+    served: Mapping[str, Collection[str]],
+) -> None:
+    """Gives modules the states of their products, where they have none yet.
+
+    Args:
+      modules: by path.
+      rules: by path.
+      served: names of the products that use a recipe, by path.
+    """
+    params = jax.tree.leaves([nnx.state(m, nnx.Param) for m in modules.values()])
+    abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in params)
+    for path, module in modules.items():
+        rule, wanted = rules[path], set()
+        if rule is None:
+            continue
+        recipe = rule.recipe
+        if recipe is not None and recipe.stateful:
+            wanted = {f"{name}_scaling" for name in served[path]}
+        for name, value in list(vars(module).items()):
+            if not isinstance(value, Scaling):
+                continue
+            agrees = recipe and value.get_value().recipe.agrees_with(recipe)
+            if name in wanted and agrees:
+                wanted.remove(name)
+            else:
+                delattr(module, name)
+        if recipe is not None and wanted:
+            init = partial(_init, recipe, _stacked_axes(path, modules))
+            for name in sorted(wanted):
+                state = jax.eval_shape(init) if abstract else init()
+                setattr(module, name, Scaling(state, ref=False, hijax=False))
+
+
+def _init(recipe: Recipe, axes: tuple[int, ...]) -> ScalingState:
+    state = recipe.init(loss_scale=0)
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, axes + x.shape), state)
+
+
+def _stacked_axes(path: str, layers: Mapping[str, nnx.Pytree]) -> tuple[int, ...]:
+    """The axes that ``nnx.vmap`` has put before those of a layer's parameters.
+
+    They show in the kernels of Flax's own layers. What has none of these is taken to
+    be stacked as those nearest to it are.
+    """
+    while True:
+        near = [
+            axes
+            for inner, layer in layers.items()
+            if f"{inner}/".startswith(f"{path}/" if path else "")
+            and (axes := _own_stacked_axes(layer)) is not None
+        ]
+        if near or not path:
+            return min(near, key=len, default=())
+        path = path.rpartition("/")[0]
+
+
+def _own_stacked_axes(layer: nnx.Pytree) -> tuple[int, ...] | None:
+    one = _kernel_shape(layer)
+    name = "embedding" if isinstance(layer, nnx.Embed) else "kernel"
+    shape = getattr(getattr(layer, name, None), "shape", None)
+    if one is None or shape is None:
+        return None
+    count = len(shape) - len(one)
+    # Of a single axis, which may be any, the size is known.
+    return (math.prod(shape) // math.prod(one),) if count == 1 else shape[:count]

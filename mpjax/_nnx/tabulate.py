@@ -1,0 +1,42 @@
+"""What each layer of a mixed NNX model will do."""
+
+import jax
+from flax import nnx
+
+from mpjax._layers.table import layers
+from mpjax._nnx.classes import rule_of
+from mpjax._nnx.layers import _layers
+from mpjax._nnx.parameters import own_params
+
+
+def tabulate(model: nnx.Module) -> str:
+    """Shows what each layer of a model will do, before a step is run.
+
+    Args:
+      model: a model from ``mixed_precision``; its parameters may be
+        ``jax.ShapeDtypeStruct``, from ``nnx.eval_shape``.
+
+    Returns:
+      A table with a row a module: path, type, policy ("-": left alone), the recipe of
+      its products ("-": none uses it) and the dtypes and number of the parameters of
+      its own. The model is not run: of a layer whose kernel another module reads and
+      multiplies with, the recipe is shown and not used; ``mpjax.lowering`` sees that.
+
+    Example:
+      >>> from flax import nnx
+      >>> import mpjax.nnx
+      >>> model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+      >>> print(mpjax.nnx.tabulate(mpjax.nnx.mixed_precision(model, "mixed_bfloat16")))
+      1 layers, 15 parameters in 60 bytes
+        path   type     policy               recipe   dtypes   params
+       ───────────────────────────────────────────────────────────────
+               Linear   p=f32,c=bf16,o=f32   -        f32          15
+    """
+    rows = []
+    for path, nodes in _layers(model).items():
+        values = [p.get_raw_value() for node in nodes for _, p in own_params(node)]
+        arrays = [leaf for leaf in jax.tree.leaves(values) if hasattr(leaf, "shape")]
+        rule = rule_of(nodes[0])
+        policy, recipe = (rule.policy, rule.recipe) if rule else (None, None)
+        rows.append((path, type(nodes[0]), policy, recipe, arrays))
+    return layers(rows)

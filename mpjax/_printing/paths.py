@@ -1,0 +1,92 @@
+"""Paths of modules: common parents, folded layers, ellipses."""
+
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+
+def common(paths: Iterable[str], others: Iterable[str] = ()) -> str:
+    """The path that all paths are below of, and others below of or equal to.
+
+    Example:
+      >>> common(["Model/a/query", "Model/a/key"]), common(["Model/a/key"], ["Model"])
+      ('Model/a', 'Model')
+    """
+    every = [*(path.split("/")[:-1] for path in paths), *(o.split("/") for o in others)]
+    shared = itertools.takewhile(
+        lambda names: len(set(names)) == 1, zip(*every, strict=False)
+    )
+    return "/".join(names[0] for names in shared)
+
+
+def below(path: str, above: str) -> str:
+    """What is left of a path below another.
+
+    Example:
+      >>> below("Model/a/query", "Model/a"), below("Model/a", "Model/a")
+      ('query', '.')
+    """
+    return "." if path == above else path.removeprefix(f"{above}/")
+
+
+def fold_layers(rows: Mapping[tuple, tuple[int, ...]]) -> dict[tuple, tuple[int, ...]]:
+    """One row for layers that differ in nothing but their number.
+
+    Args:
+      rows: a path and what else tells rows apart -> what is added up. The last name of
+        a path is not that of a layer.
+
+    Returns:
+      The same, with the numbers of such layers in braces.
+
+    Example:
+      >>> fold_layers({("a_0/b", 32): (1, 8), ("a_1/b", 32): (1, 8), ("c", 32): (1, 2)})
+      {('a_{0..1}/b', 32): (2, 16), ('c', 32): (1, 2)}
+    """
+    for depth in range(max((path.count("/") for path, *_ in rows), default=0)):
+        groups: dict[tuple, dict[tuple, int]] = {}
+        for (path, *rest), sums in rows.items():
+            layer = re.fullmatch(
+                rf"((?:[^/]*/){{{depth}}}(?:[^/]*[^/\d])?)(\d+)([^\d/]*/.*)", path
+            )
+            before, number, after = layer.groups() if layer else (path, 0, None)
+            key = before, after, *rest, sums
+            groups.setdefault(key, {})[path, *rest] = int(number)
+        rows = {}
+        for (before, after, *rest, sums), members in groups.items():
+            (path, *_), *others = members
+            if others:
+                path = before + _braces(sorted(members.values())) + after
+            rows[path, *rest] = tuple(len(members) * number for number in sums)
+    return dict(rows)
+
+
+def _braces(numbers: Sequence[int]) -> str:
+    """The numbers as "{0..3,5}"."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][-1] + 1:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    parts = [f"{r[0]}..{r[-1]}" if len(r) > 1 else f"{r[0]}" for r in runs]
+    return "{" + ",".join(parts) + "}"
+
+
+def shorten(texts: Sequence[str], width: int) -> list[str]:
+    """Puts an ellipsis into the middle of what is longer; texts that differ still do.
+
+    Example:
+      >>> shorten(["encoder/attention/query", "encoder/attention/key", "head"], 16)
+      ['encode…ion/query', 'encode…ntion/key', 'head']
+    """
+
+    def cut(text: str) -> str:
+        if len(text) <= width:
+            return text
+        head = (width - 1) * 2 // 5
+        return f"{text[:head]}…{text[head + 1 - width :]}"
+
+    while len({cut(text) for text in texts}) < len(set(texts)):
+        width += 4
+    return [cut(text) for text in texts]

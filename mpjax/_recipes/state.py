@@ -1,0 +1,62 @@
+"""What delayed scaling remembers of one product."""
+
+import dataclasses
+from typing import TYPE_CHECKING, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from mpjax._numerics.qarray import QArray
+from mpjax._typing import Array
+
+if TYPE_CHECKING:
+    from mpjax._recipes.recipe import Recipe
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class WeightCopy:
+    """A weight in 8 bits, made where the optimizer writes the weight; a pytree.
+
+    Attributes:
+      values: of the weight, scaled by what was known before it.
+      amax: f32[...], of the weight.
+    """
+
+    values: QArray
+    amax: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ScalingState:
+    """What delayed scaling remembers of one product; a pytree of float32 arrays.
+
+    The last axis of ``scale`` runs over lhs, rhs and output gradient; axes before it
+    are those of stacked layers. A loss is differentiated with respect to the whole
+    state; in place of ``scale`` the gradient then holds the amaxes of the step.
+
+    Attributes:
+      scale: f32[..., 3], what a product takes as ``scales``: in units of the gradient
+        of the scaled loss; 0 where nothing finite has been seen yet.
+      history: f32[..., 3, history_length], amaxes of the unscaled loss, the newest
+        last; 0 where a step saw nothing finite. Under ``optax.MultiSteps`` the last
+        entry belongs to the step whose microbatches are being summed.
+      loss_scale: f32[...], what the loss is multiplied with in the step to come; 0
+        where that is not known.
+      recipe: the recipe of the product.
+      weight: what `keep_weights` keeps of rhs, or ``None``.
+    """
+
+    scale: Array
+    history: Array
+    loss_scale: Array
+    recipe: "Recipe" = dataclasses.field(metadata={"static": True})
+    weight: WeightCopy | None = None
+    keeps_dtypes: ClassVar[bool] = True
+
+
+def _on_grad(factor: Array) -> Array:
+    """f32[..., 3], 1 for the operands."""
+    one = jnp.ones_like(factor)
+    return jnp.stack([one, one, factor], axis=-1)
