@@ -42,7 +42,8 @@ def test_one_float32_position_embedding_is_caught():
     assert {f.kind for f in found} == {"promotion"}
     first = found[0]
     assert first.path == "Model"
-    assert first.where.startswith("flawed_model.py:") and "Model.__call__" in first.where
+    assert first.where.startswith("flawed_model.py:")
+    assert "Model.__call__" in first.where
     assert first.detail == "bfloat16 becomes float32 and enters LayerNorm_0 in float32"
     assert "MixedPrecision" in first.remedy
     with jax.numpy_dtype_promotion("standard"):
