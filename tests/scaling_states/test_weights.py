@@ -12,12 +12,12 @@ import optax
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
+from tests.jaxprs import equations
 
 import mpjax
 import mpjax.linen
 import mpjax.nnx
 from tests import reference
-from tests.jaxprs import equations
 
 DELAYED = mpjax.delayed_scaling(4)
 RULE = mpjax.Rule(".*", "mixed_bfloat16", DELAYED)
