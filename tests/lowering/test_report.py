@@ -175,7 +175,7 @@ def report(products, target, **options):
 def test_every_cell_is_asked_for_once():
     made = mpjax.lowering.census(dot, *PAIR)
     assert [p.flops for p in made.products] == [2 * SIZE**3]
-    assert made.products[0].where.startswith("test_lowering.py:")
+    assert made.products[0].where.startswith("test_report.py:")
 
 
 # The table of LOWERING.md: does the matrix unit multiply 8 bits? If not, what?
@@ -420,8 +420,9 @@ def test_scan_and_remat(target):
 def test_a_billion_parameters():
     """In a process of its own, so that it can be told what was ever allocated."""
     folder = pathlib.Path(__file__).parent
-    path = os.pathsep.join([str(folder.parent), os.environ.get("PYTHONPATH", "")])
-    command = "import test_lowering; test_lowering.report_a_billion_parameters()"
+    root = str(folder.parents[1])
+    path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
+    command = "import test_report; test_report.report_a_billion_parameters()"
     environment = os.environ | {"PYTHONPATH": path}
     run = [sys.executable, "-c", command]
     subprocess.run(run, cwd=folder, env=environment, check=True)
@@ -489,7 +490,7 @@ def test_gathered_in_fp8():
 def example(name):
     import importlib.util
 
-    path = pathlib.Path(__file__).parents[1] / "examples" / f"{name}.py"
+    path = pathlib.Path(__file__).parents[2] / "examples" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -623,7 +624,7 @@ def test_a_process_that_is_ended_leaves_nothing(tmp_path, kind):
             time.sleep(0.1)
         raise AssertionError("nothing came of it in a minute")
 
-    root = pathlib.Path(__file__).parents[1]
+    root = pathlib.Path(__file__).parents[2]
     environment = os.environ | dict(TMPDIR=str(tmp_path), PYTHONPATH=str(root))
     command = [sys.executable, "-c", ENDLESS]
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) as process:
@@ -692,7 +693,7 @@ def test_clear_errors(monkeypatch):
             report(dot, *PAIR, compiler_options=options)
     with pytest.raises(mpjax.lowering.LoweringError, match="No such compile option"):
         report(dot, *PAIR, compiler_options={"xla_a": True})
-    with pytest.raises(ValueError, match=r"debug.*test_lowering.py:\d+ in printing"):
+    with pytest.raises(ValueError, match=r"debug.*test_report.py:\d+ in printing"):
         report(printing, shapes(8, 8))
     with pytest.raises(TypeError, match="contracting dimensions"):  # of JAX, as it is
         report(jnp.dot, shapes(8, 9), shapes(8, 9))

@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import reference
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from tests.jaxprs import equations
+from jaxprs import equations
 
 import mpjax
 import mpjax.linen
 import mpjax.nnx
-from tests import reference
 
 DELAYED = mpjax.delayed_scaling(4)
 RULE = mpjax.Rule(".*", "mixed_bfloat16", DELAYED)
