@@ -1,5 +1,7 @@
 """What each layer of a wrapped Linen model will do."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 from flax.traverse_util import flatten_dict
@@ -8,7 +10,7 @@ from mpjax._layers.table import layer_table
 from mpjax._linen.run import Run, recording
 
 
-def tabulate(model: nn.Module, rngs, *args, **kwargs) -> str:
+def tabulate(model: nn.Module, rngs: Any, *args: Any, **kwargs: Any) -> str:
     """Shows what each layer of a wrapped model will do, before a step is run.
 
     Nothing is computed: the model is traced with shapes only.
