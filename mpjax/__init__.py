@@ -11,7 +11,7 @@ from mpjax._loss_scaling.state import loss_scale as loss_scale
 from mpjax._loss_scaling.state import skipped_steps as skipped_steps
 from mpjax._loss_scaling.transform import dynamic_loss_scaling as dynamic_loss_scaling
 from mpjax._loss_scaling.transform import static_loss_scaling as static_loss_scaling
-from mpjax._numerics.casts import round_to_grid as round_to_grid
+from mpjax._numerics.casts import round_to_format as round_to_format
 from mpjax._numerics.casts import saturating_cast as saturating_cast
 from mpjax._numerics.casts import stochastic_round as stochastic_round
 from mpjax._numerics.formats import Format as Format

@@ -9,7 +9,7 @@ from mpjax._hardware.targets import get_target as get_target
 from mpjax._inspection.census import Census as Census
 from mpjax._inspection.census import census as census
 from mpjax._inspection.findings import Finding as Finding
-from mpjax._inspection.products import Product as Product
+from mpjax._inspection.products import TracedProduct as TracedProduct
 from mpjax._lowering.assertion import assert_native as assert_native
 from mpjax._lowering.compiler import LoweringError as LoweringError
 from mpjax._lowering.report import Memory as Memory

@@ -1,6 +1,6 @@
 """Numbers in few bits, for those who write layers: formats, casts, scales."""
 
-from mpjax._numerics.casts import round_to_grid as round_to_grid
+from mpjax._numerics.casts import round_to_format as round_to_format
 from mpjax._numerics.casts import saturating_cast as saturating_cast
 from mpjax._numerics.casts import stochastic_round as stochastic_round
 from mpjax._numerics.formats import Format as Format

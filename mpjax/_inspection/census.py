@@ -7,14 +7,20 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, get_args
 
 from mpjax._hardware.targets import Platform
-from mpjax._inspection.detectors import find
+from mpjax._inspection.detectors import suspicious_steps
 from mpjax._inspection.findings import REMEDIES, Finding
-from mpjax._inspection.products import Product, is_product, name, product, work
+from mpjax._inspection.products import (
+    TracedProduct,
+    dtype_name,
+    is_product,
+    products_table,
+    traced_product,
+)
 from mpjax._inspection.steps import Step, steps, where
 from mpjax._inspection.tracing import trace
-from mpjax._printing.paths import below, common, fold_layers
+from mpjax._printing.paths import common_parent, fold_layers, relative_to
 from mpjax._printing.table import html_table, render
-from mpjax._printing.text import WIDTH, brief, count, passed, short
+from mpjax._printing.text import WIDTH, count, pass_name, short_dtypes, si_number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +33,7 @@ class Census:
       casts: elements cast in one run of the program, by "from -> to".
     """
 
-    products: tuple[Product, ...]
+    products: tuple[TracedProduct, ...]
     findings: tuple[Finding, ...]
     casts: dict[str, int]
 
@@ -66,17 +72,23 @@ class Census:
     def __str__(self):
         """For a terminal: layers of a stack are one row, long paths are shortened."""
         products = [
-            ((p.path or p.where, passed(p.backward), brief(p.signature)), p.flops)
+            (
+                (p.path or p.where, pass_name(p.backward), short_dtypes(p.signature)),
+                p.flops,
+            )
             for p in self.products
         ]
         paths = (path for (path, *_), _ in products)
-        above = common(paths, (f.path for f in self.findings if f.path))
+        above = common_parent(paths, (f.path for f in self.findings if f.path))
         columns = "path", "pass", "dtypes"
-        tables = [work(products, columns, self._title(), above), self._found()]
+        tables = [
+            products_table(products, columns, self._title(), above),
+            self._found(),
+        ]
         columns = "path", "pass", "n", "what", "line"
         for kind, remedy in REMEDIES.items():
             rows = [
-                (below(path, above), *rest, line.split(" in ")[0])
+                (relative_to(path, above), *rest, line.split(" in ")[0])
                 for own, *rest, line, path in self._alike()
                 if own == kind
             ]
@@ -87,9 +99,9 @@ class Census:
     def _repr_html_(self):
         groups: dict[tuple, int] = collections.defaultdict(int)
         for p in self.products:
-            groups[p.path or p.where, brief(p.signature)] += p.flops
+            groups[p.path or p.where, short_dtypes(p.signature)] += p.flops
         rows = [
-            (*key, f"{short(flops)}FLOP", f"{flops / max(self.flops, 1):.1%}")
+            (*key, f"{si_number(flops)}FLOP", f"{flops / max(self.flops, 1):.1%}")
             for key, flops in groups.items()
         ]
         columns = "path", "dtypes", "work", "share"
@@ -99,11 +111,11 @@ class Census:
 
     def _title(self) -> str:
         shares = ", ".join(
-            f"{flops / max(self.flops, 1):.1%} {brief(dtypes)}"
+            f"{flops / max(self.flops, 1):.1%} {short_dtypes(dtypes)}"
             for dtypes, flops in self.flops_by_dtype().items()
         )
         products = count(len(self.products), "product")
-        return f"{products}, {short(self.flops)}FLOP: {shares}"
+        return f"{products}, {si_number(self.flops)}FLOP: {shares}"
 
     def _found(self) -> str:
         number = len(self.findings)
@@ -114,7 +126,7 @@ class Census:
         alike: dict[tuple, dict[tuple, tuple[int, ...]]] = {}
         for f in self.findings:
             line = f.where or "-"
-            key = f.kind, passed(f.backward), brief(f.detail), line
+            key = f.kind, pass_name(f.backward), short_dtypes(f.detail), line
             alike.setdefault(key, {})[f.path or "-",] = (f.count,)
         for (kind, direction, detail, line), same in alike.items():
             number = sum(n for (n,) in same.values())
@@ -154,19 +166,19 @@ def census(
     known = get_args(Platform)
     if platform not in known:
         raise ValueError(f"platform is one of {', '.join(known)}; got {platform!r}.")
-    return take(list(steps(trace(fn, args, kwargs).jaxpr, platform)))
+    return census_of_steps(list(steps(trace(fn, args, kwargs).jaxpr, platform)))
 
 
-def take(program: list[Step]) -> Census:
+def census_of_steps(program: list[Step]) -> Census:
     """The census of a program that has been read."""
     casts: collections.Counter[str] = collections.Counter()
     for step in program:
         if step.eqn.primitive.name == "convert_element_type":
             avals: list[Any] = [v.aval for v in (*step.eqn.invars, *step.eqn.outvars)]
             old, new = avals
-            casts[f"{name(old)} -> {name(new)}"] += old.size * step.runs
+            casts[f"{dtype_name(old)} -> {dtype_name(new)}"] += old.size * step.runs
     merged: dict[tuple, list] = {}
-    for index, kind, detail in find(program):
+    for index, kind, detail in suspicious_steps(program):
         step = program[index]
         key = kind, step.path, where(step), step.backward, detail
         size = max((getattr(v.aval, "size", 0) for v in step.eqn.invars), default=0)
@@ -174,7 +186,7 @@ def take(program: list[Step]) -> Census:
         entry[1:] = entry[1] + 1, max(entry[2], size)
     ordered = sorted(merged.items(), key=lambda item: item[1][0])
     return Census(
-        products=tuple(product(step) for step in program if is_product(step)),
+        products=tuple(traced_product(step) for step in program if is_product(step)),
         findings=tuple(
             Finding(*key, count=count, elements=size)
             for key, (_, count, size) in ordered

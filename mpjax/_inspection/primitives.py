@@ -27,9 +27,9 @@ MOVES = (
     "squeeze",
     "transpose",
 )
-_REMAT = ("checkpoint", "rematted_computation")
+REMAT = ("checkpoint", "rematted_computation")
 # Their jaxprs say how two numbers become one.
-_COMBINERS = ("reduce", "scatter", "select_and", "argmax", "argmin", "sort", "cum")
+COMBINERS = ("reduce", "scatter", "select_and", "argmax", "argmin", "sort", "cum")
 
 
 def inner(jaxpr: Any) -> Any:
@@ -41,9 +41,9 @@ def _is_jaxpr(value) -> bool:
     return isinstance(value, core.Jaxpr | core.ClosedJaxpr)
 
 
-_CAST = "convert_element_type"
+CAST = "convert_element_type"
 # Near 0 expm1 and log1p keep all bits.
-_EXPONENTIALS = ("exp", "exp2", "log", "cumlogsumexp")
-_SUMS = ("reduce_sum", "cumsum", "reduce_prod", "cumprod", "psum", "psum_invariant")
-_ENDS_A_STREAM = ("reduce_", "argm", "cum", "gather", "iota", "random", "sort")
-_GATES = (*_EXPONENTIALS[:2], "logistic", "top_k", "argmax", "sort")
+EXPONENTIALS = ("exp", "exp2", "log", "cumlogsumexp")
+SUMS = ("reduce_sum", "cumsum", "reduce_prod", "cumprod", "psum", "psum_invariant")
+ENDS_A_STREAM = ("reduce_", "argm", "cum", "gather", "iota", "random", "sort")
+GATES = (*EXPONENTIALS[:2], "logistic", "top_k", "argmax", "sort")

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 
 from mpjax._inspection.primitives import PRODUCTS
 from mpjax._inspection.steps import Step, where
-from mpjax._printing.paths import below, fold_layers
+from mpjax._printing.paths import fold_layers, relative_to
 from mpjax._printing.table import render
-from mpjax._printing.text import WIDTH, short
+from mpjax._printing.text import WIDTH, si_number
 
 
 @dataclasses.dataclass(frozen=True)
-class Product:
+class TracedProduct:
     """One product in the text of a program; in a scan, all its runs.
 
     Attributes:
@@ -51,22 +51,22 @@ class Product:
         return f"{self.operands} -> {self.out}"
 
 
-def product(step: Step) -> Product:
+def traced_product(step: Step) -> TracedProduct:
     """Describes one step that `is_product`."""
     lhs, rhs, out = (a.aval for a in [*step.eqn.invars[:2], *step.eqn.outvars[:1]])
-    return Product(
+    return TracedProduct(
         path=step.path,
         where=where(step),
         backward=step.backward,
         primitive=step.eqn.primitive.name,
-        lhs=name(lhs),
-        rhs=name(rhs),
-        out=name(out),
+        lhs=dtype_name(lhs),
+        rhs=dtype_name(rhs),
+        out=dtype_name(out),
         flops=flops(step.eqn) * step.runs,
     )
 
 
-def name(aval: Any) -> str:
+def dtype_name(aval: Any) -> str:
     """Of its dtype."""
     return aval.dtype.name
 
@@ -104,7 +104,7 @@ def flops(eqn) -> int:
     return 2 * out * terms * parts
 
 
-def work(
+def products_table(
     products: Iterable[tuple[tuple, int]],
     columns: Sequence[str],
     title: str,
@@ -127,7 +127,13 @@ def work(
         groups[key] = number + 1, total + flops
     every = max(sum(flops for _, flops in groups.values()), 1)
     rows = [
-        (below(path, above), *rest, n, f"{short(flops):>6}", f"{flops / every:6.1%}")
+        (
+            relative_to(path, above),
+            *rest,
+            n,
+            f"{si_number(flops):>6}",
+            f"{flops / every:6.1%}",
+        )
         for (path, *rest), (n, flops) in fold_layers(groups).items()
     ]
     title += f"\nPaths are below {above}" if above else ""

@@ -3,14 +3,14 @@
 from collections.abc import Iterable, Iterator
 
 from mpjax._inspection.findings import Found
-from mpjax._inspection.primitives import _CAST, _ENDS_A_STREAM, _GATES, MOVES
+from mpjax._inspection.primitives import CAST, ENDS_A_STREAM, GATES, MOVES
 from mpjax._inspection.products import is_product
-from mpjax._inspection.steps import Step, _bits, _in, _out, _widens
+from mpjax._inspection.steps import Step, float_bits, input_aval, output_aval, widens
 
 _MULTIPLIED = "is multiplied in float32"
 
 
-def _promotions(program: list[Step]) -> Iterator[Found]:
+def promotions(program: list[Step]) -> Iterator[Found]:
     """16-bit arrays that become float32 and, still so, meet a product or a module.
 
     Every cast has a bit. `streams` maps a value to the bits of the casts that it comes
@@ -29,7 +29,7 @@ def _promotions(program: list[Step]) -> Iterator[Found]:
     backward = 0  # the bits of those that a product of a backward pass reads
     for index, step in enumerate(program):
         name = step.eqn.primitive.name
-        if _widens(step, 16, 32):
+        if widens(step, 16, 32):
             bit = 1 << len(casts)
             casts.append(index)
             sources[step.inputs[0]] = sources.get(step.inputs[0], 0) | bit
@@ -37,33 +37,35 @@ def _promotions(program: list[Step]) -> Iterator[Found]:
             continue
         carried = [streams.get(value, 0) for value in step.inputs]
         if is_product(step) and not step.backward and not any(carried):
-            sizes = sorted(_bits(_in(step, i)) for i in (0, 1))
-            if sizes == [16, 16] and _bits(_out(step)) == 32:
+            sizes = sorted(float_bits(input_aval(step, i)) for i in (0, 1))
+            if sizes == [16, 16] and float_bits(output_aval(step)) == 32:
                 products |= 1 << len(casts)
                 streams[step.outputs[0]] = 1 << len(casts)
                 casts.append(index)
             elif sizes == [16, 32]:
-                narrow = next(i for i in (0, 1) if _bits(_in(step, i)) == 16)
-                what = f"{_in(step, narrow).dtype} is multiplied with float32"
+                narrow = next(
+                    i for i in (0, 1) if float_bits(input_aval(step, i)) == 16
+                )
+                what = f"{input_aval(step, narrow).dtype} is multiplied with float32"
                 yield index, "promotion", what
-        if not any(carried) or (name == _CAST and _bits(_out(step)) < 32):
+        if not any(carried) or (name == CAST and float_bits(output_aval(step)) < 32):
             continue
         joint = 0
         for bits in carried:
             joint |= bits
         if is_product(step):
-            read = [_in(step, i).size for i in (0, 1) if carried[i]]
-            if index in routers and _out(step).size < max(read):
+            read = [input_aval(step, i).size for i in (0, 1) if carried[i]]
+            if index in routers and output_aval(step).size < max(read):
                 meant |= joint
             elif step.backward:
                 backward |= joint & ~products
                 meant |= joint if joint & meant else 0
             else:
-                guilty |= dict.fromkeys(_ones(joint), _MULTIPLIED)
+                guilty |= dict.fromkeys(_bit_numbers(joint), _MULTIPLIED)
             continue
         forward = not step.backward and any(feeds[value] for value in step.outputs)
         known = joint & ~products
-        for bit in _ones(known) if forward and name not in MOVES else ():
+        for bit in _bit_numbers(known) if forward and name not in MOVES else ():
             cast = program[casts[bit]]
             if cast.path and step.path and cast.path != step.path:
                 # A module that is alone in it was handed float32 on purpose.
@@ -71,22 +73,24 @@ def _promotions(program: list[Step]) -> Iterator[Found]:
                 if not f"{step.path}/".startswith(f"{first}/"):
                     module = first.rpartition("/")[2]
                     guilty.setdefault(bit, f"enters {module} in float32")
-            elif name == "add" and _in(cast).size == _out(step).size:
-                own, size = sources[cast.inputs[0]], _in(cast).size
-                others = _ones(joint & ~own) if all(carried) else ()
-                if any(_in(program[casts[other]]).size == size for other in others):
+            elif name == "add" and input_aval(cast).size == output_aval(step).size:
+                own, size = sources[cast.inputs[0]], input_aval(cast).size
+                others = _bit_numbers(joint & ~own) if all(carried) else ()
+                if any(
+                    input_aval(program[casts[other]]).size == size for other in others
+                ):
                     guilty.setdefault(bit, "makes a sum float32")
-        if not name.startswith(_ENDS_A_STREAM):
+        if not name.startswith(ENDS_A_STREAM):
             for value, var in zip(step.outputs, step.eqn.outvars, strict=True):
-                if _bits(var.aval) >= 32:
+                if float_bits(var.aval) >= 32:
                     streams[value] = joint
-    guilty |= dict.fromkeys(_ones(backward & ~meant), _MULTIPLIED)
+    guilty |= dict.fromkeys(_bit_numbers(backward & ~meant), _MULTIPLIED)
     for bit, what in guilty.items():
-        old, new = _in(program[casts[bit]]), _out(program[casts[bit]])
+        old, new = input_aval(program[casts[bit]]), output_aval(program[casts[bit]])
         yield casts[bit], "promotion", f"{old.dtype} becomes {new.dtype} and {what}"
 
 
-def _ones(mask: int) -> Iterable[int]:
+def _bit_numbers(mask: int) -> Iterable[int]:
     """The positions of the bits that are set."""
     while mask:
         low = mask & -mask
@@ -109,7 +113,7 @@ def _routers(program: list[Step]) -> set[int]:
                 found.add(index)
             if not step.backward:
                 multiplied.update(step.inputs)
-        elif step.eqn.primitive.name in _GATES:
+        elif step.eqn.primitive.name in GATES:
             gates.update(step.inputs)
         else:
             for values in (gates, multiplied):
@@ -126,14 +130,14 @@ def _batches(step: Step) -> bool:
     return bool(batch)
 
 
-class _Feeding(dict[int, bool]):
+class _FeedsProduct(dict[int, bool]):
     def __missing__(self, value):
         return False
 
 
-def _feeding_products(program: list[Step]) -> _Feeding:
+def _feeding_products(program: list[Step]) -> _FeedsProduct:
     """The values that a product of the forward pass comes from."""
-    feeds = _Feeding()
+    feeds = _FeedsProduct()
     for step in reversed(program):
         if not step.backward:
             if is_product(step) or any(feeds[value] for value in step.outputs):

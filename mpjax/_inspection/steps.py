@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from mpjax._inspection.primitives import (
-    _CAST,
-    _COMBINERS,
-    _REMAT,
+    CAST,
+    COMBINERS,
+    REMAT,
     _is_jaxpr,
     inner,
 )
@@ -146,7 +146,7 @@ def _opened(eqn, operands, platform) -> list[tuple[Any, list[int], int]]:
         i = 0 if solve is None else 2
         reads = operands[starts[i] : starts[i + 1]] + operands[starts[-1] :]
         return [(matvec if solve is None else solve, reads, 1)]
-    if name.startswith(_COMBINERS):
+    if name.startswith(COMBINERS):
         return []
     times = 1
     if name == "scan":
@@ -169,7 +169,7 @@ def _names(eqn) -> tuple[list[str], bool, int | None]:
             transposed |= entry.name == "transpose"
         elif found := _TAG.fullmatch(entry.name):
             tag = None if found[2] else int(found[1])
-        elif entry.name not in _REMAT:
+        elif entry.name not in REMAT:
             names.append(entry.name)
     return names, transposed, tag
 
@@ -202,15 +202,15 @@ def where(step: Step) -> str:
     return ""
 
 
-def _in(step: Step, i: int = 0) -> Any:
+def input_aval(step: Step, i: int = 0) -> Any:
     return step.eqn.invars[i].aval
 
 
-def _out(step: Step) -> Any:
+def output_aval(step: Step) -> Any:
     return step.eqn.outvars[0].aval
 
 
-def _bits(aval: Any) -> int:
+def float_bits(aval: Any) -> int:
     """Bits of a floating-point value, 0 of any other."""
     dtype = getattr(aval, "dtype", None)
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
@@ -218,8 +218,11 @@ def _bits(aval: Any) -> int:
     return jnp.finfo(dtype).bits
 
 
-def _widens(step: Step, low: int, high: int) -> bool:
+def widens(step: Step, low: int, high: int) -> bool:
     """Whether it casts an array of at most `low` bits to at least `high` bits."""
-    if step.eqn.primitive.name != _CAST or _in(step).size < 2:
+    if step.eqn.primitive.name != CAST or input_aval(step).size < 2:
         return False
-    return 0 < _bits(_in(step)) <= low and _bits(_out(step)) >= high
+    return (
+        0 < float_bits(input_aval(step)) <= low
+        and float_bits(output_aval(step)) >= high
+    )

@@ -56,9 +56,9 @@ def trace(fn: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Traced:
       kwargs: the same, by name.
     """
     if "flax.nnx" in sys.modules:  # or none of the arguments is of it
-        from mpjax._nnx.functional import functional
+        from mpjax._nnx.functional import as_function_of_arrays
 
-        fn, args, kwargs = functional(fn, args, kwargs)
+        fn, args, kwargs = as_function_of_arrays(fn, args, kwargs)
     leaves, tree = jax.tree.flatten((args, dict(kwargs)))
     arrays = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
 

@@ -1,4 +1,4 @@
-"""Layers whose product takes no stand-in, written with ``LayerProducts``.
+"""Layers whose product takes no stand-in, written with ``Multiplier``.
 
 Linen and NNX name the fields of these layers alike.
 """
@@ -7,12 +7,12 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from mpjax._layers.multiplier import LayerProducts
+from mpjax._layers.multiplier import Multiplier
 from mpjax._tree import cast_floating
 from mpjax._typing import Array
 
 
-def attend(products: LayerProducts, query: Array, embedding: Array, **options) -> Array:
+def attend(products: Multiplier, query: Array, embedding: Array, **options) -> Array:
     """``Embed.attend``: f[..., features] and f[embeddings, features]."""
     contracting = (query.ndim - 1,), (1,)
     return products.dot_general(
@@ -22,7 +22,7 @@ def attend(products: LayerProducts, query: Array, embedding: Array, **options) -
 
 def einsum(
     layer: Any,
-    products: LayerProducts,
+    products: Multiplier,
     kernel: Array,
     bias: Array | None,
     inputs: Array,
@@ -55,7 +55,7 @@ def einsum(
 
 def conv_transpose(
     layer: Any,
-    products: LayerProducts,
+    products: Multiplier,
     kernel: Array,
     bias: Array | None,
     inputs: Array,

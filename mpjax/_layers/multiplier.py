@@ -23,7 +23,7 @@ _CONVOLUTION = inspect.signature(lax.conv_general_dilated)
 
 
 @dataclass(frozen=True)
-class LayerProducts:
+class Multiplier:
     """Stands in for the functions of ``lax`` and ``jnp`` that a layer multiplies with.
 
     Equal ones hash equal, so that a layer which was lent one is the same to a cache.

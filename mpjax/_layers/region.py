@@ -4,4 +4,4 @@ import jax
 
 # The policy of the module whose method runs; None outside of models. JAX has it in the
 # key of its caches of traced functions, and each thread has its own.
-_region = jax.make_user_context(None)
+running_policy = jax.make_user_context(None)

@@ -9,7 +9,7 @@ from mpjax._printing.table import render
 from mpjax._recipes.recipe import Recipe
 
 
-def layers(
+def layer_table(
     rows: Iterable[tuple[str, type, Policy | None, Recipe | None, Sequence[Any]]],
 ) -> str:
     """The table of a model's layers that ``tabulate`` of a front end returns.
@@ -26,7 +26,7 @@ def layers(
         size = sum(math.prod(p.shape) for p in params)
         sizes += size
         nbytes += sum(math.prod(p.shape) * p.dtype.itemsize for p in params)
-        names = sorted({_short(p.dtype) for p in params})
+        names = sorted({_dtype_name(p.dtype) for p in params})
         name = module_type.__name__
         cells.append((path, name, policy, recipe, " ".join(names), size))
     title = f"{len(cells)} layers, {sizes:,} parameters in {nbytes:,} bytes"
@@ -34,5 +34,5 @@ def layers(
     return render(cells, columns, title)
 
 
-def _short(dtype) -> str:
+def _dtype_name(dtype) -> str:
     return dtype_to_names.get(dtype.type, (dtype.name,))[0]

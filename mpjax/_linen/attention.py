@@ -11,13 +11,15 @@ import flax.linen as nn
 from flax.linen.dtypes import promote_dtype
 
 from mpjax._layers.attention import dot_product_attention, dropout, plain_einsum
-from mpjax._layers.multiplier import LayerProducts
+from mpjax._layers.multiplier import Multiplier
 from mpjax._typing import Array
 
 _SIGNATURE = inspect.signature(nn.dot_product_attention)
 
 
-def stand_in(attention_fn: Any, products: LayerProducts | None) -> "Attention | None":
+def attention_replacement(
+    attention_fn: Any, products: Multiplier | None
+) -> "Attention | None":
     """What stands in for a layer's attention function; None: it is not Flax's own."""
     # The module around a layer, lifted by a transformation, may have been lent one.
     stock = attention_fn.stock if isinstance(attention_fn, Attention) else attention_fn
@@ -41,7 +43,7 @@ class Attention:
     """
 
     stock: Callable[..., Array]
-    products: LayerProducts | None = None
+    products: Multiplier | None = None
 
     @property
     def __signature__(self) -> inspect.Signature:

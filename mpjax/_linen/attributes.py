@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpjax._layers.dtypes import complex_error
-from mpjax._layers.multiplier import LayerProducts, unserved_attention
-from mpjax._linen.attention import stand_in
-from mpjax._linen.parameters import Param, in_kind_of
-from mpjax._linen.recipes import stand_in_method, stand_ins
-from mpjax._policies.policy import Policy, get_policy
+from mpjax._layers.multiplier import Multiplier, unserved_attention
+from mpjax._linen.attention import attention_replacement
+from mpjax._linen.parameters import Param
+from mpjax._linen.recipes import replacement_method, replacements_for
+from mpjax._policies.policy import Policy, get_policy, spelled_like
 from mpjax._policies.rule import Rule
 from mpjax._products.xla_cpu import conv_general_dilated
 
@@ -37,11 +37,11 @@ def _modules(value: Any) -> Iterator[nn.Module]:
         yield from itertools.chain.from_iterable(map(_modules, items))
 
 
-def attributes(
+def overrides(
     module: nn.Module,
     path: str,
     rule: Rule,
-    products: LayerProducts | None,
+    products: Multiplier | None,
     method: str,
 ) -> dict[str, Any]:
     """The attributes that a bound module has while one of its methods runs.
@@ -68,17 +68,19 @@ def attributes(
     has_dtype = _has_dtype(module)
     if has_dtype:
         given = own.get("dtype", getattr(kind, "dtype", None))
-        lent["dtype"] = in_kind_of(given, policy.compute_dtype)
+        lent["dtype"] = spelled_like(given, policy.compute_dtype)
     if _uses_stock_conv(module):
         lent["conv_general_dilated"] = conv_general_dilated
     if kind is nn.Embed and method != "setup":
         # Others that read the table find it cast; its own methods cast it themselves.
         lent["embedding"] = nn.unbox(module.get_variable("params", "embedding"))
     if products is not None:
-        lent |= stand_ins(module, products, rule)
+        lent |= replacements_for(module, products, rule)
     if policy.compute_dtype.itemsize == 2 or rule.attention:
         function = own.get("attention_fn")
-        attention = stand_in(function, products if rule.attention else None)
+        attention = attention_replacement(
+            function, products if rule.attention else None
+        )
         if attention is not None:
             lent["attention_fn"] = attention
         elif rule.attention and function is not None:
@@ -89,12 +91,12 @@ def attributes(
     return lent
 
 
-def method_of(
-    module: nn.Module, products: LayerProducts | None, policy: Policy, name: str, method
+def method_under_rule(
+    module: nn.Module, products: Multiplier | None, policy: Policy, name: str, method
 ):
     """A method of a bound module, or what stands in for it under its rule."""
     if products is not None:
-        method = stand_in_method(module, name, products, method)
+        method = replacement_method(module, name, products, method)
     if getattr(type(module), name, None) is nn.SimpleCell.__call__:
         return partial(_simple_cell, policy, method)
     return method

@@ -7,7 +7,7 @@ from mpjax._policies.lookup import Matcher
 from mpjax._policies.policy import Policy
 
 
-class Marks:
+class CacheKeys:
     """What one run of a wrapper puts into the scopes that it meets, and takes back.
 
     nn.jit caches traces by class, fields and scope flags: a flag tells by what rules,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpjax._layers.dtypes import complex_error
-from mpjax._policies.policy import Policy, in_kind_of
+from mpjax._policies.policy import Policy, spelled_like
 
 
 def is_dtype(value: Any, dtype: np.dtype) -> bool:
@@ -62,7 +62,7 @@ class Param:
         if not is_dtype(arg, compute) or is_dtype(own, compute):
             return arg
         wide = jnp.promote_types(self.policy.param_dtype, np.float32)
-        return in_kind_of(arg, wide)
+        return spelled_like(arg, wide)
 
     def _widen(self, value):
         narrow = value.dtype.itemsize < self.policy.compute_dtype.itemsize

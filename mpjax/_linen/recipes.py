@@ -8,15 +8,15 @@ import flax.linen as nn
 from jax import lax
 
 from mpjax._layers import functions as _layers
-from mpjax._layers.multiplier import LayerProducts, unserved
-from mpjax._linen.states import SCALING, States
+from mpjax._layers.multiplier import Multiplier, unserved
+from mpjax._linen.states import SCALING, StateStore
 from mpjax._policies.rule import Rule
 from mpjax._tree import cast_floating
 
 
-def make_products(
-    module: nn.Module, path: str, rule: Rule, served: set[str], states: States
-) -> LayerProducts | None:
+def make_multiplier(
+    module: nn.Module, path: str, rule: Rule, served: set[str], states: StateStore
+) -> Multiplier | None:
     """The products of a bound module; None: its rule has no recipe.
 
     Args:
@@ -31,10 +31,12 @@ def make_products(
         return None
     read = partial(states.read, module, path, recipe)
     write = partial(states.write, module, path)
-    return LayerProducts(path, recipe, rule.min_size or 0, read, write, served)
+    return Multiplier(path, recipe, rule.min_size or 0, read, write, served)
 
 
-def stand_ins(module: nn.Module, products: LayerProducts, rule: Rule) -> dict[str, Any]:
+def replacements_for(
+    module: nn.Module, products: Multiplier, rule: Rule
+) -> dict[str, Any]:
     """Attributes through which a layer multiplies under its recipe."""
     own, kind, lent = vars(module), type(module), {}
     if isinstance(module, nn.ConvLocal):
@@ -46,7 +48,7 @@ def stand_ins(module: nn.Module, products: LayerProducts, rule: Rule) -> dict[st
         if field not in kind.__dataclass_fields__:
             continue
         value = own.get(field)
-        is_lent = isinstance(getattr(value, "__self__", None), LayerProducts)
+        is_lent = isinstance(getattr(value, "__self__", None), Multiplier)
         if not (value is None or value is stock or is_lent) or own.get(f"{field}_cls"):
             raise unserved(products.path, kind, f"has a {field} of its own")
         lent[field] = getattr(products, field)
@@ -57,8 +59,8 @@ def stand_ins(module: nn.Module, products: LayerProducts, rule: Rule) -> dict[st
     return lent
 
 
-def stand_in_method(
-    module: nn.Module, name: str, products: LayerProducts, method: Callable
+def replacement_method(
+    module: nn.Module, name: str, products: Multiplier, method: Callable
 ) -> Callable:
     """The method, or another where it multiplies with what cannot be replaced.
 
@@ -72,19 +74,19 @@ def stand_in_method(
     return method if stand_in is None else partial(stand_in, module, products, method)
 
 
-def _attend(embed: nn.Embed, products: LayerProducts, method, query):
+def _attend(embed: nn.Embed, products: Multiplier, method, query):
     del method
     query, embedding = cast_floating((query, _param(embed, "embedding")), embed.dtype)
     return _layers.attend(products, query, embedding)
 
 
-def _einsum(einsum: nn.Einsum, products: LayerProducts, method, *args, **kwargs):
+def _einsum(einsum: nn.Einsum, products: Multiplier, method, *args, **kwargs):
     if einsum.is_initializing():
         method(*args, **kwargs)
     return _layers.einsum(einsum, products, *_operands(einsum), *args, **kwargs)
 
 
-def _conv_transpose(conv: nn.ConvTranspose, products: LayerProducts, method, inputs):
+def _conv_transpose(conv: nn.ConvTranspose, products: Multiplier, method, inputs):
     if conv.is_initializing():
         method(inputs)
     return _layers.conv_transpose(conv, products, *_operands(conv), inputs)

@@ -5,22 +5,24 @@ from typing import Any
 
 import flax.linen as nn
 
-from mpjax._linen.attributes import attributes, check_real, method_of
-from mpjax._linen.cache_keys import Marks
-from mpjax._linen.recipes import make_products
-from mpjax._linen.states import Keeper, States
+from mpjax._linen.attributes import check_real, method_under_rule, overrides
+from mpjax._linen.cache_keys import CacheKeys
+from mpjax._linen.recipes import make_multiplier
+from mpjax._linen.states import StateOwner, StateStore
 from mpjax._policies.lookup import Matcher
 from mpjax._policies.policy import Policy
 
 # The policy of the module whose method runs. Traced calls nest, so it is put back on
 # the way out; each thread has its own.
-_enclosing: ContextVar[Policy | None] = ContextVar("mpjax_enclosing", default=None)
+enclosing_policy: ContextVar[Policy | None] = ContextVar(
+    "mpjax_enclosing", default=None
+)
 # Where a wrapper leaves what it has seen, for ``tabulate``.
-_record: ContextVar[dict | None] = ContextVar("mpjax_record", default=None)
+recording: ContextVar[dict | None] = ContextVar("mpjax_record", default=None)
 _ABSENT = object()
 
 
-class _Run:
+class Run:
     """One run of a wrapper, and what it meets.
 
     Attributes:
@@ -34,13 +36,13 @@ class _Run:
         self.rules = rules
         self.seen: dict[tuple[str, type], None] = {}
         self.served: dict[str, set[str]] = {}
-        self.marks = Marks(rules, root.scope, _enclosing.get)
+        self.marks = CacheKeys(rules, root.scope, enclosing_policy.get)
         self.marks.enter(root)
         self._wrapper = wrapper  # the class of wrappers, which have runs of their own
         self._root, self._depth = root, len(root.path)
         self._scope_type = type(root.scope)
         self._inside: str | None = None  # the path of the module that runs
-        self._states = States()
+        self._states = StateStore()
         self._apart: dict[int, str] = {}  # paths of modules that the model applies
 
     def intercept(self, method, args, kwargs, context):
@@ -56,20 +58,20 @@ class _Run:
         self.seen[path, type(module)] = None
         rule = self.rules.rule(path, type(module))
         policy = self.rules.policy(path, type(module))
-        border = policy if policy != _enclosing.get() else None
+        border = policy if policy != enclosing_policy.get() else None
         own, name, lent = vars(module), context.method_name, {}
         states = self._states
         if rule is not None and policy is not None:
             served = self.served.setdefault(path, set())
-            products = make_products(module, path, rule, served, states)
-            lent = attributes(module, path, rule, products, name)
+            products = make_multiplier(module, path, rule, served, states)
+            lent = overrides(module, path, rule, products, name)
             check_real(module, path, policy, name, args, kwargs)
-            method = method_of(module, products, policy, name, method)
+            method = method_under_rule(module, products, policy, name, method)
         before = {name: own.get(name, _ABSENT) for name in lent}
-        token, outside = _enclosing.set(policy), (self._inside, states.keeper)
+        token, outside = enclosing_policy.set(policy), (self._inside, states.keeper)
         self._inside = path
-        if isinstance(module, Keeper.kinds):
-            states.keeper = Keeper(module)
+        if isinstance(module, StateOwner.kinds):
+            states.keeper = StateOwner(module)
         # A bound module is Flax's private clone of the user's, and may be lent some.
         own.update(lent)
         try:
@@ -83,7 +85,7 @@ class _Run:
                     del own[name]
                 else:
                     own[name] = value
-            _enclosing.reset(token)
+            enclosing_policy.reset(token)
             self._inside, states.keeper = outside
 
     def _path(self, module: nn.Module) -> str:

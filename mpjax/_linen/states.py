@@ -18,7 +18,7 @@ from mpjax._typing import Array
 SCALING = "scaling"
 
 
-class Keeper:
+class StateOwner:
     """A module that has the states of the layers inside of it, beside its variables.
 
     Those of Flax here map all variables of these layers, and would take states for
@@ -45,7 +45,7 @@ class Keeper:
         return "/".join((*layer.path[inside:], product))
 
 
-class States:
+class StateStore:
     """The states of the layers that run, in one run of a wrapper.
 
     A variable cannot be written where its collection is not mutable, in ``bind`` or in
@@ -58,7 +58,7 @@ class States:
     """
 
     def __init__(self):
-        self.keeper: Keeper | None = None
+        self.keeper: StateOwner | None = None
         self._handed_on: dict[tuple, list[tuple[Any, Array]]] = {}
 
     def read(

@@ -1,14 +1,16 @@
 """What each layer of a wrapped Linen model will do."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 from flax.traverse_util import flatten_dict
 
-from mpjax._layers.table import layers
-from mpjax._linen.run import _record, _Run
+from mpjax._layers.table import layer_table
+from mpjax._linen.run import Run, recording
 
 
-def tabulate(model: nn.Module, rngs, *args, **kwargs) -> str:
+def tabulate(model: nn.Module, rngs: Any, *args: Any, **kwargs: Any) -> str:
     """Shows what each layer of a wrapped model will do, before a step is run.
 
     Nothing is computed: the model is traced with shapes only.
@@ -41,12 +43,12 @@ def tabulate(model: nn.Module, rngs, *args, **kwargs) -> str:
         args, kwargs = jax.tree.unflatten(structure, traced)
         return model.init(rngs, *args, **kwargs)
 
-    record: dict[tuple[str, ...], _Run] = {}
-    token = _record.set(record)
+    record: dict[tuple[str, ...], Run] = {}
+    token = recording.set(record)
     try:
         variables = jax.eval_shape(init, rngs, arrays)
     finally:
-        _record.reset(token)
+        recording.reset(token)
     if not record:
         raise ValueError(
             "tabulate shows what mpjax.linen.MixedPrecision does, and found none in "
@@ -64,4 +66,4 @@ def tabulate(model: nn.Module, rngs, *args, **kwargs) -> str:
             if run.served.get(path):
                 recipe = run.rules.recipe(path, kind)
             rows.append(("/".join(full), kind, policy, recipe, own))
-    return layers(rows)
+    return layer_table(rows)

@@ -18,7 +18,7 @@ import jax
 from flax.traverse_util import flatten_dict
 
 from mpjax._linen.attributes import classes
-from mpjax._linen.run import _record, _Run
+from mpjax._linen.run import Run, recording
 from mpjax._linen.states import SCALING
 from mpjax._policies.lookup import Matcher, matcher
 from mpjax._policies.presets import Rules, expand_rules
@@ -140,7 +140,7 @@ class MixedPrecision(nn.Module):
     @nn.nowrap
     def _run(self, function: Callable, args, kwargs):
         """Calls a function of the wrapped module under the rules."""
-        module, record = self.module, _record.get()
+        module, record = self.module, recording.get()
         if self.scope is None or module.scope is None:
             return function(module, *args, **kwargs)
         if self.scope.path != module.scope.path:  # nn.share_scope has moved the wrapper
@@ -148,7 +148,7 @@ class MixedPrecision(nn.Module):
         # A fresh matcher is a fresh key for nn.jit: every module is seen.
         rules, model = expand_rules(self.rules), classes(module)
         rules = matcher(rules, model) if record is None else Matcher(rules, model)
-        run = _Run(rules, module, MixedPrecision)
+        run = Run(rules, module, MixedPrecision)
         try:
             with nn.intercept_methods(run.intercept):
                 result = function(module, *args, **kwargs)

@@ -12,10 +12,10 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from mpjax._loss_scaling.state import LossScalingState
 from mpjax._tree import select_tree, widen
 
-_FLOAT32 = jnp.finfo(jnp.float32)
+FLOAT32 = jnp.finfo(jnp.float32)
 
 
-def _loss_scaling(inner, scale, hysteresis, adjust, axis_name):
+def guarded(inner, scale, hysteresis, adjust, axis_name):
     """What the two have in common; ``adjust`` moves the scale."""
     if not all(callable(getattr(inner, name, None)) for name in ("init", "update")):
         raise TypeError(
@@ -48,7 +48,7 @@ def _loss_scaling(inner, scale, hysteresis, adjust, axis_name):
             updates, _ = jax.eval_shape(step, *args)  # those of lookahead have more
             return jax.tree.map(_negative_zeros, updates), args[1]
 
-        if any(_is_traced(g) for g in jax.tree.leaves(updates)):
+        if any(is_traced(g) for g in jax.tree.leaves(updates)):
             updates = lax.platform_dependent(
                 updates, cpu=_row_major, default=lambda grads: grads
             )
@@ -59,7 +59,7 @@ def _loss_scaling(inner, scale, hysteresis, adjust, axis_name):
 
         step = jax.jit(apply)  # for all that follows to trace it once
         args = (grads, state.inner_state, params)
-        if _is_traced(finite):
+        if is_traced(finite):
             # On a CPU a branch keeps the update in place, where a select copies the
             # state; on an accelerator a select fuses with the update, a branch not.
             updates, inner_state = lax.platform_dependent(
@@ -88,7 +88,7 @@ def _loss_scaling(inner, scale, hysteresis, adjust, axis_name):
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _is_traced(x):
+def is_traced(x):
     return isinstance(x, Tracer)
 
 

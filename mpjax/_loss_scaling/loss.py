@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from mpjax._loss_scaling.state import _is_instance, loss_scale
+from mpjax._loss_scaling.state import is_instance, loss_scale
 from mpjax._recipes.state import ScalingState
 from mpjax._tree import widen
 from mpjax._typing import Array, ArrayTree
@@ -135,5 +135,5 @@ def _with_loss_scale(grads: Any, scale: Array) -> Any:
         scales = jnp.broadcast_to(scale, node.loss_scale.shape)
         return dataclasses.replace(node, loss_scale=scales)
 
-    is_state = functools.partial(_is_instance, ScalingState)
+    is_state = functools.partial(is_instance, ScalingState)
     return jax.tree.map(tell, grads, is_leaf=is_state)

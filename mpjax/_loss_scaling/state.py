@@ -32,7 +32,7 @@ class LossScalingState(NamedTuple):
     total_notfinite: Array
 
 
-def _is_instance(kind: type, node: Any) -> bool:
+def is_instance(kind: type, node: Any) -> bool:
     return isinstance(node, kind)
 
 
@@ -45,7 +45,7 @@ def loss_scale(opt_state: ArrayTree) -> Array:
       >>> print(mpjax.loss_scale(tx.init(jnp.ones(3))))
       65536.0
     """
-    return jnp.asarray(_find_state(opt_state).scale)
+    return jnp.asarray(find_state(opt_state).scale)
 
 
 def last_step_finite(opt_state: ArrayTree) -> Array:
@@ -59,7 +59,7 @@ def last_step_finite(opt_state: ArrayTree) -> Array:
       >>> print(mpjax.last_step_finite(opt_state))
       False
     """
-    return jnp.asarray(_find_state(opt_state).last_finite)
+    return jnp.asarray(find_state(opt_state).last_finite)
 
 
 def skipped_steps(opt_state: ArrayTree) -> Array:
@@ -75,11 +75,11 @@ def skipped_steps(opt_state: ArrayTree) -> Array:
       >>> print(mpjax.skipped_steps(opt_state))
       1
     """
-    return jnp.asarray(_find_state(opt_state).total_notfinite)
+    return jnp.asarray(find_state(opt_state).total_notfinite)
 
 
-def _find_state(opt_state: ArrayTree) -> LossScalingState:
-    found = list(_states(opt_state))
+def find_state(opt_state: ArrayTree) -> LossScalingState:
+    found = list(_loss_scaling_states(opt_state))
     if not found:
         raise ValueError(
             "There is no loss scale in this optimizer state. Wrap the optimizer in "
@@ -94,14 +94,14 @@ def _find_state(opt_state: ArrayTree) -> LossScalingState:
     return found[0]
 
 
-def _states(tree: ArrayTree) -> Iterator[LossScalingState]:
+def _loss_scaling_states(tree: ArrayTree) -> Iterator[LossScalingState]:
     types = (LossScalingState, optax.MultiStepsState, optax.ApplyIfFiniteState)
     for node in jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, types)):
         if isinstance(node, LossScalingState):
             yield node
-            yield from _states(node.inner_state)
+            yield from _loss_scaling_states(node.inner_state)
         elif isinstance(node, optax.MultiStepsState):
-            if list(_states(node.inner_opt_state)):
+            if list(_loss_scaling_states(node.inner_opt_state)):
                 # optax resets its accumulator by 0 * sum, which is NaN from there on.
                 raise ValueError(
                     "Loss scaling inside optax.MultiSteps never recovers from an "
@@ -109,7 +109,7 @@ def _states(tree: ArrayTree) -> Iterator[LossScalingState]:
                     "mpjax.dynamic_loss_scaling(optax.MultiSteps(...))."
                 )
         elif isinstance(node, optax.ApplyIfFiniteState):
-            if list(_states(node.inner_state)):
+            if list(_loss_scaling_states(node.inner_state)):
                 raise ValueError(
                     "Loss scaling inside optax.apply_if_finite is not told of an "
                     "overflow, so that it never backs off. It skips such steps by "

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mpjax._loss_scaling.guarded import _FLOAT32, _is_traced, _loss_scaling
+from mpjax._loss_scaling.guarded import FLOAT32, guarded, is_traced
 from mpjax._typing import AxisName
 
 _INT32_MAX = jnp.iinfo(jnp.int32).max
@@ -22,8 +22,8 @@ def dynamic_loss_scaling(
     backoff_factor: float = 0.5,
     growth_interval: int = 2000,
     hysteresis: int = 1,
-    min_scale: float = float(_FLOAT32.tiny),
-    max_scale: float = float(_FLOAT32.max),
+    min_scale: float = float(FLOAT32.tiny),
+    max_scale: float = float(FLOAT32.max),
     axis_name: AxisName | Sequence[AxisName] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Unscales gradients, skips steps that overflowed and adapts the loss scale.
@@ -132,7 +132,7 @@ def dynamic_loss_scaling(
             ),
         )
 
-    return _loss_scaling(inner, init_scale, hysteresis, adjust, axis_name)
+    return guarded(inner, init_scale, hysteresis, adjust, axis_name)
 
 
 def static_loss_scaling(
@@ -167,7 +167,7 @@ def static_loss_scaling(
       [-2. -1.]
     """
     scale = _number("scale", scale, "at least 2**-126", lambda x: x >= 2.0**-126)
-    return _loss_scaling(inner, scale, 1, lambda state, finite: state, axis_name)
+    return guarded(inner, scale, 1, lambda state, finite: state, axis_name)
 
 
 def _number(name, value, rule, holds):
@@ -177,7 +177,7 @@ def _number(name, value, rule, holds):
             f"{name} must be a number in float32, got {value.dtype}. Pass "
             "hyperparam_dtype=jnp.float32 to optax.inject_hyperparams."
         )
-    if _is_traced(value):  # under optax.inject_hyperparams
+    if is_traced(value):  # under optax.inject_hyperparams
         return value
     number = np.asarray(value, np.float64)
     with np.errstate(over="ignore"):
@@ -188,7 +188,7 @@ def _number(name, value, rule, holds):
 
 
 def _count(name, value):
-    if _is_traced(value):
+    if is_traced(value):
         return value
     try:
         count = operator.index(value)

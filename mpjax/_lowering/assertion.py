@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from mpjax._hardware.targets import Target, get_target
-from mpjax._inspection.census import take
+from mpjax._inspection.census import census_of_steps
 from mpjax._inspection.findings import Finding
 from mpjax._inspection.steps import steps
 from mpjax._inspection.tracing import trace
@@ -17,7 +17,7 @@ from mpjax._lowering.report import Report, compiled_report, tagged
 from mpjax._lowering.verdicts import LoweredProduct
 from mpjax._printing.paths import fold_layers
 from mpjax._printing.table import render
-from mpjax._printing.text import WIDTH, brief, short
+from mpjax._printing.text import WIDTH, short_dtypes, si_number
 
 
 def assert_native(
@@ -83,11 +83,14 @@ def assert_native(
     share = 1 - lost / report.flops if report.flops else 0.0
     if share < at_least:
         title = (
-            f"{share:.1%} of the {short(report.flops)}FLOP of a program run natively "
-            f"in {dtype} or narrower on {report.target}, {at_least:.1%} should:"
+            f"{share:.1%} of the {si_number(report.flops)}FLOP of a program run "
+            f"natively in {dtype} or narrower on {report.target}, {at_least:.1%} "
+            "should:"
         )
         findings = [
-            f for f in take(program).findings if f.kind in ("promotion", "dequantized")
+            f
+            for f in census_of_steps(program).findings
+            if f.kind in ("promotion", "dequantized")
         ]
         raise AssertionError(_message(title, report, offenders, findings, dtype))
     return report
@@ -126,18 +129,19 @@ def _message(title, report: Report, offenders, findings: list[Finding], dtype) -
     for f in findings:
         if f.kind == "promotion" and not f.backward:
             lines.append(
-                f"- At {f.where or f.path} ({f.path}): {brief(f.detail)}. {f.remedy}"
+                f"- At {f.where or f.path} ({f.path}): {short_dtypes(f.detail)}. "
+                f"{f.remedy}"
             )
     return "\n".join(lines)
 
 
 def _why(p: LoweredProduct, report: Report, dtype, findings) -> tuple[str, str]:
     """Why a product does not count, and what to do about it."""
-    written = brief(p.traced.operands)
+    written = short_dtypes(p.traced.operands)
     place = p.traced.path, p.traced.where, p.traced.backward
     for f in findings:
         if f.kind == "dequantized" and (f.path, f.where, f.backward) == place:
-            return brief(f.detail), f.remedy
+            return short_dtypes(f.detail), f.remedy
     if not all(_at_most(d, dtype) for d in (p.traced.lhs, p.traced.rhs)):
         return f"written in {written}", (
             f"Products written in {written} run in it or wider: give their modules a "
@@ -154,17 +158,17 @@ def _why(p: LoweredProduct, report: Report, dtype, findings) -> tuple[str, str]:
             "assert on the rest of the program, or lower at_least."
         )
     if p.verdict == "upcast" and bits(p.traced.lhs) >= 16:
-        return f"{written} runs as {brief(p.unit)}", (
+        return f"{written} runs as {short_dtypes(p.unit)}", (
             f"The compiler for {report.target} feeds the matrix unit with operands that"
             " the same kernel computes, before they are rounded: small products do so."
         )
     if p.verdict == "upcast":
-        return f"{written} runs as {brief(p.unit)}", (
+        return f"{written} runs as {short_dtypes(p.unit)}", (
             f"{report.target} has no unit for {written}: take formats it multiplies, "
             "which Recipe.is_supported and python -m mpjax targets know."
         )
     if p.verdict == "narrowed":
-        return f"{written} runs as {brief(p.unit)}", (
+        return f"{written} runs as {short_dtypes(p.unit)}", (
             "Ask for all bits with precision='highest', or for fewer in `dtype`."
         )
     return f"{written} runs on no matrix unit", (

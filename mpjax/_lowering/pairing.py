@@ -16,7 +16,7 @@ from mpjax._lowering.hlo import CompiledProduct
 from mpjax._lowering.matrix_units import DTYPES
 
 
-def match(
+def pair_products(
     written: dict[int, Step], products: Iterable[CompiledProduct], devices: int
 ) -> tuple[dict[int, list[CompiledProduct]], list[CompiledProduct]]:
     """Finds the compiled products of each traced one.

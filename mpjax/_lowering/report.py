@@ -11,17 +11,17 @@ from typing import Any
 import jax
 
 from mpjax._hardware.targets import Target, get_target
-from mpjax._inspection.products import is_product, work
+from mpjax._inspection.products import is_product, products_table
 from mpjax._inspection.steps import Step, steps
 from mpjax._inspection.tags import tag
 from mpjax._inspection.tracing import Traced, trace
 from mpjax._lowering.compiled import Gemm
 from mpjax._lowering.compiler import compile_for
 from mpjax._lowering.hlo import Module
-from mpjax._lowering.verdicts import LoweredProduct, join
-from mpjax._printing.paths import common
+from mpjax._lowering.verdicts import LoweredProduct, judge_products
+from mpjax._printing.paths import common_parent
 from mpjax._printing.table import html_table
-from mpjax._printing.text import brief, count, passed, short
+from mpjax._printing.text import count, pass_name, short_dtypes, si_number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,33 +115,38 @@ class Report:
         products = []
         for p in self.products:
             t = p.traced
-            runs_as = _SAID.get(p.verdict) or f"{brief(p.unit)}, {p.verdict}"
-            key = t.path or t.where, passed(t.backward), brief(t.signature), runs_as
+            runs_as = _SAID.get(p.verdict) or f"{short_dtypes(p.unit)}, {p.verdict}"
+            key = (
+                t.path or t.where,
+                pass_name(t.backward),
+                short_dtypes(t.signature),
+                runs_as,
+            )
             products.append((key, p.flops))
-        above = common(path for (path, *_), _ in products)
+        above = common_parent(path for (path, *_), _ in products)
         columns = "path", "pass", "as written", "runs as"
-        return work(products, columns, self._title(), above)
+        return products_table(products, columns, self._title(), above)
 
     def _repr_html_(self):
         return html_table(self._rows(), _COLUMNS, self._title())
 
     def _title(self) -> str:
         units = ", ".join(
-            f"{flops / max(self.flops, 1):.1%} {brief(unit)}"
+            f"{flops / max(self.flops, 1):.1%} {short_dtypes(unit)}"
             for unit, flops in self.flops_by_unit().items()
         )
         memory = self.memory
         gemm = f" ({self.gemm})" if self.gemm == "triton" else ""
         lines = [
             f"{self.target}{gemm}: {count(len(self.products), 'product')}, "
-            f"{short(self.flops)}FLOP, {self.native:.1%} native: run as written",
+            f"{si_number(self.flops)}FLOP, {self.native:.1%} native: run as written",
             f"Matrix units multiply {units or 'nothing'}",
-            f"On a device: arguments {short(memory.argument)}B, results "
-            f"{short(memory.output)}B, temporary {short(memory.temporary)}B",
-            f"Kernels access {short(self.bytes_accessed)}B",
+            f"On a device: arguments {si_number(memory.argument)}B, results "
+            f"{si_number(memory.output)}B, temporary {si_number(memory.temporary)}B",
+            f"Kernels access {si_number(self.bytes_accessed)}B",
         ]
         if self.cycles is not None:
-            lines[-1] += f" and take an estimated {short(self.cycles)}cycles"
+            lines[-1] += f" and take an estimated {si_number(self.cycles)}cycles"
         return "\n".join(lines)
 
     def _rows(self) -> list[tuple]:
@@ -161,10 +166,10 @@ class Report:
                     path or where,
                     "backward" if backward else "forward",
                     len(alike),
-                    f"{brief(operands)} -> {brief(out)}",
-                    brief(unit) or None,
+                    f"{short_dtypes(operands)} -> {short_dtypes(out)}",
+                    short_dtypes(unit) or None,
                     verdict,
-                    f"{short(flops)}FLOP",
+                    f"{si_number(flops)}FLOP",
                     share,
                     alike[0].evidence or None,
                 )
@@ -273,7 +278,7 @@ def compiled_report(
         for step in program
         if is_product(step) and (number := step.tag) is not None
     }
-    products = tuple(join(target, gemm, written, module, compiled, devices))
+    products = tuple(judge_products(target, gemm, written, module, compiled, devices))
     timed = target.platform == "tpu" and not quick
     if not timed:
         products = tuple(dataclasses.replace(p, cycles=None) for p in products)

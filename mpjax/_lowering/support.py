@@ -11,7 +11,7 @@ from mpjax._hardware.targets import E5M2, INT8, PAIRS, TARGETS
 from mpjax._lowering.hlo import bits
 from mpjax._lowering.report import report
 from mpjax._printing.table import render
-from mpjax._printing.text import brief
+from mpjax._printing.text import short_dtypes
 from mpjax._products.dot_general import scaled_dot_general
 from mpjax._recipes.named import (
     block_scaling,
@@ -100,7 +100,7 @@ def verify(target: str, size: int = 512) -> list[Cell]:
         own = [p for p in products if p.traced.path.split("/")[0] == f"cell{i}"]
         compiled = all(p.native and bits(p.unit) == 8 for p in own)
         shown = dict.fromkeys(
-            brief(f"{p.traced.operands} as {p.unit or p.verdict}") for p in own
+            short_dtypes(f"{p.traced.operands} as {p.unit or p.verdict}") for p in own
         )
         cells.append(Cell(what, table, compiled, ", ".join(shown)))
     return cells

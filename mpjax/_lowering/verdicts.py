@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from typing import Literal, TypeAlias
 
 from mpjax._hardware.targets import Target
-from mpjax._inspection.products import Product, product
+from mpjax._inspection.products import TracedProduct, traced_product
 from mpjax._inspection.steps import Step
 from mpjax._lowering.compiled import Compiled, Gemm
 from mpjax._lowering.hlo import CompiledProduct, Module, bits
 from mpjax._lowering.matrix_units import unit_of
-from mpjax._lowering.pairing import match
+from mpjax._lowering.pairing import pair_products
 
 Verdict: TypeAlias = Literal[
     "native", "block-scaled", "narrowed", "upcast", "vector", "removed", "unknown"
@@ -38,7 +38,7 @@ class LoweredProduct:
         products, an equal part.
     """
 
-    traced: Product
+    traced: TracedProduct
     flops: int
     unit: str
     verdict: Verdict
@@ -52,7 +52,7 @@ class LoweredProduct:
         return self.verdict in ("native", "block-scaled")
 
 
-def join(
+def judge_products(
     target: Target,
     gemm: Gemm,
     written: dict[int, Step],
@@ -70,12 +70,12 @@ def join(
       compiled: the compiled program.
       devices: how many the program is compiled for.
     """
-    found, unexplained = match(written, module.products, devices)
+    found, unexplained = pair_products(written, module.products, devices)
     shared = collections.Counter(
         p.kernel.name for products in found.values() for p in products
     )
     for number, step in written.items():
-        p = product(step)
+        p = traced_product(step)
         if number not in found:
             verdict: Verdict = "removed"
             if step.in_kernel or unexplained:
@@ -103,7 +103,7 @@ def join(
         )
 
 
-def _flops(written: Product, step: Step, made: list[CompiledProduct]) -> int:
+def _flops(written: TracedProduct, step: Step, made: list[CompiledProduct]) -> int:
     """Without the runs of a loop that a product is taken out of."""
     known = [one.runs for one in made if one.runs is not None]
     if len(known) < len(made) or sum(known) >= step.loops:
@@ -111,7 +111,7 @@ def _flops(written: Product, step: Step, made: list[CompiledProduct]) -> int:
     return written.flops * sum(known) // step.loops
 
 
-def _verdict(written: Product, unit: str, evidence: str, scaled: bool) -> Verdict:
+def _verdict(written: TracedProduct, unit: str, evidence: str, scaled: bool) -> Verdict:
     if not unit:
         return "vector" if evidence else "unknown"
     if scaled:

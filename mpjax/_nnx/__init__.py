@@ -1,6 +1,6 @@
 """The NNX front end.
 
-May import: `_layers`, `_scaling_states`; never `_linen`.
+May import: `layers_by_path`, `_scaling_states`; never `_linen`.
 
-A layer: not here but in `_layers`.
+A layer: not here but in `layers_by_path`.
 """

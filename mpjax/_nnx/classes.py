@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mpjax._layers.region import _region
-from mpjax._nnx.parameters import keep, map_params, read
-from mpjax._nnx.recipes import HOOKS, stand_in, stand_in_method
+from mpjax._layers.region import running_policy
+from mpjax._nnx.parameters import map_params, reader_for, unwrap_for_storage
+from mpjax._nnx.recipes import HOOKS, replacement_for, replacement_method
 from mpjax._nnx.scope_names import note, scope
-from mpjax._policies.policy import Policy, get_policy, in_kind_of
+from mpjax._policies.policy import Policy, get_policy, spelled_like
 from mpjax._policies.rule import Rule
 from mpjax._tree import cast_floating
 
@@ -39,7 +39,7 @@ def set_type(module, rule: Rule | None) -> None:
     dtype = None
     if rule is not None and "dtype" not in vars(module) and has_dtype(module):
         # In place of a property, or of the class's dtype.
-        dtype = in_kind_of(module.dtype, get_policy(rule.policy).compute_dtype)
+        dtype = spelled_like(module.dtype, get_policy(rule.policy).compute_dtype)
     module.__class__ = _mixed_type(bare_type(module), rule, is_pytree, dtype)
 
 
@@ -143,21 +143,21 @@ def _getattribute(bare: type, rule: Rule | None) -> Callable:
         if name == "__dict__":
             return value
         note(self, name, value)
-        if policy is None or _region.value is None:
+        if policy is None or running_policy.value is None:
             return value
         if name in hooks:
-            return stand_in(self, name, value)
-        return map_params(functools.partial(read, policy), value)
+            return replacement_for(self, name, value)
+        return map_params(functools.partial(reader_for, policy), value)
 
     return getattribute
 
 
 def _setattr(bare: type, rule: Rule) -> Callable:
     inherited: Callable = bare.__setattr__
-    kept = functools.partial(keep, get_policy(rule.policy))
+    kept = functools.partial(unwrap_for_storage, get_policy(rule.policy))
 
     def setattr_(self, name, value):
-        if _region.value is not None:
+        if running_policy.value is not None:
             value = map_params(kept, value)
         inherited(self, name, value)
 
@@ -183,20 +183,20 @@ def _method(name: str, function: Callable, rule: Rule | None) -> Callable:
     policy = None if rule is None else get_policy(rule.policy)
     run = function
     if rule is not None and rule.recipe is not None:
-        run = stand_in_method(function)
+        run = replacement_method(function)
     of_flax = getattr(function, "__module__", "").startswith("flax.nnx")
 
     def under_policy(self, *args, **kwargs):
         if policy is not None and of_flax:
             _check_real(self, policy, (*args, *kwargs.values()))
-        if _region.value == policy:
+        if running_policy.value == policy:
             return run(self, *args, **kwargs)
         if rule is None or policy is None:
-            with _region(None):
+            with running_policy(None):
                 return run(self, *args, **kwargs)
         if rule.cast_inputs:
             args, kwargs = _cast((args, kwargs), policy.compute_dtype)
-        with _region(policy):
+        with running_policy(policy):
             outputs = run(self, *args, **kwargs)
         return _cast(outputs, policy.output_dtype)
 

@@ -10,7 +10,7 @@ from flax import nnx
 from mpjax._nnx.classes import rule_of, set_type
 
 
-def functional(
+def as_function_of_arrays(
     fn: Callable, args: tuple, kwargs: Mapping[str, Any]
 ) -> tuple[Callable, tuple, Mapping[str, Any]]:
     """Makes a function of arrays of one of NNX modules.
@@ -29,8 +29,8 @@ def functional(
     """
     if inspect.ismethod(fn) and isinstance(fn.__self__, nnx.Pytree):
         fn, args = _unbound(fn.__name__), (fn.__self__, *args)
-    leaves, tree = jax.tree.flatten((fn, args, dict(kwargs)), is_leaf=_is_node)
-    places = [i for i, leaf in enumerate(leaves) if _is_node(leaf)]
+    leaves, tree = jax.tree.flatten((fn, args, dict(kwargs)), is_leaf=_is_module)
+    places = [i for i, leaf in enumerate(leaves) if _is_module(leaf)]
     if not places:
         return fn, args, kwargs
     graph, state = nnx.split([leaves[i] for i in places])
@@ -40,7 +40,7 @@ def functional(
         known = {id(leaf) for leaf in jax.tree.leaves(nnx.split(nodes)[1])}
         for place, node in zip(places, nodes, strict=True):
             leaves[place] = node
-            _name(node)
+            _name_scopes(node)
         fn, args, kwargs = jax.tree.unflatten(tree, leaves)
         result = fn(*args, **kwargs)
         known |= {id(leaf) for leaf in jax.tree.leaves(result)}
@@ -58,11 +58,11 @@ def _unbound(name: str) -> Callable:
     return method
 
 
-def _is_node(value: Any) -> bool:
+def _is_module(value: Any) -> bool:
     return isinstance(value, nnx.Pytree)
 
 
-def _name(node: nnx.Pytree) -> None:
+def _name_scopes(node: nnx.Pytree) -> None:
     """Gives modules without a rule methods that name their scopes."""
     for _, module in nnx.iter_graph(node):
         if isinstance(module, nnx.Module) and rule_of(module) is None:

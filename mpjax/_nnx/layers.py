@@ -8,7 +8,7 @@ from mpjax._layers.multiplier import einsum_sizes
 from mpjax._nnx.parameters import own_params
 
 
-def _layers(model: nnx.Module) -> dict[str, list[nnx.Pytree]]:
+def layers_by_path(model: nnx.Module) -> dict[str, list[nnx.Pytree]]:
     """By path, each module and the containers in it that hold parameters of its own."""
     nodes = {p: n for p, n in nnx.iter_graph(model) if isinstance(n, nnx.Pytree)}
     layers = {
@@ -31,11 +31,11 @@ def _order(path: tuple) -> list:
     return [(0, key, "") if isinstance(key, int) else (1, 0, str(key)) for key in path]
 
 
-def _is_inside(inner: str, outer: str) -> bool:
+def is_inside(inner: str, outer: str) -> bool:
     return inner != outer and (not outer or inner.startswith(f"{outer}/"))
 
 
-def _kernel_shape(layer: nnx.Pytree) -> tuple[int, ...] | None:
+def kernel_shape(layer: nnx.Pytree) -> tuple[int, ...] | None:
     """Of one layer, however many are stacked; None: not known."""
     if isinstance(layer, nnx.Linear):
         return layer.in_features, layer.out_features
@@ -49,13 +49,13 @@ def _kernel_shape(layer: nnx.Pytree) -> tuple[int, ...] | None:
     return None
 
 
-def _size(layer: nnx.Pytree) -> tuple[int, int] | None:
+def product_size(layer: nnx.Pytree) -> tuple[int, int] | None:
     """How many elements the product of a layer sums over, and how many it gives."""
     if isinstance(layer, nnx.LinearGeneral):
         return math.prod(layer.in_features), math.prod(layer.out_features)
     if isinstance(layer, nnx.Einsum):
         return einsum_sizes(layer.einsum_str, layer.kernel_shape)
-    shape = _kernel_shape(layer)
+    shape = kernel_shape(layer)
     if shape is None:
         return None
     features = getattr(layer, "out_features", shape[0])  # those of Embed come first

@@ -16,13 +16,13 @@ from flax import nnx
 
 from mpjax._nnx.attention import attention
 from mpjax._nnx.classes import bare_type, has_dtype, rule_of, set_type
-from mpjax._nnx.layers import _is_inside, _layers
-from mpjax._nnx.parameters import own_params, store
-from mpjax._nnx.recipes import products_of
+from mpjax._nnx.layers import is_inside, layers_by_path
+from mpjax._nnx.parameters import cast_stored, own_params
+from mpjax._nnx.recipes import served_product_names
 from mpjax._nnx.scaling import Scaling
 from mpjax._nnx.states import set_states
 from mpjax._policies.lookup import matcher
-from mpjax._policies.policy import Policy, get_policy, in_kind_of
+from mpjax._policies.policy import Policy, get_policy, spelled_like
 from mpjax._policies.presets import Rules, expand_rules
 from mpjax._policies.rule import Rule
 from mpjax._products.xla_cpu import conv_general_dilated
@@ -88,12 +88,12 @@ def mixed_precision(model: M, rules: Rules) -> M:
         )
     lookup = matcher(expand_rules(rules))
     model = nnx.clone(model)
-    layers = _layers(model)
+    layers = layers_by_path(model)
     seen = {path: bare_type(layer) for path, (layer, *_) in layers.items()}
     found = {path: lookup.rule(path, kind) for path, kind in seen.items()}
     modules = {path: nodes[0] for path, nodes in layers.items()}
     served = {
-        path: products_of(path, module, seen[path], found[path])
+        path: served_product_names(path, module, seen[path], found[path])
         for path, module in modules.items()
     }
     lookup.check_all_used(seen, served=served)
@@ -102,14 +102,14 @@ def mixed_precision(model: M, rules: Rules) -> M:
     for path, nodes in layers.items():
         rule = found[path]
         if rule is None:
-            below = (found[inner] for inner in layers if _is_inside(inner, path))
+            below = (found[inner] for inner in layers if is_inside(inner, path))
             if any(below) and rule_of(nodes[0]) is None:
                 set_type(nodes[0], None)  # left alone, it ends the region around it
             continue
-        rule, policy = _essence(rule, served[path]), get_policy(rule.policy)
+        rule, policy = _class_key(rule, served[path]), get_policy(rule.policy)
         for node in nodes:
             _check(path, node)
-            store(path, node, policy, owners)
+            cast_stored(path, node, policy, owners)
             # These two write what they normalize into the layer inside them.
             if not isinstance(node, nnx.WeightNorm | nnx.SpectralNorm):
                 _set_dtype(path, node, policy)
@@ -117,7 +117,7 @@ def mixed_precision(model: M, rules: Rules) -> M:
     return model
 
 
-def _essence(rule: Rule, served: set[str]) -> Rule:
+def _class_key(rule: Rule, served: set[str]) -> Rule:
     """What a class needs of a rule: classes of equal essence are one class."""
     rule = replace(rule, path=".*", module_type=None, optional=False)
     return rule if served else replace(rule, recipe=None, min_size=0, attention=False)
@@ -170,7 +170,7 @@ def _set_dtype(path: str, module, policy: Policy) -> None:
                     "leave it alone."
                 )
         if "dtype" in vars(module):
-            module.dtype = in_kind_of(module.dtype, dtype)
+            module.dtype = spelled_like(module.dtype, dtype)
     for name, value in list(vars(module).items()):
         if value is nnx.dot_product_attention and dtype.itemsize == 2:
             setattr(module, name, attention)

@@ -39,7 +39,7 @@ def map_params(fn: Callable, value: Any) -> Any:
     return value
 
 
-def store(path: str, module: nnx.Pytree, policy: Policy, owners: dict) -> None:
+def cast_stored(path: str, module: nnx.Pytree, policy: Policy, owners: dict) -> None:
     """Casts the parameters of a module to ``param_dtype``.
 
     Args:
@@ -70,7 +70,7 @@ def store(path: str, module: nnx.Pytree, policy: Policy, owners: dict) -> None:
 _readers: weakref.WeakValueDictionary[tuple, Any] = weakref.WeakValueDictionary()
 
 
-def read(policy: Policy, param: nnx.Param) -> nnx.Param:
+def reader_for(policy: Policy, param: nnx.Param) -> nnx.Param:
     """What a method gets that reads a parameter: one that shows the compute dtype."""
     stored: Any = param.get_raw_value()
     if isinstance(param, _Reader):
@@ -90,7 +90,7 @@ def read(policy: Policy, param: nnx.Param) -> nnx.Param:
     return reader
 
 
-def keep(policy: Policy, param: nnx.Param) -> nnx.Param:
+def unwrap_for_storage(policy: Policy, param: nnx.Param) -> nnx.Param:
     """What a module keeps of a parameter that a method assigns to it.
 
     Raises:

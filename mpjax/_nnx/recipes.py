@@ -20,13 +20,13 @@ from jax import lax
 
 from mpjax._layers import functions as _layers
 from mpjax._layers.multiplier import (
-    LayerProducts,
+    Multiplier,
     check_convolution,
     unserved,
     unserved_attention,
 )
 from mpjax._nnx.attention import _is_stock_attention, attention
-from mpjax._nnx.layers import _size
+from mpjax._nnx.layers import product_size
 from mpjax._policies.rule import Rule
 from mpjax._products import xla_cpu as _cpu_faults
 from mpjax._recipes.state import ScalingState
@@ -45,7 +45,7 @@ _HOOKS: dict[str, tuple[str, tuple]] = {
 HOOKS = frozenset({*_HOOKS, "attention_fn"})
 
 
-def stand_in(module: Any, name: str, value: Any) -> Any:
+def replacement_for(module: Any, name: str, value: Any) -> Any:
     """What a method gets that reads one of the attributes ``HOOKS``.
 
     Args:
@@ -63,12 +63,12 @@ def stand_in(module: Any, name: str, value: Any) -> Any:
     return getattr(_products(module), function)
 
 
-def stand_in_method(method: Callable) -> Callable:
+def replacement_method(method: Callable) -> Callable:
     """The method, or another where it multiplies with what cannot be replaced."""
     return _METHODS.get(method, method)
 
 
-def products_of(
+def served_product_names(
     path: str, module: nnx.Pytree, bare: type, rule: Rule | None
 ) -> set[str]:
     """Names of the products of a module that its recipe serves.
@@ -92,7 +92,7 @@ def products_of(
         if value is not _ABSENT and not inspect.ismethod(value)
     }
     stand_ins = [m for m in _METHODS if getattr(bare, m.__name__, None) is m]
-    size = _size(module)
+    size = product_size(module)
     small = size is not None and min(size) < (rule.min_size or 0)
     for name, value in hooks.items():
         if (
@@ -114,7 +114,7 @@ def products_of(
     return names
 
 
-def _products(module: Any) -> LayerProducts:
+def _products(module: Any) -> Multiplier:
     rule = type(module)._mpjax_rule
 
     def read(name: str) -> ScalingState:
@@ -134,7 +134,7 @@ def _products(module: Any) -> LayerProducts:
             pass
 
     name = type(module).__name__
-    return LayerProducts(name, rule.recipe, rule.min_size or 0, read, write, set())
+    return Multiplier(name, rule.recipe, rule.min_size or 0, read, write, set())
 
 
 def _attend(embed: nnx.Embed, query, out_sharding=None):

@@ -19,14 +19,14 @@ _CONTAINERS = (nnx.List, nnx.Dict, list, tuple, dict)
 _READ = (nnx.Pytree, list, tuple, dict)
 
 
-class _Run(NamedTuple):
+class _RunningMethod(NamedTuple):
     """A method that runs: its module, and by id the modules read and their names."""
 
     module: nnx.Pytree
     read: dict[int, tuple[nnx.Pytree, str]]
 
 
-_running: contextvars.ContextVar[_Run | None] = contextvars.ContextVar(
+_running: contextvars.ContextVar[_RunningMethod | None] = contextvars.ContextVar(
     "mpjax_nnx_scopes", default=None
 )
 
@@ -39,7 +39,7 @@ def scope(module: nnx.Pytree, method: str) -> Iterator[None]:
     if not name:
         yield
         return
-    token = _running.set(_Run(module, {}))
+    token = _running.set(_RunningMethod(module, {}))
     try:
         with jax.named_scope(name if method == "__call__" else f"{name}.{method}"):
             yield
@@ -56,7 +56,7 @@ def note(holder: nnx.Pytree, name: str, value: Any) -> None:
         _note(run, f"{prefix}/{name}" if prefix else name, value)
 
 
-def _note(run: _Run, path: str, value: Any) -> None:
+def _note(run: _RunningMethod, path: str, value: Any) -> None:
     if isinstance(value, nnx.Pytree):
         run.read[id(value)] = value, path
     if isinstance(value, _CONTAINERS):
@@ -71,7 +71,7 @@ def _items(container: Any) -> Iterable[tuple[Any, Any]]:
     return (container if isinstance(container, dict) else vars(container)).items()
 
 
-def _name(module: nnx.Pytree, run: _Run) -> str:
+def _name(module: nnx.Pytree, run: _RunningMethod) -> str:
     """By what name a method has read a module; "" for its own."""
     if module is run.module:
         return ""

@@ -3,9 +3,9 @@
 import jax
 from flax import nnx
 
-from mpjax._layers.table import layers
+from mpjax._layers.table import layer_table
 from mpjax._nnx.classes import rule_of
-from mpjax._nnx.layers import _layers
+from mpjax._nnx.layers import layers_by_path
 from mpjax._nnx.parameters import own_params
 
 
@@ -33,10 +33,10 @@ def tabulate(model: nnx.Module) -> str:
                Linear   p=f32,c=bf16,o=f32   -        f32          15
     """
     rows = []
-    for path, nodes in _layers(model).items():
+    for path, nodes in layers_by_path(model).items():
         values = [p.get_raw_value() for node in nodes for _, p in own_params(node)]
         arrays = [leaf for leaf in jax.tree.leaves(values) if hasattr(leaf, "shape")]
         rule = rule_of(nodes[0])
         policy, recipe = (rule.policy, rule.recipe) if rule else (None, None)
         rows.append((path, type(nodes[0]), policy, recipe, arrays))
-    return layers(rows)
+    return layer_table(rows)

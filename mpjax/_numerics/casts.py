@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from mpjax._numerics.formats import _FORMATS, Format, format_info
+from mpjax._numerics.formats import FORMATS, Format, format_info
 from mpjax._typing import Array, DType
 
 
@@ -29,7 +29,8 @@ def saturating_cast(x: Array, dtype: DType) -> Array:
     table of formats (float32, float64) is an ordinary one.
 
     The gradient is straight through inside ``[min, max]`` and 0 outside. It has the
-    dtype of the result: where an 8-bit cotangent is too coarse, use ``round_to_grid``.
+    dtype of the result: where an 8-bit cotangent is too coarse, use
+    ``round_to_format``.
 
     Args:
       x: f[...], any floating dtype; float64 is rounded to float32 first.
@@ -49,7 +50,7 @@ def saturating_cast(x: Array, dtype: DType) -> Array:
     x, dtype = _floating("saturating_cast", x), jnp.dtype(dtype)
     if x.dtype == dtype:
         return x
-    if dtype.name not in _FORMATS:
+    if dtype.name not in FORMATS:
         return x.astype(dtype)
     fmt = _with_arrays(dtype)
     # bfloat16 holds the bounds of every fp8, so nothing is gained from widening it.
@@ -58,7 +59,7 @@ def saturating_cast(x: Array, dtype: DType) -> Array:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def round_to_grid(x: Array, dtype: DType) -> Array:
+def round_to_format(x: Array, dtype: DType) -> Array:
     """Rounds to the values of a format without leaving the dtype of ``x``.
 
     The values are those of ``saturating_cast``, found by float arithmetic: adding and
@@ -80,20 +81,20 @@ def round_to_grid(x: Array, dtype: DType) -> Array:
     Example:
       >>> import jax, jax.numpy as jnp, mpjax
       >>> x = jnp.array([0.3, 1e6])
-      >>> mpjax.round_to_grid(x, jnp.float8_e4m3fn)
+      >>> mpjax.round_to_format(x, jnp.float8_e4m3fn)
       Array([3.125e-01, 4.480e+02], dtype=float32)
-      >>> jax.grad(lambda x: mpjax.round_to_grid(x, jnp.float8_e4m3fn).sum())(x)
+      >>> jax.grad(lambda x: mpjax.round_to_format(x, jnp.float8_e4m3fn).sum())(x)
       Array([1., 0.], dtype=float32)
     """
-    x, fmt = _floating("round_to_grid", x), format_info(dtype)
-    own = _FORMATS.get(x.dtype.name)
+    x, fmt = _floating("round_to_format", x), format_info(dtype)
+    own = FORMATS.get(x.dtype.name)
     if own and (
         own.mantissa < fmt.mantissa
         or own.max < fmt.max
         or own.smallest_subnormal > fmt.smallest_subnormal
     ):
         raise TypeError(
-            f"round_to_grid needs an x that holds every value of {fmt.name}, got "
+            f"round_to_format needs an x that holds every value of {fmt.name}, got "
             f"{x.dtype.name}; cast x to float32 first."
         )
     if x.dtype == fmt.dtype:
@@ -155,9 +156,9 @@ def _(dtype, primals, tangents):
     return out, _straight_through(primals[0], tangents[0], dtype, out.dtype)
 
 
-@round_to_grid.defjvp
+@round_to_format.defjvp
 def _(dtype, primals, tangents):
-    out = round_to_grid(primals[0], dtype)
+    out = round_to_format(primals[0], dtype)
     return out, _straight_through(primals[0], tangents[0], dtype, out.dtype)
 
 
@@ -171,7 +172,7 @@ def _straight_through(x, tangent, dtype, out_dtype):
     if not jnp.issubdtype(out_dtype, jnp.floating):
         return np.zeros(x.shape, jax.dtypes.float0)  # integers have no derivative
     tangent = tangent.astype(out_dtype)
-    fmt = _FORMATS.get(jnp.dtype(dtype).name)
+    fmt = FORMATS.get(jnp.dtype(dtype).name)
     if fmt is None:
         return tangent
     wide = _widen(x)
@@ -193,7 +194,7 @@ def _with_arrays(dtype: DType) -> Format:
     fmt = format_info(dtype)
     if fmt.name.startswith("float6"):
         raise TypeError(
-            f"XLA has no arrays of {fmt.name}; round_to_grid gives its values in the "
+            f"XLA has no arrays of {fmt.name}; round_to_format gives its values in the "
             "dtype of x."
         )
     return fmt

@@ -74,7 +74,7 @@ def _row(name, mantissa, min_exponent, maximum, specials, minimum=None):
     )
 
 
-_FORMATS = {
+FORMATS = {
     row.name: row
     for row in (
         _row("float16", 10, -14, 65504, "inf nan"),
@@ -114,8 +114,8 @@ def format_info(dtype: DType) -> Format:
       448.0
     """
     name = jnp.dtype(dtype).name
-    if name not in _FORMATS:
+    if name not in FORMATS:
         raise TypeError(
-            f"{name} is no low-precision format; choose one of {', '.join(_FORMATS)}."
+            f"{name} is no low-precision format; choose one of {', '.join(FORMATS)}."
         )
-    return _FORMATS[name]
+    return FORMATS[name]

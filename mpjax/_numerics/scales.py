@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from mpjax._numerics.casts import round_to_grid, saturating_cast
+from mpjax._numerics.casts import round_to_format, saturating_cast
 from mpjax._numerics.formats import Format, format_info
 from mpjax._typing import Array, DType
 
@@ -166,7 +166,7 @@ def quantize_with_scale(
     reciprocal = 1.0 / expand_scale(scale, x.shape, block)
     x = x.astype(compute_dtype) * reciprocal.astype(compute_dtype)
     if format_info(dtype).name.startswith("float6"):
-        x, dtype = round_to_grid(x.astype(jnp.float32), dtype), jnp.float8_e4m3fn
+        x, dtype = round_to_format(x.astype(jnp.float32), dtype), jnp.float8_e4m3fn
     return saturating_cast(x, dtype)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from mpjax._policies.policy import Policy, get_policy
-from mpjax._policies.presets import exceptions
+from mpjax._policies.presets import protecting_rules
 from mpjax._policies.rule import Rule, describe
 from mpjax._recipes.recipe import Recipe
 
@@ -99,7 +99,7 @@ class Matcher:
                 continue
             # A model of norms alone uses another of the rules of a policy's name.
             if rule.policy is not None and any(
-                self.rules[i] in exceptions(rule, True) for i in self._used
+                self.rules[i] in protecting_rules(rule, True) for i in self._used
             ):
                 continue
             others = set(known()) - {path for path, _ in modules}

@@ -191,7 +191,7 @@ def parse_dtype(name: str) -> np.dtype:
     return _NAME_TO_DTYPE[name]
 
 
-def in_kind_of(given: DType, dtype: np.dtype) -> DType:
+def spelled_like(given: DType, dtype: np.dtype) -> DType:
     """A dtype as a name, a scalar type or a ``np.dtype``, as the model wrote its own.
 
     Models call it, ``self.dtype(0.5)``, or look it up, ``getattr(jnp, self.dtype)``.

@@ -7,7 +7,7 @@ from typing import TypeAlias
 import jax.numpy as jnp
 
 from mpjax._policies.policy import Policy, get_policy
-from mpjax._policies.rule import _FLOAT8, Rule, _is_name
+from mpjax._policies.rule import FLOAT8, Rule, is_name
 from mpjax._recipes.named import current_scaling
 
 # Class names of normalization layers, in Linen, NNX and in models of other authors; but
@@ -86,7 +86,7 @@ def _expand(rule: Rule) -> Iterable[Rule]:
             f"Policy {policy} computes in 8 bits, which needs scales: compute in "
             "bfloat16 or float16, and give the rule a recipe."
         )
-    is_float8 = rule.policy == _FLOAT8
+    is_float8 = rule.policy == FLOAT8
     smallest = _FLOAT8_MIN_SIZE if is_float8 else 0
     literal = dataclasses.replace(
         rule,
@@ -94,12 +94,12 @@ def _expand(rule: Rule) -> Iterable[Rule]:
         recipe=rule.recipe or (current_scaling() if is_float8 else None),
         min_size=smallest if rule.min_size is None else rule.min_size,
     )
-    if not _is_name(rule.policy) or policy.compute_dtype.itemsize > 2:
+    if not is_name(rule.policy) or policy.compute_dtype.itemsize > 2:
         return [literal]
-    return [*exceptions(literal, is_float8), literal]
+    return [*protecting_rules(literal, is_float8), literal]
 
 
-def exceptions(rule: Rule, is_float8: bool) -> list[Rule]:
+def protecting_rules(rule: Rule, is_float8: bool) -> list[Rule]:
     """The rules that the name of a policy puts before its own."""
     policy = get_policy(rule.policy)
     low, output = policy.compute_dtype, policy.output_dtype

@@ -7,7 +7,7 @@ from mpjax._policies.policy import Policy, get_policy
 from mpjax._recipes.recipe import Recipe
 from mpjax._recipes.scalings import DelayedScaling
 
-_FLOAT8 = "mixed_float8"
+FLOAT8 = "mixed_float8"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Rule:
             policy = get_policy(self.policy)
             # A name stays one until it is expanded, a dtype or a spelling does not.
             name = self.policy if isinstance(self.policy, str) else policy.name
-            object.__setattr__(self, "policy", name if _is_name(name) else policy)
+            object.__setattr__(self, "policy", name if is_name(name) else policy)
         self._check_recipe()
 
     def _check_recipe(self):
@@ -105,7 +105,7 @@ class Rule:
                 f"Rule.min_size counts features and is at least 0, got "
                 f"{self.min_size!r}."
             )
-        has_none = self.recipe is None and self.policy != _FLOAT8
+        has_none = self.recipe is None and self.policy != FLOAT8
         if (size or self.attention) and has_none:
             raise ValueError(
                 "Rule.min_size and Rule.attention say which products a recipe serves, "
@@ -151,7 +151,7 @@ def describe(rule: Rule) -> str:
     return f"Rule({', '.join(fields)})"
 
 
-def _is_name(policy) -> bool:
+def is_name(policy) -> bool:
     return isinstance(policy, str) and "=" not in policy
 
 

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 
-def common(paths: Iterable[str], others: Iterable[str] = ()) -> str:
+def common_parent(paths: Iterable[str], others: Iterable[str] = ()) -> str:
     """The path that all paths are below of, and others below of or equal to.
 
     Example:
@@ -19,7 +19,7 @@ def common(paths: Iterable[str], others: Iterable[str] = ()) -> str:
     return "/".join(names[0] for names in shared)
 
 
-def below(path: str, above: str) -> str:
+def relative_to(path: str, above: str) -> str:
     """What is left of a path below another.
 
     Example:
@@ -73,7 +73,7 @@ def _braces(numbers: Sequence[int]) -> str:
     return "{" + ",".join(parts) + "}"
 
 
-def shorten(texts: Sequence[str], width: int) -> list[str]:
+def ellipsize(texts: Sequence[str], width: int) -> list[str]:
     """Puts an ellipsis into the middle of what is longer; texts that differ still do.
 
     Example:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mpjax._printing.paths import shorten
+from mpjax._printing.paths import ellipsize
 
 
 def render(
@@ -45,7 +45,7 @@ def render(
     if width is not None:  # two spaces are between columns, three at the ends
         others = zip(*(map(str, row[1:]) for row in (columns, *rows)), strict=True)
         taken = sum(2 + max(map(len, column)) for column in others)
-        first = shorten([str(row[0]) for row in rows], max(width - 3 - taken, 16))
+        first = ellipsize([str(row[0]) for row in rows], max(width - 3 - taken, 16))
         rows = [[cell, *row[1:]] for cell, row in zip(first, rows, strict=True)]
         title = "\n".join(
             part for line in title.splitlines() for part in textwrap.wrap(line, width)

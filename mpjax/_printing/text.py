@@ -5,7 +5,7 @@ import re
 WIDTH = 100  # of a terminal, in characters
 
 
-def brief(dtypes: str) -> str:
+def short_dtypes(dtypes: str) -> str:
     """Shortens names of dtypes.
 
     Example:
@@ -15,7 +15,7 @@ def brief(dtypes: str) -> str:
     return re.sub(r"float\d_(?=e)", "", dtypes).replace("float", "f")
 
 
-def short(number: float) -> str:
+def si_number(number: float) -> str:
     """Shortens a number and leaves room for a unit.
 
     Example:
@@ -38,6 +38,6 @@ def count(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' * (number != 1)}"
 
 
-def passed(backward: bool) -> str:
+def pass_name(backward: bool) -> str:
     """The pass that something belongs to."""
     return "bwd" if backward else "fwd"

@@ -11,9 +11,9 @@ from jax import lax
 
 from mpjax._mesh import match_varying
 from mpjax._numerics.qarray import Operand, QArray, dequantize
-from mpjax._products.observations import check_scales, hand_on, merge_observations
+from mpjax._products.observations import check_scales, observed_amaxes, split_scales
 from mpjax._products.operands import check_operand, check_result, quantize_operand
-from mpjax._products.residuals import first_order, keep
+from mpjax._products.residuals import first_order, protect_from_remat
 from mpjax._recipes.recipe import Recipe
 from mpjax._recipes.scalings import BlockScaling, ChannelScaling
 from mpjax._typing import Array, DType
@@ -171,7 +171,7 @@ def observed_conv_general_dilated(
     static = tuple(keywords.items())
     conv = _Conv(recipe, static, precision, lhs.dtype, rhs.dtype, out.dtype)
     lhs, rhs = match_varying(lhs, rhs)
-    scales, later = hand_on(scales)
+    scales, later = split_scales(scales)
     return _conv(conv, lhs, rhs, scales), later
 
 
@@ -238,7 +238,7 @@ class _Conv:
         )
 
 
-def _values(operand: Operand) -> tuple[Array, Array | float]:
+def _values_and_factor(operand: Operand) -> tuple[Array, Array | float]:
     """What to convolve, and the factor that is left for the result."""
     if not isinstance(operand, QArray):
         return operand, 1.0
@@ -251,13 +251,16 @@ def _values(operand: Operand) -> tuple[Array, Array | float]:
 def _conv(conv: _Conv, lhs, rhs, scales):
     (lhs,), _ = conv.quantize("lhs", lhs, scales, ["out"])
     (rhs,), _ = conv.quantize("rhs", rhs, scales, ["out"])
-    return _out(conv, lhs, rhs)
+    return _of_result(conv, lhs, rhs)
 
 
-def _out(conv: _Conv, lhs: Operand, rhs: Operand) -> Array:
+def _of_result(conv: _Conv, lhs: Operand, rhs: Operand) -> Array:
     if "out" not in conv.recipe.quantized:
         return conv.convolve(lhs, rhs, "out", conv.out_dtype)
-    (lhs, lhs_scale), (rhs, rhs_scale) = _values(lhs), _values(rhs)
+    (lhs, lhs_scale), (rhs, rhs_scale) = (
+        _values_and_factor(lhs),
+        _values_and_factor(rhs),
+    )
     out = conv.convolve(lhs, rhs, "out") * (lhs_scale * rhs_scale)
     return out.astype(conv.out_dtype)
 
@@ -266,8 +269,14 @@ def _conv_forward(conv, lhs, rhs, scales):
     lhs, rhs = first_order((lhs, rhs))
     (lhs, kept_lhs), seen_lhs = conv.quantize("lhs", lhs, scales, ["out", "rhs_grad"])
     (rhs, kept_rhs), seen_rhs = conv.quantize("rhs", rhs, scales, ["out", "lhs_grad"])
-    residuals = keep(kept_lhs), keep(kept_rhs), seen_lhs, seen_rhs, scales
-    return _out(conv, lhs, rhs), residuals
+    residuals = (
+        protect_from_remat(kept_lhs),
+        protect_from_remat(kept_rhs),
+        seen_lhs,
+        seen_rhs,
+        scales,
+    )
+    return _of_result(conv, lhs, rhs), residuals
 
 
 def _conv_backward(conv, residuals, grad):
@@ -276,21 +285,29 @@ def _conv_backward(conv, residuals, grad):
     (for_lhs, for_rhs), seen_grad = conv.quantize(
         "grad", grad, scales, ["lhs_grad", "rhs_grad"]
     )
-    observed = merge_observations(seen_lhs, seen_rhs, seen_grad, scales)
+    observed = observed_amaxes(seen_lhs, seen_rhs, seen_grad, scales)
     # The convolution is linear in either operand: where it is pulled back does not
     # matter, and the two products may want their operands in different dtypes.
-    (lhs, lhs_scale), (rhs, rhs_scale) = _values(lhs), _values(rhs)
-    (one, one_scale), (two, two_scale) = _values(for_lhs), _values(for_rhs)
-    one, rhs_one, lhs_one = _alike(one, rhs, lhs)
+    (lhs, lhs_scale), (rhs, rhs_scale) = (
+        _values_and_factor(lhs),
+        _values_and_factor(rhs),
+    )
+    (one, one_scale), (two, two_scale) = (
+        _values_and_factor(for_lhs),
+        _values_and_factor(for_rhs),
+    )
+    one, rhs_one, lhs_one = _in_common_dtype(one, rhs, lhs)
     _, pull = jax.vjp(lambda x: conv.convolve(x, rhs_one, "lhs_grad"), lhs_one)
     lhs_grad = pull(one)[0] * (one_scale * rhs_scale)
-    two, lhs_two, rhs_two = _alike(two, lhs, rhs)
+    two, lhs_two, rhs_two = _in_common_dtype(two, lhs, rhs)
     _, pull = jax.vjp(lambda x: conv.convolve(lhs_two, x, "rhs_grad"), rhs_two)
     rhs_grad = pull(two)[0] * (lhs_scale * two_scale)
     return lhs_grad.astype(conv.lhs_dtype), rhs_grad.astype(conv.rhs_dtype), observed
 
 
-def _alike(first: Array, second: Array, point: Array) -> tuple[Array, Array, Array]:
+def _in_common_dtype(
+    first: Array, second: Array, point: Array
+) -> tuple[Array, Array, Array]:
     """The operands of a product in one dtype, and the point to pull back to as well."""
     dtype = first.dtype if first.dtype == second.dtype else jnp.float32
     return first.astype(dtype), second.astype(dtype), point.astype(dtype)

@@ -13,10 +13,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from mpjax._mesh import match_varying
 from mpjax._numerics.qarray import QArray
 from mpjax._numerics.scales import check_block
-from mpjax._products.multiply import DimensionNumbers, product
-from mpjax._products.observations import check_scales, hand_on, merge_observations
+from mpjax._products.multiply import DimensionNumbers, multiply
+from mpjax._products.observations import check_scales, observed_amaxes, split_scales
 from mpjax._products.operands import check_operand, check_result, quantize_operand
-from mpjax._products.residuals import first_order, keep
+from mpjax._products.residuals import first_order, protect_from_remat
 from mpjax._recipes.recipe import Recipe
 from mpjax._typing import Array, DType
 
@@ -177,7 +177,7 @@ def observed_dot_general(
     if quantized_rhs is not None:
         dot.check_quantized(rhs, quantized_rhs)
     lhs, rhs, quantized_rhs = match_varying(lhs, rhs, quantized_rhs)
-    scales, later = hand_on(scales)
+    scales, later = split_scales(scales)
     return _dot(dot, lhs, rhs, scales, quantized_rhs), later
 
 
@@ -266,7 +266,7 @@ class _Dot:
             (self.lhs.contracting, self.rhs.contracting),
             (self.lhs.batch, self.rhs.batch),
         )
-        return product(
+        return multiply(
             lhs,
             rhs,
             dims,
@@ -297,7 +297,7 @@ class _Dot:
             spec = (*sharding.spec, *[None] * (len(order) - len(sharding.spec)))
             spec = PartitionSpec(*(spec[i] for i in order))
             sharding = NamedSharding(sharding.mesh, spec)
-        out = product(
+        out = multiply(
             one,
             two,
             dims,
@@ -321,7 +321,13 @@ def _dot_forward(dot, lhs, rhs, scales, quantized_rhs):
     (rhs, kept_rhs), seen_rhs = dot.quantize_rhs(
         rhs, scales, ["out", "lhs_grad"], quantized_rhs
     )
-    residuals = keep(kept_lhs), keep(kept_rhs), seen_lhs, seen_rhs, scales
+    residuals = (
+        protect_from_remat(kept_lhs),
+        protect_from_remat(kept_rhs),
+        seen_lhs,
+        seen_rhs,
+        scales,
+    )
     return dot.out(lhs, rhs), residuals
 
 
@@ -329,7 +335,7 @@ def _dot_backward(dot, residuals, grad):
     lhs, rhs, seen_lhs, seen_rhs, scales = residuals
     grad = first_order(grad)
     (for_lhs, for_rhs), seen_grad = dot.quantize_grad(grad, scales)
-    observed = merge_observations(seen_lhs, seen_rhs, seen_grad, scales)
+    observed = observed_amaxes(seen_lhs, seen_rhs, seen_grad, scales)
     return dot.lhs_grad(for_lhs, rhs), dot.rhs_grad(lhs, for_rhs), observed, None
 
 

@@ -21,7 +21,7 @@ DimensionNumbers: TypeAlias = tuple[
 ]
 
 
-def product(
+def multiply(
     lhs: Operand,
     rhs: Operand,
     dimension_numbers: DimensionNumbers,
@@ -53,7 +53,7 @@ def product(
             lhs, rhs, dimension_numbers, precision, kind, out_sharding=out_sharding
         )
     elif _is_blocked(lhs, lc) or _is_blocked(rhs, rc):
-        out = _blocked(lhs, rhs, dimension_numbers, out_sharding)
+        out = _multiply_blocked(lhs, rhs, dimension_numbers, out_sharding)
     else:
         return _scaled(lhs, rhs, dimension_numbers, dtype, out_sharding)
     return out.astype(dtype)
@@ -67,7 +67,7 @@ def _powers_of_two(*operands: QArray) -> bool:
     return all(q.rounding != "exact" for q in operands)
 
 
-def _blocked(lhs, rhs, dimension_numbers, out_sharding) -> Array:
+def _multiply_blocked(lhs, rhs, dimension_numbers, out_sharding) -> Array:
     """f32, of operands whose scales change along the contraction."""
     # Values times powers of two are exact in bfloat16, so every single product is.
     exact = _powers_of_two(lhs, rhs)
@@ -89,8 +89,8 @@ def _blocked(lhs, rhs, dimension_numbers, out_sharding) -> Array:
     pair = list(lc).index(max(lc)), list(rc).index(max(rc))
     if not (
         pair[0] == pair[1]
-        and _is_mx(lhs, lc)
-        and _is_mx(rhs, rc)
+        and _is_mx_operand(lhs, lc)
+        and _is_mx_operand(rhs, rc)
         and _has_block_scaled_products()
     ):
         return emulate(lhs, rhs)
@@ -119,7 +119,7 @@ def _has_block_scaled_products() -> bool:
     return all(int(major) >= 10 for major in majors if major.isdigit())
 
 
-def _is_mx(q: QArray, contracting: Sequence[int]) -> bool:
+def _is_mx_operand(q: QArray, contracting: Sequence[int]) -> bool:
     """Whether a GPU's block-scaled product takes it, on the device that it is on."""
     kind = jax.typeof(q.qvalue)
     sharded = not kind.sharding.mesh.empty and kind.sharding.mesh.explicit_axes

@@ -48,7 +48,7 @@ def check_scales(recipe: Recipe, scales: Array | None) -> None:
         )
 
 
-def hand_on(scales: Array | None) -> tuple[Array | None, Array | None]:
+def split_scales(scales: Array | None) -> tuple[Array | None, Array | None]:
     """Scales for this call and for the next; both observe one maximum.
 
     Apart from the product, so that ``vmap`` may split that and leave the scales whole.
@@ -67,7 +67,7 @@ _twice.defvjp(
 )
 
 
-def merge_observations(
+def observed_amaxes(
     lhs: Array, rhs: Array, grad: Array, scales: Array | None
 ) -> Array | None:
     """The gradient of a product's scales.
@@ -83,20 +83,20 @@ def merge_observations(
     """
     if scales is None:
         return None
-    observed = jnp.stack(_of_all_examples((lhs, rhs, grad), scales))
+    observed = jnp.stack(_max_over_vmap((lhs, rhs, grad), scales))
     axes = tuple(sorted(varying_axes(observed) - varying_axes(scales), key=str))
     return lax.pmax(observed, axes) if axes else observed
 
 
 @jax.custom_batching.custom_vmap
-def _of_all_examples(amaxes: tuple[Array, ...], scales: Array) -> tuple[Array, ...]:
+def _max_over_vmap(amaxes: tuple[Array, ...], scales: Array) -> tuple[Array, ...]:
     """The same, in as far as no ``vmap`` shares the scales."""
     del scales
     return amaxes
 
 
-@_of_all_examples.def_vmap
-def _maximum_over_examples(axis_size, batched, amaxes, scales):
+@_max_over_vmap.def_vmap
+def _max_over_vmap_rule(axis_size, batched, amaxes, scales):
     del axis_size
     of_examples, share_scales = batched[0], not batched[1]
     merged = []
@@ -106,5 +106,5 @@ def _maximum_over_examples(axis_size, batched, amaxes, scales):
         elif not of_example and not share_scales:
             amax = amax + jnp.zeros_like(scales[..., 0])
         merged.append(amax)
-    merged = _of_all_examples(tuple(merged), scales)
+    merged = _max_over_vmap(tuple(merged), scales)
     return merged, (not share_scales,) * len(merged)

@@ -11,7 +11,7 @@ from mpjax._typing import Array, DType
 RESIDUAL_NAME = "mpjax_quantized"
 
 
-def keep(operand: Operand) -> Operand:
+def protect_from_remat(operand: Operand) -> Operand:
     """What a forward pass hands to the backward pass, apart from what itself reads.
 
     ``jax.checkpoint`` reduces the precision of floats that it keeps and that the

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from mpjax._hardware.targets import get_target
 from mpjax._numerics.formats import format_info
 from mpjax._recipes.scalings import BlockScaling, DelayedScaling, Scaling
-from mpjax._recipes.state import ScalingState, _on_grad
+from mpjax._recipes.state import ScalingState, for_grad
 from mpjax._typing import Array
 
-Product: TypeAlias = Literal["out", "lhs_grad", "rhs_grad"]
-PRODUCTS: tuple[Product, ...] = ("out", "lhs_grad", "rhs_grad")
+ProductName: TypeAlias = Literal["out", "lhs_grad", "rhs_grad"]
+PRODUCTS: tuple[ProductName, ...] = ("out", "lhs_grad", "rhs_grad")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Recipe:
     lhs: Scaling
     rhs: Scaling
     grad: Scaling
-    quantized: tuple[Product, ...] = PRODUCTS
+    quantized: tuple[ProductName, ...] = PRODUCTS
     calibrated: bool = False
 
     def __post_init__(self):
@@ -169,7 +169,7 @@ class Recipe:
         last = state.loss_scale
         if loss_scale is None:
             last, loss_scale = jnp.where(last > 0, last, 1.0), 1.0
-        amaxes = observed / _on_grad(jnp.where(last > 0, last, 1.0))
+        amaxes = observed / for_grad(jnp.where(last > 0, last, 1.0))
         known = jnp.isfinite(amaxes) & (amaxes > 0) & (last[..., None] > 0)
         amaxes = jnp.where(known, amaxes, 0.0)
         history = jnp.concatenate([state.history[..., 1:], amaxes[..., None]], axis=-1)
@@ -208,7 +208,7 @@ class Recipe:
         """
         last = state.loss_scale
         ratio = jnp.where(last > 0, loss_scale / jnp.where(last > 0, last, 1.0), 1.0)
-        scale = jnp.clip(state.scale * _on_grad(ratio), 2.0**-126, 2.0**126)
+        scale = jnp.clip(state.scale * for_grad(ratio), 2.0**-126, 2.0**126)
         return dataclasses.replace(
             state,
             scale=jnp.where(state.scale > 0, scale, 0.0),

@@ -56,7 +56,7 @@ class ScalingState:
     keeps_dtypes: ClassVar[bool] = True
 
 
-def _on_grad(factor: Array) -> Array:
+def for_grad(factor: Array) -> Array:
     """f32[..., 3], 1 for the operands."""
     one = jnp.ones_like(factor)
     return jnp.stack([one, one, factor], axis=-1)

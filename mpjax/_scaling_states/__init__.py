@@ -1,6 +1,6 @@
 """Delayed scaling over the states of a whole model.
 
-May import: `_products`, `_loss_scaling`.
+May import: `_products`, `guarded`.
 
 What every state needs once per step: `update.py`.
 """

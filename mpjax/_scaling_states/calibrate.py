@@ -8,7 +8,7 @@ from jax.core import Tracer
 
 from mpjax._recipes.scalings import DelayedScaling
 from mpjax._recipes.state import ScalingState
-from mpjax._scaling_states.update import _found, _is_state
+from mpjax._scaling_states.update import found_states, is_state
 from mpjax._typing import ArrayTree
 
 
@@ -44,7 +44,7 @@ def calibrate_scaling(states: ArrayTree) -> ArrayTree:
       >>> mpjax.calibrate_scaling(states)["kernel"].recipe.calibrated
       True
     """
-    found = _found(states, ScalingState)
+    found = found_states(states, ScalingState)
     if not any(map(_has_seen_operands, found)):
         raise ValueError(
             "Scaling states are calibrated by at least one step: call update_scaling "
@@ -53,11 +53,11 @@ def calibrate_scaling(states: ArrayTree) -> ArrayTree:
         )
 
     def promise(leaf):
-        if not (_is_state(leaf) and _has_seen_operands(leaf)):
+        if not (is_state(leaf) and _has_seen_operands(leaf)):
             return leaf
         return replace(leaf, recipe=replace(leaf.recipe, calibrated=True))
 
-    return jax.tree.map(promise, states, is_leaf=_is_state)
+    return jax.tree.map(promise, states, is_leaf=is_state)
 
 
 def _has_seen_operands(state: ScalingState) -> bool:

@@ -72,9 +72,9 @@ def update_scaling(
       0.00391
     """
     step = _Step.of(opt_state)
-    structure = jax.tree.structure(states, is_leaf=_is_state)
+    structure = jax.tree.structure(states, is_leaf=is_state)
     new = structure.unflatten(
-        _enter(state, seen, step) for state, seen in _pairs(states, observed)
+        _updated(state, seen, step) for state, seen in _pairs(states, observed)
     )
     return copy_weights(new, params)
 
@@ -113,7 +113,7 @@ def rescale_scaling(states: ArrayTree, opt_state: ArrayTree) -> ArrayTree:
         # A copy for each, or a step to which states are donated gets one array twice.
         return state.recipe.rescale(state, jnp.copy(coming))
 
-    return jax.tree.map(rescale, states, is_leaf=_is_state)
+    return jax.tree.map(rescale, states, is_leaf=is_state)
 
 
 @dataclass(frozen=True)
@@ -134,8 +134,8 @@ class _Step:
     def of(cls, opt_state: ArrayTree | None) -> "_Step":
         if opt_state is None:
             return cls(None, None, None)
-        many = _found(opt_state, optax.MultiStepsState)
-        scales_loss = not many or _found(opt_state, LossScalingState)
+        many = found_states(opt_state, optax.MultiStepsState)
+        scales_loss = not many or found_states(opt_state, LossScalingState)
         applied = [last_step_finite(opt_state)] if scales_loss else []
         for state in many:  # gradients that should_skip_update_fn has turned away
             skip = state.skip_state
@@ -148,7 +148,7 @@ class _Step:
         )
 
 
-def _enter(state: ScalingState, seen: ScalingState, step: _Step) -> ScalingState:
+def _updated(state: ScalingState, seen: ScalingState, step: _Step) -> ScalingState:
     """The state of a product after a step.
 
     Args:
@@ -167,13 +167,13 @@ def _enter(state: ScalingState, seen: ScalingState, step: _Step) -> ScalingState
     if step.made is None:
         entered = recipe.update(state, seen.scale, coming)
     else:
-        entered = _enter_microbatch(state, seen.scale, coming, step.made)
+        entered = _accumulated(state, seen.scale, coming, step.made)
     if step.applied is None:
         return entered
     return select_tree(step.applied, entered, recipe.rescale(state, coming))
 
 
-def _enter_microbatch(
+def _accumulated(
     state: ScalingState, seen: Array, loss_scale: Array, made: Array
 ) -> ScalingState:
     """Merges the amaxes of a microbatch into the step that they belong to.
@@ -216,7 +216,7 @@ def _pairs(states: ArrayTree, observed: ArrayTree) -> list[tuple[Any, Any]]:
         state, seen = wanted.get(path), found.get(path)
         if state is None or seen is None:
             wrong = f"{name} is only in {'states' if seen is None else 'observed'}"
-        elif not (_is_state(state) and _is_state(seen)):
+        elif not (is_state(state) and is_state(seen)):
             kinds = type(seen).__name__, type(state).__name__
             wrong = f"{name} is a {kinds[0]} for a {kinds[1]}, and no ScalingState"
         elif seen.scale.shape != state.scale.shape:
@@ -233,17 +233,17 @@ def _pairs(states: ArrayTree, observed: ArrayTree) -> list[tuple[Any, Any]]:
 
 
 def _by_path(tree: ArrayTree) -> dict[Any, Any]:
-    return dict(jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_state)[0])
+    return dict(jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_state)[0])
 
 
 def _all(conditions: list[Array]) -> Array | None:
     return functools.reduce(operator.and_, conditions) if conditions else None
 
 
-def _found(tree: ArrayTree, kind: type) -> list[Any]:
+def found_states(tree: ArrayTree, kind: type) -> list[Any]:
     leaves = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, kind))
     return [node for node in leaves if isinstance(node, kind)]
 
 
-def _is_state(node) -> bool:
+def is_state(node) -> bool:
     return isinstance(node, ScalingState)

@@ -76,7 +76,7 @@ def keep_weights(states: ArrayTree, params: ArrayTree) -> ArrayTree:
         found += 1
         return with_copy(state, kernel, path)
 
-    new = jax.tree_util.tree_map_with_path(keep, states, is_leaf=_is_state)
+    new = jax.tree_util.tree_map_with_path(keep, states, is_leaf=_is_scaling_state)
     if not found:
         raise ValueError(
             "keep_weights takes scaling states and the parameters at the same paths, "
@@ -104,9 +104,9 @@ def drop_weights(states: ArrayTree) -> ArrayTree:
       None
     """
     return jax.tree.map(
-        lambda leaf: replace(leaf, weight=None) if _is_state(leaf) else leaf,
+        lambda leaf: replace(leaf, weight=None) if _is_scaling_state(leaf) else leaf,
         states,
-        is_leaf=_is_state,
+        is_leaf=_is_scaling_state,
     )
 
 
@@ -122,10 +122,10 @@ def with_copy(state: ScalingState, kernel: Array, path=()) -> ScalingState:
             f"The state of {keystr(path)} is one of {stacked} stacked layers, got a "
             f"parameter of shape {kernel.shape}: stack both along the first axes."
         )
-    return refresh(state, kernel)
+    return refreshed_copy(state, kernel)
 
 
-def refresh(state: ScalingState, kernel: Array) -> ScalingState:
+def refreshed_copy(state: ScalingState, kernel: Array) -> ScalingState:
     """The copy of a new kernel, by the scale that the state has now."""
     scaling = state.recipe.rhs
     assert isinstance(scaling, DelayedScaling)
@@ -174,9 +174,9 @@ def copy_weights(states: ArrayTree, params: ArrayTree | None) -> ArrayTree:
                 "would keep an old one: call update_scaling(states, observed, "
                 "opt_state, params) with the new parameters."
             )
-        return refresh(state, kernel)
+        return refreshed_copy(state, kernel)
 
-    return jax.tree_util.tree_map_with_path(copy, states, is_leaf=_is_state)
+    return jax.tree_util.tree_map_with_path(copy, states, is_leaf=_is_scaling_state)
 
 
 def seen_by_copy(state: ScalingState, seen: ScalingState) -> ScalingState:
@@ -197,5 +197,5 @@ def _at(tree: ArrayTree, path) -> Array | None:
     return leaves[0] if len(leaves) == 1 else None
 
 
-def _is_state(node) -> bool:
+def _is_scaling_state(node) -> bool:
     return isinstance(node, ScalingState)

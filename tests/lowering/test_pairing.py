@@ -11,7 +11,7 @@ import mpjax.lowering
 from mpjax._inspection.products import is_product
 from mpjax._inspection.steps import steps
 from mpjax._lowering.hlo import Module
-from mpjax._lowering.pairing import match
+from mpjax._lowering.pairing import pair_products
 
 Struct = jax.ShapeDtypeStruct
 BF16, F32 = jnp.bfloat16, jnp.float32
@@ -207,6 +207,6 @@ def test_nameless_products(name, unexplained, shape):
     program = jax.jit(jnp.dot).trace(full(*shape), other).jaxpr
     (product,) = (step for step in steps(program, "cpu") if is_product(step))
     module = Module(PROGRAM.replace("METADATA", name))
-    found, left = match({0: product}, module.products, 1)
+    found, left = pair_products({0: product}, module.products, 1)
     assert len(left) == unexplained
     assert set(found) == ({0} if shape == (3, 5) or "mpjax" in name else set())

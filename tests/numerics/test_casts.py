@@ -13,7 +13,7 @@ import mpjax
 from mpjax._numerics import casts as numerics
 from mpjax._numerics import formats
 
-FORMATS = list(formats._FORMATS)
+FORMATS = list(formats.FORMATS)
 FLOAT6 = [name for name in FORMATS if name.startswith("float6")]
 FLOAT8 = [name for name in FORMATS if mpjax.format_info(name).is_float8]
 # float8_e8m0fnu has a test of its own: no zero and no sign
@@ -58,7 +58,7 @@ def test_cast_is_nearest_on_every_value_and_midpoint(name):
 @pytest.mark.parametrize("name", SIGNED)
 def test_grid_is_nearest_on_every_value_and_midpoint(name):
     x = probes(name)
-    rounded = jax.jit(lambda x: numerics.round_to_grid(x, dtype(name)))(x)
+    rounded = jax.jit(lambda x: numerics.round_to_format(x, dtype(name)))(x)
     assert rounded.dtype == jnp.float32
     np.testing.assert_array_equal(rounded, reference.round_nearest(x, name))
 
@@ -100,7 +100,7 @@ def test_cast_of_inf_and_nan(name):
 def test_grid_and_stochastic_rounding_share_the_rule_for_inf_and_nan(name):
     x = np.array([np.inf, -np.inf, np.nan], np.float32)
     cast = numerics.saturating_cast(x, dtype(name))
-    same(numerics.round_to_grid(x, dtype(name)), cast)
+    same(numerics.round_to_format(x, dtype(name)), cast)
     same(numerics.stochastic_round(x, dtype(name), jax.random.key(0)), cast)
 
 
@@ -152,15 +152,17 @@ def test_wider_dtypes_are_cast_as_ever():
 
 def test_grid_keeps_the_dtype_and_refuses_one_too_narrow():
     x = jnp.array([0.3, -500.0], jnp.bfloat16)
-    rounded = numerics.round_to_grid(x, jnp.float8_e4m3fn)
+    rounded = numerics.round_to_format(x, jnp.float8_e4m3fn)
     assert rounded.dtype == jnp.bfloat16
     same(rounded, [0.3125, -448])
     with pytest.raises(TypeError, match="holds every value of float16, got bfloat16"):
-        numerics.round_to_grid(x, jnp.float16)
+        numerics.round_to_format(x, jnp.float16)
 
 
 @pytest.mark.parametrize(
-    "cast", [numerics.saturating_cast, numerics.round_to_grid], ids=lambda f: f.__name__
+    "cast",
+    [numerics.saturating_cast, numerics.round_to_format],
+    ids=lambda f: f.__name__,
 )
 def test_gradient_is_straight_through_inside_the_range(cast):
     def loss(x):
@@ -185,7 +187,7 @@ def test_integers_have_no_gradient(dtype):
 
 
 def test_gradient_through_the_grid_is_not_rounded():
-    gradient = jax.grad(lambda x: numerics.round_to_grid(x, jnp.float8_e4m3fn) * 1e-4)
+    gradient = jax.grad(lambda x: numerics.round_to_format(x, jnp.float8_e4m3fn) * 1e-4)
     assert gradient(jnp.float32(1.0)) == np.float32(1e-4)
 
 
@@ -247,7 +249,7 @@ def test_on_an_accelerator_the_cast_is_the_hardwares():
     "call",
     [
         lambda x: numerics.saturating_cast(x, jnp.float8_e5m2),
-        lambda x: numerics.round_to_grid(x, jnp.float8_e5m2),
+        lambda x: numerics.round_to_format(x, jnp.float8_e5m2),
         lambda x: numerics.stochastic_round(x, jnp.float8_e5m2, jax.random.key(0)),
     ],
 )
@@ -257,7 +259,7 @@ def test_integers_are_refused(call):
 
 
 def test_fp6_arrays_are_refused_with_the_remedy():
-    with pytest.raises(TypeError, match="round_to_grid gives its values"):
+    with pytest.raises(TypeError, match="round_to_format gives its values"):
         numerics.saturating_cast(jnp.ones(2), dtype("float6_e2m3fn"))
 
 
@@ -266,6 +268,6 @@ def test_float64_saturates_too():
         x = jnp.array([1.3, 1e300, -1e300, jnp.inf], jnp.float64)
         cast = numerics.saturating_cast(x, jnp.float8_e5m2)
         same(cast, [1.25, 57344, -57344, np.inf])
-        rounded = numerics.round_to_grid(x, jnp.float8_e5m2)
+        rounded = numerics.round_to_format(x, jnp.float8_e5m2)
         assert rounded.dtype == jnp.float64
         same(rounded, cast)

@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from mpjax._layers.multiplier import LayerProducts
+from mpjax._layers.multiplier import Multiplier
 from mpjax._products.conv import observed_conv_general_dilated
 from mpjax._products.dot_general import observed_dot_general
 from mpjax._products.einsum import observed_einsum
@@ -45,7 +45,7 @@ def layer(x, w, scales):
     def read(name):
         return dataclasses.replace(RECIPE.init(), scale=held[name])
 
-    products = LayerProducts("", RECIPE, 1, read, held.__setitem__, set())
+    products = Multiplier("", RECIPE, 1, read, held.__setitem__, set())
     dims = (((1,), (0,)), ((), ()))
     y = products.dot_general(x, w, dims)
     return y + products.dot_general(x / 2, w, dims), held["kernel"]
