@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, get_args
 
 from mpjax._hardware.targets import Platform
-from mpjax._inspection.detectors import suspicious_steps
-from mpjax._inspection.findings import REMEDIES, Finding
+from mpjax._inspection.findings import KINDS, Finding, suspicious_steps
 from mpjax._inspection.products import (
     TracedProduct,
     dtype_name,
@@ -86,14 +85,16 @@ class Census:
             self._found(),
         ]
         columns = "path", "pass", "n", "what", "line"
-        for kind, remedy in REMEDIES.items():
+        for kind in KINDS.values():
             rows = [
                 (relative_to(path, above), *rest, line.split(" in ")[0])
                 for own, *rest, line, path in self._alike()
-                if own == kind
+                if own == kind.name
             ]
             if rows:
-                tables.append(render(rows, columns, f"{kind}: {remedy}", WIDTH))
+                tables.append(
+                    render(rows, columns, f"{kind.name}: {kind.remedy}", WIDTH)
+                )
         return "\n\n".join(tables)
 
     def _repr_html_(self):

@@ -1,7 +1,9 @@
 """The census counts as the definition says, and names what is wrong with a model."""
 
 import functools
-import time
+import pathlib
+import re
+import typing
 
 import flax.linen as nn
 import jax
@@ -15,6 +17,7 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 import mpjax
 import mpjax.linen
 import mpjax.lowering
+from mpjax._inspection import findings as findings_table
 from mpjax._inspection import steps, tags
 
 Struct = jax.ShapeDtypeStruct
@@ -403,7 +406,7 @@ def test_promotions_are_caught_without_names():
         (lax.rsqrt, "statistics", "rsqrt in bfloat16"),
         (
             lambda x: x.astype(F32).T.astype(BF16),
-            "round trip",
+            "round_trip",
             "bfloat16 to float32 and back",
         ),
         (
@@ -479,6 +482,34 @@ def test_a_router_in_float32_is_meant(options, where, remat):
     assert where or not found
 
 
+def test_a_kind_is_one_row(monkeypatch):
+    def sines(program):
+        for index, step in enumerate(program):
+            if step.eqn.primitive.name == "sin":
+                yield index, "a sine"
+
+    kind = findings_table.FindingKind("sine", "A sine.", sines, "Take a cosine.")
+    monkeypatch.setitem(findings_table.KINDS, "sine", kind)
+    made = census(lambda x: jnp.exp(jnp.sin(x)), half(4))
+    assert [f.kind for f in made.findings] == ["sine", "exponential"]
+    sine = made.findings[0]
+    assert (sine.detail, sine.remedy) == ("a sine", "Take a cosine.")
+    assert "sine: Take a cosine." in str(made)
+    assert made.to_dict()["findings"][0]["remedy"] == "Take a cosine."
+
+
+def test_kinds_are_named_and_documented():
+    names = list(findings_table.KINDS)
+    assert names == list(typing.get_args(findings_table.Kind))
+    documented = re.findall(r'^\s*- "(\w+)": ', findings_table.Finding.__doc__, re.M)
+    assert documented == names
+    page = pathlib.Path(__file__).parents[2] / "docs" / "lowering.md"
+    rows = re.findall(r"^\| `(\w+)` \| (.*) \| (.*) \|$", page.read_text(), re.M)
+    kinds = findings_table.KINDS.values()
+    shown = [(name, text, remedy.replace("`", "")) for name, text, remedy in rows]
+    assert shown == [(k.name, k.meaning, k.remedy) for k in kinds]
+
+
 def test_policies_with_a_name_leave_nothing_to_find():
     for policy in ("mixed_bfloat16", "mixed_float16"):
         model = mpjax.linen.MixedPrecision(Model(positions=None), policy)
@@ -490,11 +521,10 @@ def test_a_platform_that_is_none_is_refused():
         census(jnp.dot, half(4, 4), half(4, 4), platform="gpu")
 
 
-def test_takes_milliseconds_and_makes_no_array():
+def test_makes_no_array():
     x = Struct((2**15, 2**15), BF16)
-    before, start = len(jax.live_arrays()), time.perf_counter()
+    before = len(jax.live_arrays())
     made = census(loop, x)
-    assert time.perf_counter() - start < 2
     assert made.flops == 5 * 2 * 2**45 and len(jax.live_arrays()) == before
 
 
