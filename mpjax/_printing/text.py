@@ -2,24 +2,31 @@
 
 import re
 
+from mpjax._numerics.formats import find_format
+
 WIDTH = 100  # of a terminal, in characters
 
 
 def short_dtypes(dtypes: str) -> str:
-    """Shortens names of dtypes.
+    """Replaces the names of dtypes in a text by their short ones.
 
     Example:
-      >>> brief("float8_e4m3fn x bfloat16 -> float32")
+      >>> short_dtypes("float8_e4m3fn x bfloat16 -> float32")
       'e4m3fn x bf16 -> f32'
     """
-    return re.sub(r"float\d_(?=e)", "", dtypes).replace("float", "f")
+    return re.sub(r"[a-z]+\d\w*", _brief_name, dtypes)
+
+
+def _brief_name(found: re.Match[str]) -> str:
+    fmt = find_format(found[0])
+    return found[0] if fmt is None else fmt.brief_name
 
 
 def si_number(number: float) -> str:
     """Shortens a number and leaves room for a unit.
 
     Example:
-      >>> short(1234567) + "B"
+      >>> si_number(1234567) + "B"
       '1.23 MB'
     """
     power = 0
