@@ -4,24 +4,12 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
+from mpjax._numerics.formats import Format, all_formats, find_format
 from mpjax._tree import cast_floating
 from mpjax._typing import ArrayTree, DType
 
-dtype_to_names = {
-    np.float64: ("f64", "float64"),
-    np.float32: ("f32", "float32", "full"),
-    np.float16: ("f16", "float16"),
-    ml_dtypes.bfloat16: ("bf16", "bfloat16"),
-    ml_dtypes.float8_e4m3fn: ("f8_e4m3fn", "float8_e4m3fn"),
-    ml_dtypes.float8_e5m2: ("f8_e5m2", "float8_e5m2"),
-    ml_dtypes.float8_e4m3fnuz: ("f8_e4m3fnuz", "float8_e4m3fnuz"),
-    ml_dtypes.float8_e5m2fnuz: ("f8_e5m2fnuz", "float8_e5m2fnuz"),
-}
-
-_NAME_TO_DTYPE = {n: jnp.dtype(d) for d, names in dtype_to_names.items() for n in names}
 _KEYS = {
     "p": "param_dtype",
     "params": "param_dtype",
@@ -92,9 +80,10 @@ class Policy:
         return dataclasses.replace(self, output_dtype=output_dtype)
 
     def __str__(self):
+        formats = {f.dtype: f.short_name for f in policy_formats()}
         p, c, o = (
-            dtype_to_names[d.type][0]
-            for d in (self.param_dtype, self.compute_dtype, self.output_dtype)
+            formats[dtype]
+            for dtype in (self.param_dtype, self.compute_dtype, self.output_dtype)
         )
         return f"p={p},c={c},o={o}"
 
@@ -155,6 +144,11 @@ def get_policy(policy: str | Policy | DType) -> Policy:
     return Policy(**dtypes)
 
 
+def policy_formats() -> list[Format]:
+    """The formats that a policy may have: floats of 16 bits and more, and fp8."""
+    return [f for f in all_formats() if f.is_float8 or f.bits > 8]
+
+
 def half_dtype() -> np.dtype:
     """The 16-bit dtype of the default backend: bfloat16 on a TPU, else float16."""
     return jnp.dtype(jnp.bfloat16 if jax.default_backend() == "tpu" else jnp.float16)
@@ -171,7 +165,7 @@ def cast_to_half(tree: ArrayTree) -> ArrayTree:
 
 
 def parse_dtype(name: str) -> np.dtype:
-    """Reads a dtype from its name or short form, or ``half``.
+    """Reads a dtype from its name or short form, or ``full`` or ``half``.
 
     Raises:
       ValueError: the name is not one of the table's.
@@ -182,13 +176,16 @@ def parse_dtype(name: str) -> np.dtype:
     """
     if name == "half":
         return half_dtype()
-    if name not in _NAME_TO_DTYPE:
+    if name == "full":
+        return jnp.dtype(jnp.float32)
+    dtypes = {n: f.dtype for f in policy_formats() for n in (f.short_name, f.name)}
+    if name not in dtypes:
         raise ValueError(
             f"Unknown dtype {name!r} in a policy. Use one of "
-            f"{', '.join([*_NAME_TO_DTYPE, 'half'])}, or mixed_bfloat16, "
+            f"{', '.join([*dtypes, 'full', 'half'])}, or mixed_bfloat16, "
             "mixed_float16, mixed_float8."
         )
-    return _NAME_TO_DTYPE[name]
+    return dtypes[name]
 
 
 def spelled_like(given: DType, dtype: np.dtype) -> DType:
@@ -208,10 +205,10 @@ def _floating_dtype(dtype) -> np.dtype:
         dtype = jnp.dtype(dtype)
     except TypeError as error:
         raise ValueError(f"A policy is made of dtypes, got {dtype!r}.") from error
-    if dtype.type not in dtype_to_names:
+    if find_format(dtype.name) not in policy_formats():
         raise ValueError(
             f"A policy is made of real floating dtypes, got {dtype.name}. Use one of "
-            f"{', '.join(names[-1] for names in dtype_to_names.values())}."
+            f"{', '.join(f.name for f in policy_formats())}."
         )
     if dtype == np.float64 and not jax.config.read("jax_enable_x64"):
         raise ValueError(

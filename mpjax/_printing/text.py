@@ -2,17 +2,24 @@
 
 import re
 
+from mpjax._numerics.formats import find_format
+
 WIDTH = 100  # of a terminal, in characters
 
 
 def short_dtypes(dtypes: str) -> str:
-    """Shortens names of dtypes.
+    """Replaces the names of dtypes in a text by their short ones.
 
     Example:
       >>> short_dtypes("float8_e4m3fn x bfloat16 -> float32")
       'e4m3fn x bf16 -> f32'
     """
-    return re.sub(r"float\d_(?=e)", "", dtypes).replace("float", "f")
+    return re.sub(r"[a-z]+\d\w*", _brief_name, dtypes)
+
+
+def _brief_name(found: re.Match[str]) -> str:
+    fmt = find_format(found[0])
+    return found[0] if fmt is None else fmt.brief_name
 
 
 def si_number(number: float) -> str:
