@@ -16,7 +16,7 @@ from flax import nnx
 
 from mpjax._layers.region import running_policy
 from mpjax._nnx.parameters import map_params, reader_for, unwrap_for_storage
-from mpjax._nnx.recipes import HOOKS, replacement_for, replacement_method
+from mpjax._nnx.recipes import hook_names, replacement_for, replacement_method
 from mpjax._nnx.scope_names import note, scope
 from mpjax._policies.policy import Policy, get_policy, spelled_like
 from mpjax._policies.rule import Rule
@@ -136,7 +136,7 @@ def _public_methods(bare: type) -> Iterator[str]:
 def _getattribute(bare: type, rule: Rule | None) -> Callable:
     inherited: Callable = bare.__getattribute__
     policy = None if rule is None else get_policy(rule.policy)
-    hooks = () if rule is None or rule.recipe is None else HOOKS
+    hooks = () if rule is None or rule.recipe is None else hook_names(bare)
 
     def getattribute(self, name):
         value = inherited(self, name)

@@ -383,7 +383,7 @@ def test_entries_that_keep_their_inputs():
         (
             lambda r: nnx.ConvTranspose(8, 4, 3, padding="CIRCULAR", rngs=r),
             CURRENT,
-            "pads in circles",
+            "has circular padding",
         ),
         (
             lambda r: nnx.Sequential(nnx.Linear(8, 4, dot_general=dot, rngs=r)),
