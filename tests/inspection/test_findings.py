@@ -9,7 +9,6 @@ from flawed_model import Model, forward
 from flax import nnx
 from jax import lax
 
-import mpjax
 import mpjax.linen
 import mpjax.lowering
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import reference
 
-import mpjax
+from mpjax import numerics
 from mpjax._numerics import formats
 
-FORMATS = list(formats._FORMATS)
+FORMATS = list(formats.FORMATS)
 
 
 def dtype(name):
@@ -20,7 +20,7 @@ def dtype(name):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_table_agrees_with_ml_dtypes(name):
-    fmt = mpjax.format_info(name)
+    fmt = numerics.format_info(name)
     assert fmt.dtype == dtype(name)
     if name.startswith("int"):
         info = ml_dtypes.iinfo(fmt.dtype)
@@ -42,4 +42,4 @@ def test_table_agrees_with_ml_dtypes(name):
 
 def test_a_dtype_outside_the_table_is_named():
     with pytest.raises(TypeError, match="float32 is no low-precision format"):
-        mpjax.format_info(jnp.float32)
+        numerics.format_info(jnp.float32)
