@@ -10,8 +10,6 @@ import pytest
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
-import mpjax
-import mpjax.linen
 import mpjax.lowering
 
 Struct = jax.ShapeDtypeStruct

@@ -13,7 +13,6 @@ from flawed_model import Model, forward
 from flax import nnx
 from jax import lax
 
-import mpjax
 import mpjax.linen
 import mpjax.lowering
 from mpjax._inspection import findings as findings_table

@@ -15,8 +15,6 @@ from linen_models import RNGS, X
 from nnx_models import Attention, inputs, loss_and_gradient, rngs
 
 import mpjax
-import mpjax.linen
-import mpjax.nnx
 from mpjax.linen import MixedPrecision
 from mpjax.nnx import mixed_precision
 

@@ -8,8 +8,6 @@ import pytest
 from helpers import normal
 
 import mpjax
-import mpjax.linen
-import mpjax.nnx
 
 E4M3, E5M2 = jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e5m2)
 

@@ -11,7 +11,6 @@ from linen_models import Block, Outer, OwnParams, X
 
 import mpjax
 import mpjax.linen
-import mpjax.nnx
 from mpjax.linen import MixedPrecision
 
 BF16 = jnp.dtype(jnp.bfloat16)

@@ -12,8 +12,6 @@ from jaxprs import dots
 from linen_models import RNGS, Compact, Head, Jitted, X
 
 import mpjax
-import mpjax.linen
-import mpjax.nnx
 from mpjax.linen import MixedPrecision
 
 BF16 = jnp.dtype(jnp.bfloat16)

@@ -9,7 +9,6 @@ from jaxprs import dots
 from linen_models import Head, X
 
 import mpjax
-import mpjax.linen
 import mpjax.nnx
 from mpjax.linen import MixedPrecision
 

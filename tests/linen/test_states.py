@@ -13,7 +13,6 @@ from helpers import normal
 from linen_models import Twice
 
 import mpjax
-import mpjax.linen
 from mpjax.linen import MixedPrecision
 
 

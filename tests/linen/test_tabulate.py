@@ -8,7 +8,6 @@ from linen_models import Jitted, X
 
 import mpjax
 import mpjax.linen
-import mpjax.nnx
 from mpjax.linen import MixedPrecision
 
 KEY = jax.random.key(0)

@@ -26,8 +26,6 @@ from linen_models import (
 )
 
 import mpjax
-import mpjax.linen
-import mpjax.nnx
 from mpjax.linen import MixedPrecision
 
 BF16 = jnp.dtype(jnp.bfloat16)

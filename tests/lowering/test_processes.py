@@ -14,10 +14,7 @@ import jax.numpy as jnp
 import pytest
 from lowering_programs import PAIR, dot
 
-import mpjax
-import mpjax.linen
 import mpjax.lowering
-import mpjax.nnx
 
 Struct = jax.ShapeDtypeStruct
 BF16, F16, F32 = jnp.bfloat16, jnp.float16, jnp.float32

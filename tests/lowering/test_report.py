@@ -12,7 +12,6 @@ from jax import lax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from lowering_programs import PAIR, dot
 
-import mpjax
 import mpjax.lowering
 
 Struct = jax.ShapeDtypeStruct

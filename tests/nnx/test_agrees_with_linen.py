@@ -14,9 +14,7 @@ from layer_pairs import LAYERS as PAIRS
 from layer_pairs import PAIRED
 from nnx_models import Transformer, inputs, loss_and_gradient, rngs
 
-import mpjax
 import mpjax.linen
-import mpjax.nnx
 from mpjax.nnx import mixed_precision
 
 F32 = jnp.dtype(jnp.float32)

@@ -10,8 +10,6 @@ from flax import nnx
 from helpers import normal
 from nnx_models import Transformer, inputs, rngs
 
-import mpjax
-import mpjax.linen
 import mpjax.nnx
 from mpjax.nnx import mixed_precision
 

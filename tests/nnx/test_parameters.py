@@ -9,7 +9,6 @@ from helpers import normal
 from nnx_models import MLP, Tied, rngs
 
 import mpjax
-import mpjax.linen
 import mpjax.nnx
 from mpjax.nnx import mixed_precision
 

@@ -24,7 +24,6 @@ from layer_pairs import LAYERS, PAIRED
 from nnx_models import Foreign, RoutedBlock, rngs
 
 import mpjax
-import mpjax.linen
 import mpjax.nnx
 from mpjax.nnx import mixed_precision
 

@@ -11,8 +11,6 @@ from flax import nnx
 from nnx_models import Probe, Transformer, mlp, rngs
 
 import mpjax
-import mpjax.linen
-import mpjax.nnx
 from mpjax.nnx import mixed_precision
 
 F32 = jnp.dtype(jnp.float32)

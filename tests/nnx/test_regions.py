@@ -11,8 +11,6 @@ from jaxprs import dots
 from nnx_models import SEEN, Probe, Stack, jaxpr_of, rngs
 
 import mpjax
-import mpjax.linen
-import mpjax.nnx
 from mpjax.nnx import mixed_precision
 
 BF16 = jnp.dtype(jnp.bfloat16)

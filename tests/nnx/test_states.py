@@ -23,7 +23,6 @@ from helpers import normal
 from nnx_models import Foreign, RoutedBlock, Twice, rngs
 
 import mpjax
-import mpjax.linen
 import mpjax.nnx
 from mpjax.nnx import Scaling, mixed_precision
 

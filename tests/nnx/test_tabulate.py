@@ -3,7 +3,6 @@
 from nnx_models import MLP, OwnParams, rngs
 
 import mpjax
-import mpjax.linen
 import mpjax.nnx
 from mpjax.nnx import mixed_precision
 

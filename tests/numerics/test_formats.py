@@ -11,6 +11,7 @@ import pytest
 import reference
 
 import mpjax
+from mpjax import numerics
 from mpjax._lowering.matrix_units import dtype_of_hlo
 from mpjax._numerics import formats
 from mpjax._printing.text import short_dtypes
@@ -24,7 +25,7 @@ def dtype(name):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_table_agrees_with_ml_dtypes(name):
-    fmt = mpjax.format_info(name)
+    fmt = numerics.format_info(name)
     assert fmt.dtype == dtype(name)
     assert fmt.is_integer == name.startswith("int")
     if fmt.is_integer:
@@ -62,11 +63,11 @@ def test_the_rows_of_wide_formats_agree_with_numpy(name):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_xla_calls_a_format_by_its_name_of_hlo(name):
-    fmt = mpjax.format_info(name)
+    fmt = numerics.format_info(name)
     if not fmt.has_arrays:
         with pytest.raises(jax.errors.JaxRuntimeError, match="Invalid XLA Primitive"):
             jnp.zeros(3, fmt.dtype)
-        fmt = mpjax.format_info(fmt.stored_as)
+        fmt = numerics.format_info(fmt.stored_as)
     text = jax.jit(lambda x: x).lower(jnp.zeros(3, fmt.dtype)).as_text("hlo")
     assert f" {fmt.hlo_name}[3]" in text
 
@@ -136,4 +137,4 @@ def test_a_float8_is_one_row(monkeypatch):
 
 def test_a_dtype_outside_the_table_is_named():
     with pytest.raises(TypeError, match="float32 is no low-precision format"):
-        mpjax.format_info(jnp.float32)
+        numerics.format_info(jnp.float32)

@@ -5,7 +5,7 @@ import pytest
 import reference
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-import mpjax._numerics.qarray as qarray
+import mpjax
 
 E4M3, E8M0 = jnp.float8_e4m3fn, jnp.float8_e8m0fnu
 
@@ -30,14 +30,14 @@ def normal(*shape, dtype=np.float32):
 def test_quantize_equals_the_oracle_bit_for_bit(shape, block, name, rounding):
     x = normal(*shape)
     q = jax.jit(
-        lambda x: qarray.quantize(
+        lambda x: mpjax.quantize(
             x, reference.dtype(name), block=block, rounding=rounding
         )
     )(x)
     values, _ = reference.quantize(x, name, block, rounding)
     np.testing.assert_array_equal(reference.as_float64(q.qvalue), values)
     np.testing.assert_array_equal(
-        qarray.dequantize(q),
+        mpjax.dequantize(q),
         reference.fake_quantize(x, name, block, rounding).astype(np.float32),
     )
 
@@ -57,13 +57,13 @@ def test_quantize_equals_the_oracle_bit_for_bit(shape, block, name, rounding):
 @pytest.mark.parametrize("rounding", ["exact", "up"])
 def test_signal_to_noise(name, block, decibels, rounding):
     x = normal(64, 256)
-    q = qarray.quantize(x, reference.dtype(name), block=block, rounding=rounding)
-    assert reference.sqnr(x, qarray.dequantize(q)) > decibels
+    q = mpjax.quantize(x, reference.dtype(name), block=block, rounding=rounding)
+    assert reference.sqnr(x, mpjax.dequantize(q)) > decibels
 
 
 def test_fp6_values_are_kept_in_an_8_bit_float():
     x = normal(4, 64)
-    q = qarray.quantize(x, reference.dtype("float6_e2m3fn"), block=(1, 32))
+    q = mpjax.quantize(x, reference.dtype("float6_e2m3fn"), block=(1, 32))
     assert q.dtype == E4M3
     values, _ = reference.quantize(x, "float6_e2m3fn", (1, 32))
     np.testing.assert_array_equal(reference.as_float64(q.qvalue), values)
@@ -71,31 +71,31 @@ def test_fp6_values_are_kept_in_an_8_bit_float():
 
 def test_mx_scales_are_bytes():
     x = normal(4, 70)
-    q = qarray.quantize(x, E4M3, block=(1, 32), rounding="up", scale_dtype=E8M0)
+    q = mpjax.quantize(x, E4M3, block=(1, 32), rounding="up", scale_dtype=E8M0)
     assert q.scale.dtype == E8M0 and q.scale.shape == (4, 3)
-    plain = qarray.quantize(x, E4M3, block=(1, 32), rounding="up")
-    np.testing.assert_array_equal(qarray.dequantize(q), qarray.dequantize(plain))
+    plain = mpjax.quantize(x, E4M3, block=(1, 32), rounding="up")
+    np.testing.assert_array_equal(mpjax.dequantize(q), mpjax.dequantize(plain))
 
 
 def test_powers_of_two_dequantize_exactly_to_bfloat16():
-    q = qarray.quantize(normal(8, 64), E4M3, block=(1, 32), rounding="up")
-    exact = qarray.dequantize(q)
+    q = mpjax.quantize(normal(8, 64), E4M3, block=(1, 32), rounding="up")
+    exact = mpjax.dequantize(q)
     np.testing.assert_array_equal(
-        qarray.dequantize(q, jnp.bfloat16).astype(jnp.float32), exact
+        mpjax.dequantize(q, jnp.bfloat16).astype(jnp.float32), exact
     )
 
 
 def test_zeros_stay_zeros():
-    q = qarray.quantize(jnp.zeros((2, 3)), E4M3, block=(1, -1))
+    q = mpjax.quantize(jnp.zeros((2, 3)), E4M3, block=(1, -1))
     np.testing.assert_array_equal(q.scale, np.ones((2, 1)))
-    np.testing.assert_array_equal(qarray.dequantize(q), np.zeros((2, 3)))
+    np.testing.assert_array_equal(mpjax.dequantize(q), np.zeros((2, 3)))
 
 
 @pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2", "int8"])
 @pytest.mark.parametrize("bad", [np.inf, np.nan])
 def test_what_is_not_finite_spoils_its_own_block_visibly(name, bad):
     x = normal(2, 4).at[0, 1].set(bad)
-    x = qarray.dequantize(qarray.quantize(x, reference.dtype(name), block=(1, -1)))
+    x = mpjax.dequantize(mpjax.quantize(x, reference.dtype(name), block=(1, -1)))
     assert not np.isfinite(x[0, 1])
     assert np.all(np.isfinite(x[1]))
 
@@ -104,48 +104,48 @@ def test_it_passes_through_jit_vmap_and_scan():
     x = normal(3, 5, 8)
 
     def round_trip(x):
-        return qarray.dequantize(qarray.quantize(x, E4M3, block=(2, 4)))
+        return mpjax.dequantize(mpjax.quantize(x, E4M3, block=(2, 4)))
 
     expected = np.stack([round_trip(part) for part in x])
-    stacked = jax.jit(jax.vmap(lambda x: qarray.quantize(x, E4M3, block=(2, 4))))(x)
-    assert isinstance(stacked, qarray.QArray) and stacked.shape == (3, 5, 8)
-    np.testing.assert_array_equal(qarray.dequantize(stacked), expected)
-    _, scanned = jax.lax.scan(lambda _, q: (None, qarray.dequantize(q)), None, stacked)
+    stacked = jax.jit(jax.vmap(lambda x: mpjax.quantize(x, E4M3, block=(2, 4))))(x)
+    assert isinstance(stacked, mpjax.QArray) and stacked.shape == (3, 5, 8)
+    np.testing.assert_array_equal(mpjax.dequantize(stacked), expected)
+    _, scanned = jax.lax.scan(lambda _, q: (None, mpjax.dequantize(q)), None, stacked)
     np.testing.assert_array_equal(scanned, expected)
 
 
 def test_it_is_sharded_like_its_array():
     mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
     x = jax.device_put(normal(16, 32), NamedSharding(mesh, PartitionSpec("d", None)))
-    q = jax.jit(lambda x: qarray.quantize(x, E4M3, block=(1, 16)))(x)
+    q = jax.jit(lambda x: mpjax.quantize(x, E4M3, block=(1, 16)))(x)
     assert q.qvalue.sharding.spec[0] == "d"
-    reference_q = qarray.quantize(normal(16, 32), E4M3, block=(1, 16))
-    np.testing.assert_array_equal(qarray.dequantize(q), qarray.dequantize(reference_q))
+    reference_q = mpjax.quantize(normal(16, 32), E4M3, block=(1, 16))
+    np.testing.assert_array_equal(mpjax.dequantize(q), mpjax.dequantize(reference_q))
 
 
 def test_a_tree_map_sees_two_leaves_with_names():
-    leaves, _ = jax.tree_util.tree_flatten_with_path(qarray.quantize(normal(2), E4M3))
+    leaves, _ = jax.tree_util.tree_flatten_with_path(mpjax.quantize(normal(2), E4M3))
     assert [jax.tree_util.keystr(path) for path, _ in leaves] == [".qvalue", ".scale"]
 
 
 def test_bad_input_is_refused():
     with pytest.raises(TypeError, match="floating array, got int32"):
-        qarray.quantize(jnp.arange(3), E4M3)
+        mpjax.quantize(jnp.arange(3), E4M3)
     with pytest.raises(TypeError, match="no low-precision format"):
-        qarray.quantize(normal(3), jnp.float32)
+        mpjax.quantize(normal(3), jnp.float32)
     with pytest.raises(ValueError, match="powers of two only"):
-        qarray.quantize(normal(3), E4M3, scale_dtype=E8M0)
+        mpjax.quantize(normal(3), E4M3, scale_dtype=E8M0)
     with pytest.raises(ValueError, match="one size for each axis"):
-        qarray.quantize(normal(3), E4M3, block=(1, 1))
+        mpjax.quantize(normal(3), E4M3, block=(1, 1))
     with pytest.raises(TypeError, match="a size of block is a whole number, got"):
-        qarray.quantize(normal(3), E4M3, block=(1.5,))
+        mpjax.quantize(normal(3), E4M3, block=(1.5,))
     with pytest.raises(ValueError, match="'exact', 'up' or 'floor', got 'nearest'"):
-        qarray.quantize(normal(3), E4M3, rounding="nearest")
+        mpjax.quantize(normal(3), E4M3, rounding="nearest")
     for dtype in (E8M0, jnp.bfloat16):
         with pytest.raises(ValueError, match="formats of at most 8 bits"):
-            qarray.quantize(normal(3), dtype)
+            mpjax.quantize(normal(3), dtype)
     with pytest.raises(ValueError, match="float32 or float8_e8m0fnu, got bfloat16"):
-        qarray.quantize(normal(3), E4M3, rounding="up", scale_dtype=jnp.bfloat16)
+        mpjax.quantize(normal(3), E4M3, rounding="up", scale_dtype=jnp.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", [E4M3, jnp.int8])
@@ -153,7 +153,7 @@ def test_there_is_no_gradient_but_straight_through(dtype):
     x = normal(4, 8)
 
     def rounded(x):
-        return qarray.dequantize(qarray.quantize(x, dtype))
+        return mpjax.dequantize(mpjax.quantize(x, dtype))
 
     with pytest.raises(TypeError, match=r"no gradient.*write c = jax\.lax\.stop"):
         jax.jit(jax.grad(lambda x: jnp.sum(rounded(x) ** 2)))(x)

@@ -7,7 +7,6 @@ from module_types import Dense, LayerNorm
 
 import mpjax
 from mpjax._policies.lookup import Matcher, matcher
-from mpjax._policies.presets import expand_rules
 
 names = st.text("ab", min_size=1, max_size=2)
 paths = st.lists(names, max_size=3).map("/".join)
@@ -21,7 +20,7 @@ def test_the_first_match_wins(patterns, path):
 
 
 def test_unused_rules_name_what_they_may_have_meant():
-    found = Matcher(expand_rules([mpjax.Rule("encoder/dense", "f32"), "c=bf16"]))
+    found = Matcher(mpjax.expand_rules([mpjax.Rule("encoder/dense", "f32"), "c=bf16"]))
     seen = {"": Dense, "encoder/Dense_0": Dense, "decoder/Dense_0": Dense}
     with pytest.raises(ValueError, match="nearest paths are 'encoder/Dense_0'"):
         found.check_all_used(seen)
@@ -31,7 +30,7 @@ def test_unused_rules_name_what_they_may_have_meant():
 
 def test_a_rule_once_used_is_used():
     # A module may run in training only, or inside a trace that nn.jit has cached.
-    rules = expand_rules([mpjax.Rule("drop", "f32"), "c=bf16"])
+    rules = mpjax.expand_rules([mpjax.Rule("drop", "f32"), "c=bf16"])
     found = Matcher(rules, (Dense,))
     with pytest.raises(ValueError, match=r"'drop'.*takes optional=True"):
         found.check_all_used({"": Dense})
@@ -45,7 +44,7 @@ def test_a_rule_once_used_is_used():
 
 
 def test_a_recipe_that_served_once_serves():
-    rules = expand_rules(mpjax.Rule(".*", "c=bf16", mpjax.current_scaling()))
+    rules = mpjax.expand_rules(mpjax.Rule(".*", "c=bf16", mpjax.current_scaling()))
     found = Matcher(rules, (Dense,))
     with pytest.raises(ValueError, match="serves no product"):
         found.check_all_used({"a": Dense}, served={"a": set()})
@@ -56,13 +55,13 @@ def test_a_recipe_that_served_once_serves():
 def test_two_modules_may_share_a_path():
     rules = [mpjax.Rule(module_type=LayerNorm, policy="f32"), "c=bf16"]
     for seen in ([("a", LayerNorm), ("a", Dense)], [("a", Dense), ("a", LayerNorm)]):
-        found = Matcher(expand_rules(rules))
+        found = Matcher(mpjax.expand_rules(rules))
         found.check_all_used(seen)
         decided = {kind: str(found.policy(path, kind)) for path, kind in seen}
         assert decided == {LayerNorm: "p=f32,c=f32,o=f32", Dense: "p=f32,c=bf16,o=bf16"}
 
 
 def test_a_model_of_norms_uses_a_name_as_well():
-    Matcher(expand_rules("mixed_float16")).check_all_used({"": LayerNorm})
+    Matcher(mpjax.expand_rules("mixed_float16")).check_all_used({"": LayerNorm})
     with pytest.raises(ValueError, match="matches no module"):
-        Matcher(expand_rules("c=f16")).check_all_used({})
+        Matcher(mpjax.expand_rules("c=f16")).check_all_used({})

@@ -13,11 +13,10 @@ from module_types import (
 
 import mpjax
 from mpjax._policies.lookup import Matcher, matcher
-from mpjax._policies.presets import expand_rules
 
 
 def policies(rules, modules):
-    found = Matcher(expand_rules(rules))
+    found = Matcher(mpjax.expand_rules(rules))
     return {path: str(found.policy(path, t)) for path, t in modules.items()}
 
 
@@ -81,12 +80,12 @@ def test_mixed_float8_keeps_ends_and_fragile_layers_without_a_recipe():
         (mpjax.get_policy("mixed_float8"), mpjax.current_scaling(), 128),
         (mpjax.Rule(".*", "mixed_float8", delayed, min_size=32), delayed, 32),
     ):
-        found = Matcher(expand_rules(rules))
+        found = Matcher(mpjax.expand_rules(rules))
         for path, (kind, served) in matching.items():
             rule = found.rule(path, kind)
             assert rule.recipe == (recipe if served else None), path
             assert rule.min_size == (size if served else 0)
-    inner = Matcher(expand_rules([mpjax.Rule("a/.*", "mixed_float8"), "c=bf16"]))
+    inner = Matcher(mpjax.expand_rules([mpjax.Rule("a/.*", "mixed_float8"), "c=bf16"]))
     assert inner.rule("a/head", Dense).recipe is None
     assert inner.rule("a/up", Dense).recipe == mpjax.current_scaling()
     assert inner.rule("b/up", Dense).recipe is None
@@ -94,10 +93,10 @@ def test_mixed_float8_keeps_ends_and_fragile_layers_without_a_recipe():
 
 def test_a_policy_that_was_asked_for_by_name_protects_as_the_name():
     for name in ("mixed_float16", "bfloat16", "half"):
-        assert expand_rules(mpjax.get_policy(name)) == expand_rules(name)
+        assert mpjax.expand_rules(mpjax.get_policy(name)) == mpjax.expand_rules(name)
     literal = mpjax.get_policy("p=f32,c=f16,o=f32")
     assert literal == mpjax.get_policy("mixed_float16")
-    assert len(expand_rules(literal)) == 1
+    assert len(mpjax.expand_rules(literal)) == 1
     assert mpjax.Rule(".*", jax.numpy.bfloat16).policy == mpjax.get_policy("bf16")
 
 
@@ -112,8 +111,8 @@ def test_a_name_in_a_rule_expands_under_its_path():
 
 
 def test_expansion_is_idempotent_and_hashable():
-    rules = expand_rules([mpjax.Rule("a", None), "mixed_bfloat16"])
-    assert expand_rules(rules) == rules
-    assert hash(rules) == hash(expand_rules(rules))
-    assert matcher(rules) is matcher(expand_rules(rules))
+    rules = mpjax.expand_rules([mpjax.Rule("a", None), "mixed_bfloat16"])
+    assert mpjax.expand_rules(rules) == rules
+    assert hash(rules) == hash(mpjax.expand_rules(rules))
+    assert matcher(rules) is matcher(mpjax.expand_rules(rules))
     assert jax.jit(lambda r: len(r), static_argnums=0)(rules) == 6

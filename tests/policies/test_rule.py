@@ -4,7 +4,6 @@ import pytest
 from module_types import BatchNorm2d, Dense, LayerNorm, PreNorm, Quiet
 
 import mpjax
-from mpjax._policies.presets import expand_rules
 
 
 @pytest.mark.parametrize(
@@ -57,12 +56,12 @@ def test_module_types(module_type, matching):
             ValueError,
             "at least 0",
         ),
-        (lambda: expand_rules({".*": "f32"}), TypeError, "of type dict"),
+        (lambda: mpjax.expand_rules({".*": "f32"}), TypeError, "of type dict"),
         (lambda: mpjax.Rule("a", "mixed_f61"), ValueError, "Unknown dtype"),
         (lambda: mpjax.Rule("a", "q=f16"), ValueError, "Unknown key 'q'"),
-        (lambda: expand_rules([]), ValueError, "At least one rule"),
-        (lambda: expand_rules([3]), TypeError, "got 3 of type int"),
-        (lambda: expand_rules("c=float8_e4m3fn"), ValueError, "needs scales"),
+        (lambda: mpjax.expand_rules([]), ValueError, "At least one rule"),
+        (lambda: mpjax.expand_rules([3]), TypeError, "got 3 of type int"),
+        (lambda: mpjax.expand_rules("c=float8_e4m3fn"), ValueError, "needs scales"),
     ],
 )
 def test_bad_rules_say_what_is_right(make, error, match):

@@ -10,19 +10,15 @@ from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from mpjax._products.conv import (
-    observed_conv_general_dilated,
-    scaled_conv_general_dilated,
-)
-from mpjax._recipes import named
+import mpjax
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 RECIPES = {
-    "current": named.current_scaling(),
-    "delayed": named.delayed_scaling(16),
-    "channel": named.per_channel_scaling(),
-    "channel exact": named.per_channel_scaling(power_of_two=False),
-    "int8": named.current_scaling("int8", "int8"),
+    "current": mpjax.current_scaling(),
+    "delayed": mpjax.delayed_scaling(16),
+    "channel": mpjax.per_channel_scaling(),
+    "channel exact": mpjax.per_channel_scaling(power_of_two=False),
+    "int8": mpjax.current_scaling("int8", "int8"),
 }
 CASES = {
     "same": ((2, 6, 5, 8), (3, 3, 8, 4), ((1, 1), "SAME"), {}),
@@ -69,7 +65,7 @@ def test_product_and_gradients_equal_the_fake_quantized_ones(name, case):
     @jax.jit
     def step(lhs, rhs, scales):
         def function(lhs, rhs, scales):
-            return scaled_conv_general_dilated(
+            return mpjax.scaled_conv_general_dilated(
                 lhs, rhs, *arguments, **options, recipe=recipe, scales=scales
             )
 
@@ -96,7 +92,7 @@ def test_product_and_gradients_equal_the_fake_quantized_ones(name, case):
 @pytest.mark.parametrize("high", ["out", "lhs_grad", "rhs_grad"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_each_product_can_stay_in_high_precision(high, dtype):
-    recipe = named.current_scaling()
+    recipe = mpjax.current_scaling()
     products = [p for p in recipe.quantized if p != high]
     recipe = dataclasses.replace(recipe, quantized=tuple(products))
     lhs, rhs = normal(0, 2, 8, 9, dtype=dtype), normal(1, 4, 8, 3, dtype=dtype)
@@ -107,7 +103,7 @@ def test_each_product_can_stay_in_high_precision(high, dtype):
             zip(["out", "lhs_grad", "rhs_grad"], (out, *pull(out * 0 + 1)), strict=True)
         )
 
-    ours = outputs(functools.partial(scaled_conv_general_dilated, recipe=recipe))
+    ours = outputs(functools.partial(mpjax.scaled_conv_general_dilated, recipe=recipe))
     plain = outputs(lax.conv_general_dilated)
     for product, expected in plain.items():
         same = np.array_equal(ours[product], expected)
@@ -118,10 +114,10 @@ def test_each_product_can_stay_in_high_precision(high, dtype):
 def test_what_is_kept_for_the_backward_pass_has_8_bits():
     x, w = normal(0, 4, 8, 64, dtype=jnp.bfloat16), normal(1, 16, 8, 3)
     function = functools.partial(
-        scaled_conv_general_dilated,
+        mpjax.scaled_conv_general_dilated,
         window_strides=(1,),
         padding="SAME",
-        recipe=named.per_channel_scaling(),
+        recipe=mpjax.per_channel_scaling(),
     )
     pull = jax.eval_shape(
         lambda x, w: jax.vjp(function, x, w)[1], x, w.astype(jnp.bfloat16)
@@ -132,14 +128,14 @@ def test_what_is_kept_for_the_backward_pass_has_8_bits():
 
 
 def test_calls_in_a_row_observe_the_maximum():
-    recipe = named.delayed_scaling()
+    recipe = mpjax.delayed_scaling()
     x, w = jnp.ones((1, 3, 8)), 2 * jnp.ones((3, 3, 1))
 
     def loss(scales):
-        y, scales = observed_conv_general_dilated(
+        y, scales = mpjax.observed_conv_general_dilated(
             x, w, scales, (1,), "SAME", recipe=recipe
         )
-        y, scales = observed_conv_general_dilated(
+        y, scales = mpjax.observed_conv_general_dilated(
             y, w, scales, (1,), "SAME", recipe=recipe
         )
         return y.sum()
@@ -150,10 +146,10 @@ def test_calls_in_a_row_observe_the_maximum():
 def test_an_overflowed_gradient_stays_visible():
     x, w = normal(0, 1, 3, 8), normal(1, 4, 3, 3)
     function = functools.partial(
-        scaled_conv_general_dilated,
+        mpjax.scaled_conv_general_dilated,
         window_strides=(1,),
         padding="SAME",
-        recipe=named.current_scaling(),
+        recipe=mpjax.current_scaling(),
     )
     out, pull = jax.vjp(function, x, w)
     for gradient in pull(out.at[0, 0, 0].set(jnp.inf)):
@@ -161,7 +157,7 @@ def test_an_overflowed_gradient_stays_visible():
 
 
 def test_replicated_kernels_in_shard_map():
-    recipe = named.delayed_scaling()
+    recipe = mpjax.delayed_scaling()
     x, w = normal(0, 8, 3, 8), normal(1, 4, 3, 3)
     mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
 
@@ -172,7 +168,7 @@ def test_replicated_kernels_in_shard_map():
     def gradients(x, w, scales):
         def loss(w, scales):
             return jnp.sum(
-                scaled_conv_general_dilated(
+                mpjax.scaled_conv_general_dilated(
                     x, w, (1,), "SAME", recipe=recipe, scales=scales
                 )
             )
@@ -188,11 +184,11 @@ def test_replicated_kernels_in_shard_map():
 def test_what_it_does_not_do_is_said():
     x, w = normal(0, 1, 3, 8), normal(1, 4, 3, 3)
     call = functools.partial(
-        scaled_conv_general_dilated, window_strides=(1,), padding="SAME"
+        mpjax.scaled_conv_general_dilated, window_strides=(1,), padding="SAME"
     )
     with pytest.raises(ValueError, match="scaled by tensor or by channel"):
-        call(x, w, recipe=named.mx_scaling())
+        call(x, w, recipe=mpjax.mx_scaling())
     with pytest.raises(ValueError, match="takes scales"):
-        call(x, w, recipe=named.delayed_scaling())
+        call(x, w, recipe=mpjax.delayed_scaling())
     with pytest.raises(TypeError, match="got int32"):
-        call(x.astype(jnp.int32), w, recipe=named.current_scaling())
+        call(x.astype(jnp.int32), w, recipe=mpjax.current_scaling())

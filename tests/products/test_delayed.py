@@ -10,21 +10,20 @@ from helpers import normal
 from jax import lax
 from scaled_products import value_and_gradients
 
-from mpjax._products.dot_general import observed_dot_general, scaled_dot_general
-from mpjax._recipes import named
+import mpjax
 
 MATMUL = (((1,), (0,)), ((), ()))
 
 
 def test_observations_are_the_amaxes():
-    recipe = named.delayed_scaling()
+    recipe = mpjax.delayed_scaling()
     lhs, rhs, grad = normal(0, 6, 40), normal(1, 40, 24), normal(2, 6, 24)
     *_, seen = value_and_gradients(recipe, MATMUL, grad)(lhs, rhs, jnp.zeros(3))
     np.testing.assert_array_equal(seen, [np.abs(x).max() for x in (lhs, rhs, grad)])
 
 
 def test_scales_of_the_state_are_used():
-    recipe = named.delayed_scaling()
+    recipe = mpjax.delayed_scaling()
     lhs, rhs, grad = normal(0, 6, 40), normal(1, 40, 24), normal(2, 6, 24)
     state = recipe.update(recipe.init(), jnp.array([1.0, 2.0, 0.5]))  # x saturates
     scales = state.scale
@@ -49,7 +48,7 @@ def test_scales_of_the_state_are_used():
 
 
 def test_an_overflow_in_one_step_is_over_in_the_next():
-    recipe = named.delayed_scaling(1024)
+    recipe = mpjax.delayed_scaling(1024)
     lhs, rhs = normal(0, 6, 40), normal(1, 40, 24)
 
     @jax.jit
@@ -69,15 +68,19 @@ def test_an_overflow_in_one_step_is_over_in_the_next():
 
 
 def test_calls_in_a_row_observe_the_exact_maximum():
-    recipe = named.delayed_scaling()
+    recipe = mpjax.delayed_scaling()
     rhs = normal(1, 40, 40)
 
     def loss(scales, x, observed):
         for _ in range(3):
             if observed:
-                x, scales = observed_dot_general(x, rhs, scales, MATMUL, recipe=recipe)
+                x, scales = mpjax.observed_dot_general(
+                    x, rhs, scales, MATMUL, recipe=recipe
+                )
             else:
-                x = scaled_dot_general(x, rhs, MATMUL, recipe=recipe, scales=scales)
+                x = mpjax.scaled_dot_general(
+                    x, rhs, MATMUL, recipe=recipe, scales=scales
+                )
         return x.sum()
 
     gradient = jax.jit(jax.grad(loss), static_argnums=2)
@@ -89,12 +92,14 @@ def test_calls_in_a_row_observe_the_exact_maximum():
 
 
 def test_scales_in_the_carry_of_a_scan_observe_the_maximum():
-    recipe = named.delayed_scaling()
+    recipe = mpjax.delayed_scaling()
     xs, rhs = normal(0, 5, 6, 40), normal(1, 40, 8)
 
     def loss(scales):
         def body(scales, x):
-            out, scales = observed_dot_general(x, rhs, scales, MATMUL, recipe=recipe)
+            out, scales = mpjax.observed_dot_general(
+                x, rhs, scales, MATMUL, recipe=recipe
+            )
             return scales, out.sum()
 
         return lax.scan(body, scales, xs)[1].sum()
@@ -104,13 +109,15 @@ def test_scales_in_the_carry_of_a_scan_observe_the_maximum():
 
 
 def test_microbatches_merge_to_what_one_batch_observes():
-    recipe = named.delayed_scaling()
+    recipe = mpjax.delayed_scaling()
     x, rhs = normal(0, 8, 40), normal(1, 40, 8)
 
     @jax.jit
     def observe(x):
         return jax.grad(
-            lambda s: scaled_dot_general(x, rhs, MATMUL, recipe=recipe, scales=s).sum()
+            lambda s: mpjax.scaled_dot_general(
+                x, rhs, MATMUL, recipe=recipe, scales=s
+            ).sum()
         )(jnp.zeros(3))
 
     parts = jnp.stack([observe(x[:4]), observe(x[4:])])
@@ -118,7 +125,7 @@ def test_microbatches_merge_to_what_one_batch_observes():
 
 
 def test_a_step_of_the_loss_scale_saturates_no_gradient():
-    recipe = named.delayed_scaling()
+    recipe = mpjax.delayed_scaling()
     lhs, rhs, grad = normal(0, 6, 40), normal(1, 40, 24), normal(2, 6, 24)
 
     def step(state, coming):
@@ -134,7 +141,7 @@ def test_a_step_of_the_loss_scale_saturates_no_gradient():
 
 
 def test_a_calibrated_recipe_waits_for_no_reduction():
-    recipe = named.delayed_scaling()
+    recipe = mpjax.delayed_scaling()
     known = dataclasses.replace(recipe, calibrated=True)
     lhs, rhs, grad = normal(0, 6, 40), normal(1, 40, 24), normal(2, 6, 24)
     scales = recipe.update(recipe.init(), jnp.full(3, 3.0)).scale

@@ -9,16 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 
-from mpjax._products.conv import scaled_conv_general_dilated
-from mpjax._products.dot_general import scaled_dot_general
-from mpjax._recipes import named
+import mpjax
 
 RECIPES = {
-    "current": named.current_scaling(),
-    "channel": named.per_channel_scaling(),
-    "block": named.block_scaling(size=2),
-    "mx": named.mx_scaling(),
-    "delayed": named.delayed_scaling(),
+    "current": mpjax.current_scaling(),
+    "channel": mpjax.per_channel_scaling(),
+    "block": mpjax.block_scaling(size=2),
+    "mx": mpjax.mx_scaling(),
+    "delayed": mpjax.delayed_scaling(),
 }
 
 
@@ -48,7 +46,7 @@ def products(draw):
 def steps(dims, recipe, scales):
     def ours(lhs, rhs, grad):
         out, pull = jax.vjp(
-            lambda lhs, rhs: scaled_dot_general(
+            lambda lhs, rhs: mpjax.scaled_dot_general(
                 lhs, rhs, dims, recipe=recipe, scales=scales
             ),
             lhs,
@@ -99,7 +97,7 @@ def test_every_order_of_axes(case, name, seed):
 def test_what_lax_refuses_is_refused_alike(dims):
     lhs, rhs = jnp.ones((2, 3)), jnp.ones((3, 4))
     with pytest.raises(TypeError, match="dot_general requires") as ours:
-        scaled_dot_general(lhs, rhs, dims, recipe=RECIPES["current"])
+        mpjax.scaled_dot_general(lhs, rhs, dims, recipe=RECIPES["current"])
     with pytest.raises(TypeError) as plain:
         lax.dot_general(lhs, rhs, dims)
     assert str(ours.value) == str(plain.value)
@@ -137,7 +135,7 @@ def test_convolutions_of_nothing(name, lhs, rhs):
     lhs, rhs = jnp.ones(lhs), jnp.ones(rhs)
     scales = jnp.zeros(3) if recipe.stateful else None
     out, pull = jax.vjp(
-        lambda lhs, rhs: scaled_conv_general_dilated(
+        lambda lhs, rhs: mpjax.scaled_conv_general_dilated(
             lhs, rhs, (1,), "SAME", recipe=recipe, scales=scales
         ),
         lhs,

@@ -13,8 +13,7 @@ from jax import lax
 from jaxprs import contractions, count_converts, dots
 from scaled_products import RECIPES, SHAPES, fakes, start, value_and_gradients
 
-from mpjax._products.dot_general import scaled_dot_general
-from mpjax._recipes import named
+import mpjax
 from mpjax._recipes import recipe as recipes
 
 MATMUL = (((1,), (0,)), ((), ()))
@@ -70,15 +69,15 @@ def test_it_is_close_to_float32(name):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_sixteen_bit_operands_and_a_wider_result(dtype):
-    recipe = named.current_scaling()
+    recipe = mpjax.current_scaling()
     lhs, rhs = normal(0, 6, 40, dtype=dtype), normal(1, 40, 24, dtype=dtype)
-    out = scaled_dot_general(lhs, rhs, MATMUL, recipe=recipe)
-    wide = scaled_dot_general(lhs, rhs, MATMUL, None, jnp.float32, recipe=recipe)
+    out = mpjax.scaled_dot_general(lhs, rhs, MATMUL, recipe=recipe)
+    wide = mpjax.scaled_dot_general(lhs, rhs, MATMUL, None, jnp.float32, recipe=recipe)
     assert out.dtype == dtype and wide.dtype == jnp.float32
     np.testing.assert_array_equal(out, wide.astype(dtype))
     grads = jax.eval_shape(
         jax.grad(
-            lambda x, w: scaled_dot_general(
+            lambda x, w: mpjax.scaled_dot_general(
                 x, w, MATMUL, None, jnp.float32, recipe=recipe
             ).sum(),
             argnums=(0, 1),
@@ -92,7 +91,7 @@ def test_sixteen_bit_operands_and_a_wider_result(dtype):
 @pytest.mark.parametrize("high", recipes.PRODUCTS)
 def test_each_product_can_stay_in_high_precision(high):
     quantized = tuple(p for p in recipes.PRODUCTS if p != high)
-    recipe = dataclasses.replace(named.per_channel_scaling(), quantized=quantized)
+    recipe = dataclasses.replace(mpjax.per_channel_scaling(), quantized=quantized)
     lhs, rhs, grad = normal(0, 6, 40), normal(1, 40, 24), normal(2, 6, 24)
     step = value_and_gradients(recipe, MATMUL, grad)
     results = jax.jit(step)(lhs, rhs)
@@ -108,7 +107,7 @@ def test_each_product_can_stay_in_high_precision(high):
 
 
 def test_a_recipe_without_quantized_products_multiplies_in_float32():
-    recipe = dataclasses.replace(named.current_scaling(), quantized=())
+    recipe = dataclasses.replace(mpjax.current_scaling(), quantized=())
     lhs, rhs, grad = normal(0, 6, 40), normal(1, 40, 24), normal(2, 6, 24)
     step = value_and_gradients(recipe, MATMUL, grad)
 
@@ -136,7 +135,7 @@ def test_a_recipe_without_quantized_products_multiplies_in_float32():
 def test_a_block_is_never_reused_along_another_axis():
     """Along the other axis an outlier is in another block: both must be well scaled."""
     x = normal(0, 64, 64).at[0, 0].set(1e4)
-    recipe = named.mx_scaling()
+    recipe = mpjax.mx_scaling()
     step = jax.jit(value_and_gradients(recipe, MATMUL, normal(2, 64, 64)))
     _, _, rhs_grad, _ = step(x, normal(1, 64, 64))
     exact = np.float64(x).T @ np.float64(normal(2, 64, 64))
@@ -165,7 +164,7 @@ def test_a_gradient_that_overflowed_stays_visible(name, bad):
 def test_the_first_step_is_scaled_to_what_it_sees(name, size):
     recipe = RECIPES[name]
     lhs, rhs = normal(0, 16, 64) * size, normal(1, 64, 24)
-    out = jax.jit(scaled_dot_general, static_argnums=2, static_argnames="recipe")(
+    out = jax.jit(mpjax.scaled_dot_general, static_argnums=2, static_argnames="recipe")(
         lhs, rhs, MATMUL, recipe=recipe, scales=start(recipe)
     )
     assert reference.sqnr(np.float64(lhs) @ np.float64(rhs), out) > 25

@@ -9,11 +9,9 @@ import reference
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mpjax._numerics.qarray import quantize
-from mpjax._products.einsum import einsum, observed_einsum
-from mpjax._recipes import named
+import mpjax
 
-RECIPE = named.current_scaling()
+RECIPE = mpjax.current_scaling()
 CASES = [
     ("ij,jk->ik", (4, 8), (8, 5)),
     ("ij,jk", (4, 8), (8, 5)),
@@ -41,14 +39,14 @@ def integers(seed, *shape):
 def test_it_is_einsum(subscripts, one, two):
     x, y = integers(0, *one), integers(1, *two)
     expected = jnp.einsum(subscripts, x, y)
-    out = einsum(subscripts, x, y, recipe=RECIPE)
+    out = mpjax.einsum(subscripts, x, y, recipe=RECIPE)
     assert out.dtype == expected.dtype
     np.testing.assert_array_equal(out, expected)
 
     def loss(function, x, y):
         return jnp.sum(function(subscripts, x, y))
 
-    ours = functools.partial(loss, functools.partial(einsum, recipe=RECIPE))
+    ours = functools.partial(loss, functools.partial(mpjax.einsum, recipe=RECIPE))
     actual = jax.jit(jax.grad(ours, (0, 1)))(x, y)
     expected = jax.grad(functools.partial(loss, jnp.einsum), (0, 1))(x, y)
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
@@ -56,32 +54,32 @@ def test_it_is_einsum(subscripts, one, two):
 
 def test_the_operands_keep_their_roles():
     """jnp.einsum would exchange them in the second."""
-    recipe = named.delayed_scaling()
+    recipe = mpjax.delayed_scaling()
     x, y = 2 * jnp.ones((4, 8)), 3 * jnp.ones((8, 5))
     for subscripts in ("ij,jk->ik", "ij,jk->ki"):
         seen = jax.grad(
-            lambda s, f=subscripts: einsum(f, x, y, recipe=recipe, scales=s).sum()
+            lambda s, f=subscripts: mpjax.einsum(f, x, y, recipe=recipe, scales=s).sum()
         )(jnp.zeros(3))
         np.testing.assert_array_equal(seen, [2, 3, 1])
 
 
 def test_scales_are_handed_on():
-    recipe = named.delayed_scaling()
+    recipe = mpjax.delayed_scaling()
     x, y = 2 * jnp.ones((4, 8)), 3 * jnp.ones((8, 5))
 
     def loss(scales):
-        one, scales = observed_einsum("ij,jk", x, y, scales, recipe=recipe)
-        two, scales = observed_einsum("ij,jk", x / 2, y, scales, recipe=recipe)
+        one, scales = mpjax.observed_einsum("ij,jk", x, y, scales, recipe=recipe)
+        two, scales = mpjax.observed_einsum("ij,jk", x / 2, y, scales, recipe=recipe)
         return one.sum() + two.sum()
 
     np.testing.assert_array_equal(jax.grad(loss)(jnp.zeros(3)), [2, 3, 1])
 
 
 def test_a_quantized_copy_and_a_wider_result():
-    recipe = named.current_scaling()
+    recipe = mpjax.current_scaling()
     x, y = (integers(i, 8, 8).astype(jnp.bfloat16) for i in range(2))
-    copy = quantize(y, recipe.rhs.dtype)
-    out = einsum(
+    copy = mpjax.quantize(y, recipe.rhs.dtype)
+    out = mpjax.einsum(
         "ij,jk",
         x,
         y,
@@ -92,7 +90,7 @@ def test_a_quantized_copy_and_a_wider_result():
     assert out.dtype == jnp.float32
     assert reference.sqnr(np.float64(x) @ np.float64(y), out) > 25
     with pytest.raises(ValueError, match="first reduces the second"):
-        einsum("ij,jk->i", x, y, recipe=recipe, quantized_rhs=copy)
+        mpjax.einsum("ij,jk->i", x, y, recipe=recipe, quantized_rhs=copy)
 
 
 def test_the_result_is_sharded_as_asked():
@@ -100,7 +98,7 @@ def test_the_result_is_sharded_as_asked():
     with jax.set_mesh(mesh):
         x = jax.device_put(integers(0, 8, 64), NamedSharding(mesh, P("d", "m")))
         y = jax.device_put(integers(1, 64, 16), NamedSharding(mesh, P("m", None)))
-        out = einsum("ij,jk->ki", x, y, recipe=RECIPE, out_sharding=P(None, "d"))
+        out = mpjax.einsum("ij,jk->ki", x, y, recipe=RECIPE, out_sharding=P(None, "d"))
     assert out.sharding.spec == P(None, "d")
     np.testing.assert_array_equal(out, (np.asarray(x) @ np.asarray(y)).T)
 
@@ -118,16 +116,16 @@ def test_the_result_is_sharded_as_asked():
 )
 def test_what_it_does_not_do_is_said(subscripts, message):
     with pytest.raises(ValueError, match=message):
-        einsum(subscripts, jnp.ones((4, 4)), jnp.ones((4, 4)), recipe=RECIPE)
+        mpjax.einsum(subscripts, jnp.ones((4, 4)), jnp.ones((4, 4)), recipe=RECIPE)
 
 
 @pytest.mark.parametrize("subscripts", ["bpk,bqkn->bnqp", "ka,kdc->dac"])
 @pytest.mark.parametrize(
     "recipe",
     [
-        named.current_scaling(power_of_two=True),
-        named.mx_scaling(),
-        dataclasses.replace(named.current_scaling(), quantized=()),
+        mpjax.current_scaling(power_of_two=True),
+        mpjax.mx_scaling(),
+        dataclasses.replace(mpjax.current_scaling(), quantized=()),
     ],
 )
 def test_products_run_on_a_cpu_whatever_their_axes(recipe, subscripts):
@@ -139,7 +137,7 @@ def test_products_run_on_a_cpu_whatever_their_axes(recipe, subscripts):
         for i, term in enumerate((one, two, out))
     )
     function = functools.partial(
-        einsum, subscripts, recipe=recipe, preferred_element_type=jnp.float32
+        mpjax.einsum, subscripts, recipe=recipe, preferred_element_type=jnp.float32
     )
 
     @jax.jit
@@ -157,13 +155,13 @@ def test_products_run_on_a_cpu_whatever_their_axes(recipe, subscripts):
         np.testing.assert_allclose(np.float64(actual), exact, rtol=2**-8)
 
 
-@pytest.mark.parametrize("recipe", [named.current_scaling(), named.mx_scaling()])
+@pytest.mark.parametrize("recipe", [mpjax.current_scaling(), mpjax.mx_scaling()])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_an_axis_in_the_middle_can_be_contracted(recipe, dtype):
     one, two = jax.random.split(jax.random.key(0))
     lhs = jax.random.normal(one, (32, 8), dtype)
     rhs = jax.random.normal(two, (2, 32, 5), dtype)
-    product = functools.partial(einsum, "ki,bkj->ibj", recipe=recipe)
+    product = functools.partial(mpjax.einsum, "ki,bkj->ibj", recipe=recipe)
     pull = jax.jit(lambda a, b: jax.vjp(product, a, b)[1](jnp.ones((8, 2, 5), dtype)))
     actual = jax.jit(product)(lhs, rhs), *pull(lhs, rhs)
     lhs, rhs = np.float64(lhs), np.float64(rhs)

@@ -12,10 +12,8 @@ from jax import lax
 from jaxprs import dots, equations
 from scaled_products import RECIPES, start, value_and_gradients
 
-from mpjax._numerics.qarray import quantize
+import mpjax
 from mpjax._products import multiply as product_module
-from mpjax._products.dot_general import scaled_dot_general
-from mpjax._recipes import named
 
 E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
 MATMUL = (((1,), (0,)), ((), ()))
@@ -43,19 +41,21 @@ def test_operands_reach_the_product_in_8_bits(name):
 
 def test_only_scales_of_two_to_the_k_follow_a_rounding():
     found = dots(
-        jaxpr_of_step(named.current_scaling(power_of_two=False)), gpu_forms=True
+        jaxpr_of_step(mpjax.current_scaling(power_of_two=False)), gpu_forms=True
     )
     assert {d.out for d in found} == {jnp.dtype(jnp.float32)}
-    found = dots(jaxpr_of_step(named.current_scaling(), jnp.float32), gpu_forms=True)
+    found = dots(jaxpr_of_step(mpjax.current_scaling(), jnp.float32), gpu_forms=True)
     assert {d.out for d in found} == {jnp.dtype(jnp.float32)}
 
 
 @pytest.mark.parametrize("rounding", ["up", "exact"])
 def test_a_quantized_copy_says_whether_its_scale_is_two_to_the_k(rounding):
     lhs, rhs = (normal(i, 8, 8, dtype=jnp.bfloat16) for i in range(2))
-    copy = quantize(rhs, E4M3, rounding=rounding)
+    copy = mpjax.quantize(rhs, E4M3, rounding=rounding)
     product = functools.partial(
-        scaled_dot_general, dimension_numbers=MATMUL, recipe=named.current_scaling()
+        mpjax.scaled_dot_general,
+        dimension_numbers=MATMUL,
+        recipe=mpjax.current_scaling(),
     )
     jaxpr = jax.make_jaxpr(lambda *args: product(*args, quantized_rhs=copy))(lhs, rhs)
     found = {d.out for d in dots(jaxpr, gpu_forms=True)}
@@ -71,14 +71,14 @@ def test_integers_are_multiplied_as_integers():
 
 def test_microscaling_is_a_block_scaled_call_on_cuda_and_agrees_with_its_emulation():
     dims = (((3,), (1,)), ((0,), (0,)))  # batch, 2 x 3 free, 64 contracted
-    recipe = named.mx_scaling()
+    recipe = mpjax.mx_scaling()
     x, w = normal(0, 2, 2, 3, 64), normal(1, 2, 64, 5)
     step = jax.jit(value_and_gradients(recipe, dims, normal(2, 2, 2, 3, 5)))
     lowered = step.trace(x, w).lower(lowering_platforms=("cuda",)).as_text()
     assert "scaled_matmul" in lowered
     assert "scaled_matmul" not in step.lower(x, w).as_text()
     one, two = (
-        quantize(a, E4M3, block=b, rounding="up", scale_dtype=jnp.float8_e8m0fnu)
+        mpjax.quantize(a, E4M3, block=b, rounding="up", scale_dtype=jnp.float8_e8m0fnu)
         for a, b in ((x, (1, 1, 1, 32)), (w, (1, 32, 1)))
     )
     (lc, rc), (lb, rb) = dims
@@ -123,7 +123,7 @@ def test_block_scaled_calls_serve_layers_with_several_axes(
 
     lhs, rhs = normal(0, *lhs), normal(1, *rhs)
     grad = normal(2, *lax.dot_general(lhs, rhs, dims).shape)
-    step = value_and_gradients(named.mx_scaling(), dims, grad)
+    step = value_and_gradients(mpjax.mx_scaling(), dims, grad)
     expected = step(lhs, rhs)[:3]
     monkeypatch.setattr(jax.nn, "scaled_matmul", scaled_matmul)
     monkeypatch.setattr(lax, "platform_dependent", on_cuda)
@@ -144,7 +144,7 @@ def test_older_gpus_emulate_microscaling(monkeypatch, capability, native):
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 def test_accelerators_get_no_other_products(platform):
-    recipe = named.current_scaling()
+    recipe = mpjax.current_scaling()
     step = value_and_gradients(recipe, MATMUL, jnp.ones((6, 24)))
     x = jax.ShapeDtypeStruct((6, 64), jnp.bfloat16)
     w = jax.ShapeDtypeStruct((64, 24), jnp.bfloat16)
@@ -156,7 +156,7 @@ def test_accelerators_get_no_other_products(platform):
 def residuals(recipe, *shapes):
     lhs, rhs = (normal(i, *s, dtype=jnp.bfloat16) for i, s in enumerate(shapes))
     product = functools.partial(
-        scaled_dot_general, dimension_numbers=MATMUL, recipe=recipe
+        mpjax.scaled_dot_general, dimension_numbers=MATMUL, recipe=recipe
     )
     scales = start(recipe)
     pull = jax.eval_shape(

@@ -11,13 +11,10 @@ from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+import mpjax
 from mpjax._layers.multiplier import Multiplier
-from mpjax._products.conv import observed_conv_general_dilated
-from mpjax._products.dot_general import observed_dot_general
-from mpjax._products.einsum import observed_einsum
-from mpjax._recipes.named import current_scaling, delayed_scaling
 
-RECIPE = delayed_scaling(16)
+RECIPE = mpjax.delayed_scaling(16)
 SCALES, W = jnp.zeros(3), 3 * jnp.ones((4, 4))
 # Of amax 1 to 6, and the gradient of each output is ten times that.
 X = jnp.arange(1.0, 7.0)[:, None, None] * jnp.ones((6, 2, 4))
@@ -25,17 +22,19 @@ X = jnp.arange(1.0, 7.0)[:, None, None] * jnp.ones((6, 2, 4))
 
 def dot(x, w, scales):
     dims = (((1,), (0,)), ((), ()))
-    return observed_dot_general(x, w, scales, dims, recipe=RECIPE)
+    return mpjax.observed_dot_general(x, w, scales, dims, recipe=RECIPE)
 
 
 def conv(x, w, scales):
     x, w = x[:, :, None], w.T[:, :, None]
-    y, scales = observed_conv_general_dilated(x, w, scales, (1,), "SAME", recipe=RECIPE)
+    y, scales = mpjax.observed_conv_general_dilated(
+        x, w, scales, (1,), "SAME", recipe=RECIPE
+    )
     return y[:, :, 0], scales
 
 
 def einsum(x, w, scales):
-    return observed_einsum("ij,jk->ki", x, w, scales, recipe=RECIPE)
+    return mpjax.observed_einsum("ij,jk->ki", x, w, scales, recipe=RECIPE)
 
 
 def layer(x, w, scales):
@@ -73,10 +72,10 @@ def test_scales_that_do_not_fit_are_refused(product, scales, error, message):
 
 def test_scales_go_with_a_recipe_that_has_a_use_for_them():
     with pytest.raises(ValueError, match=r"'current .* no use for scales; leave"):
-        observed_einsum("ij,jk", X[0], W, SCALES, recipe=current_scaling())
-    for recipe in (current_scaling, "current"):
+        mpjax.observed_einsum("ij,jk", X[0], W, SCALES, recipe=mpjax.current_scaling())
+    for recipe in (mpjax.current_scaling, "current"):
         with pytest.raises(TypeError, match=r"recipe is what mpjax.current_scaling\("):
-            observed_einsum("ij,jk", X[0], W, None, recipe=recipe)
+            mpjax.observed_einsum("ij,jk", X[0], W, None, recipe=recipe)
 
 
 def loss(product, x, w, scales):

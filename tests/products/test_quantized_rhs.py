@@ -9,9 +9,7 @@ import pytest
 from helpers import normal
 from scaled_products import RECIPES
 
-from mpjax._numerics.qarray import quantize
-from mpjax._products.dot_general import scaled_dot_general
-from mpjax._recipes import named
+import mpjax
 
 E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
 MATMUL = (((1,), (0,)), ((), ()))
@@ -22,10 +20,14 @@ def test_a_quantized_copy_gives_the_same_and_the_gradient_goes_to_the_master(nam
     recipe = RECIPES[name]
     lhs, rhs = normal(0, 6, 40), normal(1, 40, 24)
     block = recipe.rhs.block(rhs.shape, (0,))
-    copy = quantize(rhs, recipe.rhs.dtype, block=block, rounding=recipe.rhs.rounding)
+    copy = mpjax.quantize(
+        rhs, recipe.rhs.dtype, block=block, rounding=recipe.rhs.rounding
+    )
 
     def loss(rhs, copy):
-        out = scaled_dot_general(lhs, rhs, MATMUL, recipe=recipe, quantized_rhs=copy)
+        out = mpjax.scaled_dot_general(
+            lhs, rhs, MATMUL, recipe=recipe, quantized_rhs=copy
+        )
         return jnp.sum(out * normal(2, 6, 24))
 
     results = jax.jit(jax.value_and_grad(loss))(rhs, copy)
@@ -36,23 +38,25 @@ def test_a_quantized_copy_gives_the_same_and_the_gradient_goes_to_the_master(nam
 def test_a_quantized_copy_of_another_form_is_refused():
     lhs, rhs = normal(0, 6, 40), normal(1, 40, 24)
     call = functools.partial(
-        scaled_dot_general, lhs, rhs, MATMUL, recipe=named.per_channel_scaling()
+        mpjax.scaled_dot_general, lhs, rhs, MATMUL, recipe=mpjax.per_channel_scaling()
     )
     with pytest.raises(ValueError, match="quantized_rhs serves the product"):
-        call(quantized_rhs=quantize(rhs, E4M3, block=(-1, 1)))
-    call = functools.partial(call, recipe=named.current_scaling())
-    for copy in (quantize(rhs, E5M2), quantize(rhs[:8], E4M3)):
+        call(quantized_rhs=mpjax.quantize(rhs, E4M3, block=(-1, 1)))
+    call = functools.partial(call, recipe=mpjax.current_scaling())
+    for copy in (mpjax.quantize(rhs, E5M2), mpjax.quantize(rhs[:8], E4M3)):
         with pytest.raises(ValueError, match="quantized_rhs serves the product"):
             call(quantized_rhs=copy)
 
 
 def test_a_copy_made_within_the_loss_takes_no_gradient():
     lhs, rhs = normal(0, 6, 40), normal(1, 40, 24)
-    recipe = named.current_scaling()
+    recipe = mpjax.current_scaling()
 
     def loss(rhs, quantized):
-        copy = quantize(rhs, E4M3, rounding="up") if quantized else None
-        out = scaled_dot_general(lhs, rhs, MATMUL, recipe=recipe, quantized_rhs=copy)
+        copy = mpjax.quantize(rhs, E4M3, rounding="up") if quantized else None
+        out = mpjax.scaled_dot_general(
+            lhs, rhs, MATMUL, recipe=recipe, quantized_rhs=copy
+        )
         return jnp.sum(out**2)
 
     grad = jax.jit(jax.grad(loss), static_argnums=1)
@@ -61,13 +65,13 @@ def test_a_copy_made_within_the_loss_takes_no_gradient():
 
 def test_copies_for_a_loop_are_made_of_weights_without_gradient():
     x, weights = normal(0, 4, 16), normal(1, 3, 16, 16)
-    recipe = named.current_scaling()
-    make = jax.vmap(functools.partial(quantize, dtype=E4M3, rounding="up"))
+    recipe = mpjax.current_scaling()
+    make = jax.vmap(functools.partial(mpjax.quantize, dtype=E4M3, rounding="up"))
 
     def loss(weights, copies):
         def step(x, layer):
             rhs, copy = layer
-            return scaled_dot_general(
+            return mpjax.scaled_dot_general(
                 x, rhs, MATMUL, recipe=recipe, quantized_rhs=copy
             ), None
 

@@ -13,8 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from scaled_products import RECIPES, start
 
-from mpjax._products.dot_general import scaled_dot_general
-from mpjax._recipes import named
+import mpjax
 
 MATMUL = (((1,), (0,)), ((), ()))
 LINEAR = normal(2, 8, 16)
@@ -22,7 +21,7 @@ LINEAR = normal(2, 8, 16)
 
 def linear_loss(recipe, x, w, scales, out_sharding=None):
     """Its output gradient does not depend on the product, so neither do amaxes."""
-    out = scaled_dot_general(
+    out = mpjax.scaled_dot_general(
         x, w, MATMUL, recipe=recipe, scales=scales, out_sharding=out_sharding
     )
     return out
@@ -71,11 +70,11 @@ def test_blocks_across_explicit_shards_are_refused():
         x = jax.device_put(normal(0, 8, 64), NamedSharding(mesh, P(None, "d")))
         w = jax.device_put(normal(1, 64, 16), NamedSharding(mesh, P("d", None)))
         with pytest.raises(ValueError, match="lie within the shards of an axis"):
-            scaled_dot_general(
+            mpjax.scaled_dot_general(
                 x,
                 w,
                 MATMUL,
-                recipe=named.block_scaling(size=16),
+                recipe=mpjax.block_scaling(size=16),
                 out_sharding=NamedSharding(mesh, P(None, None)),
             )
 
@@ -95,7 +94,9 @@ def test_shard_map_with_replicated_and_with_sharded_weights(name, w_spec):
                 jax.shard_map, mesh=mesh, in_specs=(x_spec, w_spec, P()), out_specs=P()
             )
             def local(x, w, scales):
-                out = scaled_dot_general(x, w, MATMUL, recipe=recipe, scales=scales)
+                out = mpjax.scaled_dot_general(
+                    x, w, MATMUL, recipe=recipe, scales=scales
+                )
                 return lax.psum(jnp.sum(out), "d")
 
             return local(x, w, scales)
@@ -111,7 +112,7 @@ def test_shard_map_with_replicated_and_with_sharded_weights(name, w_spec):
 
 
 def test_gradients_inside_shard_map_with_replicated_weights():
-    recipe = named.delayed_scaling()
+    recipe = mpjax.delayed_scaling()
     x, w = normal(0, 8, 64), normal(1, 64, 16)
     mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
 
@@ -121,7 +122,7 @@ def test_gradients_inside_shard_map_with_replicated_weights():
     )
     def gradients(x, w, scales):
         def loss(w, scales):
-            out = scaled_dot_general(x, w, MATMUL, recipe=recipe, scales=scales)
+            out = mpjax.scaled_dot_general(x, w, MATMUL, recipe=recipe, scales=scales)
             return jnp.sum(out)
 
         return jax.grad(loss, (0, 1))(w, scales)

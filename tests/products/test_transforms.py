@@ -10,19 +10,18 @@ from helpers import normal
 from jax import lax
 from scaled_products import RECIPES
 
-from mpjax._products.dot_general import scaled_dot_general
-from mpjax._recipes import named
+import mpjax
 
 E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
 MATMUL = (((1,), (0,)), ((), ()))
 
 
 def test_vmap_scales_every_example_for_itself():
-    recipe = named.current_scaling()
+    recipe = mpjax.current_scaling()
     xs, rhs = normal(0, 3, 6, 40), normal(1, 40, 24)
     xs = xs * jnp.array([1e-6, 1.0, 1e6]).reshape(3, 1, 1)
     product = functools.partial(
-        scaled_dot_general, dimension_numbers=MATMUL, recipe=recipe
+        mpjax.scaled_dot_general, dimension_numbers=MATMUL, recipe=recipe
     )
     out = jax.jit(jax.vmap(product, (0, None)))(xs, rhs)
     for x, y in zip(xs, out, strict=True):
@@ -37,7 +36,7 @@ def test_scan_over_layers_equals_a_loop(name):
 
     def layer(x, parameters):
         rhs, scales = parameters
-        out = scaled_dot_general(x, rhs, MATMUL, recipe=recipe, scales=scales)
+        out = mpjax.scaled_dot_general(x, rhs, MATMUL, recipe=recipe, scales=scales)
         return jnp.tanh(out), None
 
     def scanned(parameters):
@@ -55,13 +54,13 @@ def test_scan_over_layers_equals_a_loop(name):
 
 
 def test_a_checkpoint_policy_can_keep_the_8_bit_copies():
-    recipe = named.current_scaling()
+    recipe = mpjax.current_scaling()
     x, rhs = normal(0, 64, 64), normal(1, 64, 64)
     rhs = rhs.at[0, :2].set(jnp.array([448.0, 300.0]))  # IEEE rules would make them NaN
 
     def block(x, rhs):
         for _ in range(2):
-            x = jnp.tanh(scaled_dot_general(x, rhs, MATMUL, recipe=recipe))
+            x = jnp.tanh(mpjax.scaled_dot_general(x, rhs, MATMUL, recipe=recipe))
         return x.sum()
 
     policies = jax.checkpoint_policies
@@ -92,16 +91,18 @@ def test_no_retrace_for_an_equal_recipe():
     @functools.partial(jax.jit, static_argnums=1)
     def step(x, recipe):
         traces.append(1)
-        return scaled_dot_general(x, x, MATMUL, recipe=recipe)
+        return mpjax.scaled_dot_general(x, x, MATMUL, recipe=recipe)
 
     for dtype in (E4M3, "float8_e4m3fn", jnp.dtype(E4M3)):
-        step(normal(0, 8, 8), named.current_scaling(dtype))
+        step(normal(0, 8, 8), mpjax.current_scaling(dtype))
     assert len(traces) == 1
 
 
 def test_forward_mode_says_that_it_is_not_to_be_had():
     product = functools.partial(
-        scaled_dot_general, dimension_numbers=MATMUL, recipe=named.current_scaling()
+        mpjax.scaled_dot_general,
+        dimension_numbers=MATMUL,
+        recipe=mpjax.current_scaling(),
     )
     x = normal(0, 8, 8)
     with pytest.raises(TypeError, match="forward-mode"):

@@ -8,17 +8,15 @@ import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpjax._recipes import named
-from mpjax._recipes import recipe as recipes
-from mpjax._recipes import scalings as scaling
+import mpjax
 
 E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
 ALL = [
-    named.current_scaling,
-    named.delayed_scaling,
-    named.per_channel_scaling,
-    named.block_scaling,
-    named.mx_scaling,
+    mpjax.current_scaling,
+    mpjax.delayed_scaling,
+    mpjax.per_channel_scaling,
+    mpjax.block_scaling,
+    mpjax.mx_scaling,
 ]
 
 
@@ -34,29 +32,29 @@ def test_an_equal_recipe_does_not_retrace():
 
     static = jax.jit(lambda x, recipe: traces.append(1) or x, static_argnums=1)
     for _ in range(3):
-        static(jnp.ones(2), named.current_scaling(E4M3))
-        static(jnp.ones(2), named.current_scaling("float8_e4m3fn"))
+        static(jnp.ones(2), mpjax.current_scaling(E4M3))
+        static(jnp.ones(2), mpjax.current_scaling("float8_e4m3fn"))
     assert len(traces) == 1
 
 
 def test_formats_of_the_named_recipes():
-    assert named.current_scaling().grad.dtype == E5M2
-    assert named.delayed_scaling().grad.dtype == E5M2
-    assert named.delayed_scaling() == named.delayed_scaling(
+    assert mpjax.current_scaling().grad.dtype == E5M2
+    assert mpjax.delayed_scaling().grad.dtype == E5M2
+    assert mpjax.delayed_scaling() == mpjax.delayed_scaling(
         history_length=1024, algorithm="max", margin=0
     )
-    current, weights = named.current_scaling(), named.DelayedScaling(E4M3, "up", 1)
-    delayed = named.current_scaling(delayed_weights=True)
+    current, weights = mpjax.current_scaling(), mpjax.DelayedScaling(E4M3, "up", 1)
+    delayed = mpjax.current_scaling(delayed_weights=True)
     assert dataclasses.replace(delayed, rhs=current.rhs) == current
     assert dataclasses.replace(delayed.rhs, algorithm="max") == weights
-    for make in (named.per_channel_scaling, named.block_scaling):
+    for make in (mpjax.per_channel_scaling, mpjax.block_scaling):
         assert make().grad.dtype == E4M3
-    block = named.block_scaling()
+    block = mpjax.block_scaling()
     assert block.lhs.block((256, 512), (1,)) == (1, 128)
     assert block.grad.block((256, 512), (0,)) == (128, 1)
     assert block.rhs.block((512, 256), (0,)) == block.rhs.block((512, 256), (1,))
-    assert named.mx_scaling().lhs.rounding == "up"
-    assert named.mx_scaling(rounding="floor").lhs.rounding == "floor"
+    assert mpjax.mx_scaling().lhs.rounding == "up"
+    assert mpjax.mx_scaling(rounding="floor").lhs.rounding == "floor"
 
 
 @pytest.mark.parametrize("make", ALL[:4])
@@ -77,15 +75,15 @@ def test_every_recipe_has_a_variant_for_amd(make):
 @pytest.mark.parametrize(
     ("recipe", "native"),
     [
-        (named.current_scaling(), {"h100", "b200", "v7x"}),
-        (named.delayed_scaling(), {"h100", "b200", "v7x"}),
-        (named.per_channel_scaling(), {"h100", "b200", "v7x"}),
-        (named.block_scaling(), set()),
-        (named.mx_scaling(), {"b200"}),
-        (named.current_scaling().fnuz(), {"mi300"}),
-        (named.current_scaling(E5M2), {"v5e", "v5p", "v6e", "v7x"}),
+        (mpjax.current_scaling(), {"h100", "b200", "v7x"}),
+        (mpjax.delayed_scaling(), {"h100", "b200", "v7x"}),
+        (mpjax.per_channel_scaling(), {"h100", "b200", "v7x"}),
+        (mpjax.block_scaling(), set()),
+        (mpjax.mx_scaling(), {"b200"}),
+        (mpjax.current_scaling().fnuz(), {"mi300"}),
+        (mpjax.current_scaling(E5M2), {"v5e", "v5p", "v6e", "v7x"}),
         (
-            named.current_scaling("int8", "int8"),
+            mpjax.current_scaling("int8", "int8"),
             {"a100", "h100", "b200", "v5e", "v5p", "v6e"},
         ),
     ],
@@ -98,42 +96,42 @@ def test_what_runs_natively_where(recipe, native):
 
 
 def test_a_reason_names_the_product_and_the_formats():
-    yes, reason = named.current_scaling(E5M2, E4M3).is_supported("h100")
+    yes, reason = mpjax.current_scaling(E5M2, E4M3).is_supported("h100")
     assert not yes and "float8_e5m2 with float8_e5m2 (product out)" in reason
-    forward = dataclasses.replace(named.current_scaling(E5M2), quantized=())
+    forward = dataclasses.replace(mpjax.current_scaling(E5M2), quantized=())
     assert forward.is_supported("h100")[0]
     with pytest.raises(ValueError, match="Known targets are cpu, a100"):
-        named.current_scaling().is_supported("tpu")
+        mpjax.current_scaling().is_supported("tpu")
 
 
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda c: recipes.Recipe(c, c, E4M3), TypeError, "grad of a recipe"),
-        (lambda c: recipes.Recipe(c, None, c), TypeError, "rhs of a recipe"),
-        (lambda c: recipes.Recipe(c, c, c, ("output",)), ValueError, "names out of"),
-        (lambda c: recipes.Recipe(c, c, c, "out"), ValueError, "names out of"),
+        (lambda c: mpjax.Recipe(c, c, E4M3), TypeError, "grad of a recipe"),
+        (lambda c: mpjax.Recipe(c, None, c), TypeError, "rhs of a recipe"),
+        (lambda c: mpjax.Recipe(c, c, c, ("output",)), ValueError, "names out of"),
+        (lambda c: mpjax.Recipe(c, c, c, "out"), ValueError, "names out of"),
         (
-            lambda c: recipes.Recipe(
-                scaling.DelayedScaling(E4M3),
+            lambda c: mpjax.Recipe(
+                mpjax.DelayedScaling(E4M3),
                 c,
-                scaling.DelayedScaling(E4M3, "exact", 4),
+                mpjax.DelayedScaling(E4M3, "exact", 4),
             ),
             ValueError,
             "share one history_length",
         ),
         (
-            lambda c: recipes.Recipe(
-                scaling.BlockScaling(E4M3, size=32), scaling.BlockScaling(E4M3), c
+            lambda c: mpjax.Recipe(
+                mpjax.BlockScaling(E4M3, size=32), mpjax.BlockScaling(E4M3), c
             ),
             ValueError,
             "have one size",
         ),
-        (lambda c: named.delayed_scaling(0), ValueError, "at least 1"),
-        (lambda c: named.mx_scaling(rounding="exact"), ValueError, "powers of two"),
-        (lambda c: named.current_scaling().init(), ValueError, "DelayedScaling"),
+        (lambda c: mpjax.delayed_scaling(0), ValueError, "at least 1"),
+        (lambda c: mpjax.mx_scaling(rounding="exact"), ValueError, "powers of two"),
+        (lambda c: mpjax.current_scaling().init(), ValueError, "DelayedScaling"),
         (
-            lambda c: named.delayed_scaling(margin=0.5),
+            lambda c: mpjax.delayed_scaling(margin=0.5),
             ValueError,
             "whole number",
         ),
@@ -141,7 +139,7 @@ def test_a_reason_names_the_product_and_the_formats():
 )
 def test_recipes_that_cannot_be_are_refused(make, error, message):
     with pytest.raises(error, match=message):
-        make(scaling.CurrentScaling(E4M3))
+        make(mpjax.CurrentScaling(E4M3))
 
 
 class Oracle:
@@ -174,7 +172,7 @@ AMAXES = st.sampled_from([0.0, 0.5, 1.0, 3.0, 448.0, 1e-6, 1e30, np.inf, np.nan]
 )
 def test_update_follows_the_oracle(steps, algorithm, margin, power_of_two):
     margin = round(margin) if power_of_two else margin
-    recipe = named.delayed_scaling(3, algorithm, margin, power_of_two=power_of_two)
+    recipe = mpjax.delayed_scaling(3, algorithm, margin, power_of_two=power_of_two)
     state, update = recipe.init(), jax.jit(recipe.update)
     oracles = [Oracle(m, 3, algorithm, margin) for m in (448, 448, 57344)]
     for amaxes in steps:
@@ -189,7 +187,7 @@ def test_update_follows_the_oracle(steps, algorithm, margin, power_of_two):
 
 
 def test_a_step_of_an_unknown_loss_scale_divides_by_no_zero():
-    recipe = named.delayed_scaling(2)
+    recipe = mpjax.delayed_scaling(2)
     with jax.debug_nans(True):
         state = recipe.update(recipe.init(0.0), jnp.ones(3), 8.0)
     assert not state.history.any() and not state.scale.any()
@@ -198,7 +196,7 @@ def test_a_step_of_an_unknown_loss_scale_divides_by_no_zero():
 
 def test_an_overflow_is_forgotten_at_once():
     """It does not hold the scale down for a whole history."""
-    recipe = named.delayed_scaling(history_length=1024)
+    recipe = mpjax.delayed_scaling(history_length=1024)
     before = recipe.update(recipe.init(), jnp.full(3, 2.0))
     state = recipe.update(before, jnp.array([jnp.inf, jnp.nan, jnp.inf]))
     np.testing.assert_array_equal(state.scale, before.scale)
@@ -207,7 +205,7 @@ def test_an_overflow_is_forgotten_at_once():
 
 
 def test_the_history_forgets_what_is_too_old():
-    recipe = named.delayed_scaling(history_length=2, power_of_two=False)
+    recipe = mpjax.delayed_scaling(history_length=2, power_of_two=False)
     state = recipe.init()
     for amax, expected in ((8.0, 8.0), (1.0, 8.0), (2.0, 2.0), (0.0, 2.0), (0.0, 2.0)):
         state = recipe.update(state, jnp.full(3, amax))
@@ -215,7 +213,7 @@ def test_the_history_forgets_what_is_too_old():
 
 
 def test_the_scale_of_the_gradient_follows_the_loss_scale():
-    recipe = named.delayed_scaling()
+    recipe = mpjax.delayed_scaling()
     observed = jnp.array([1.0, 2.0, 3.0 * 2**16])
     state = recipe.update(recipe.init(2.0**16), observed, 2.0**-40)
     plain = recipe.update(recipe.init(), jnp.array([1.0, 2.0, 3.0]))
@@ -231,7 +229,7 @@ def test_the_scale_of_the_gradient_follows_the_loss_scale():
 
 
 def test_nothing_is_entered_while_the_loss_scale_is_not_known():
-    recipe = named.delayed_scaling(4)
+    recipe = mpjax.delayed_scaling(4)
     observed = jnp.array([1.0, 2.0, 3.0])
     state = recipe.update(recipe.init(loss_scale=0), observed, 8.0)
     assert (
@@ -245,7 +243,7 @@ def test_nothing_is_entered_while_the_loss_scale_is_not_known():
 
 
 def test_scales_stay_normal_numbers():
-    recipe = named.delayed_scaling(4)
+    recipe = mpjax.delayed_scaling(4)
     state = recipe.update(recipe.init(), jnp.full(3, 1e-30))
     for loss_scale in (2.0**-126, 2.0**127):
         moved = recipe.rescale(state, loss_scale).scale
@@ -253,7 +251,7 @@ def test_scales_stay_normal_numbers():
 
 
 def test_states_of_stacked_layers_update_as_one():
-    recipe = named.delayed_scaling(4)
+    recipe = mpjax.delayed_scaling(4)
     one = recipe.init()
     stack = jax.tree.map(lambda x: jnp.stack([x] * 5), one)
     observed = jnp.arange(1.0, 16.0).reshape(5, 3)
@@ -270,7 +268,7 @@ def test_states_of_stacked_layers_update_as_one():
 
 
 def test_update_keeps_shapes_and_dtypes():
-    recipe = named.delayed_scaling(4)
+    recipe = mpjax.delayed_scaling(4)
     state = recipe.init()
     new = jax.eval_shape(recipe.update, state, jnp.ones(3))
     for old, leaf in zip(jax.tree.leaves(state), jax.tree.leaves(new), strict=True):

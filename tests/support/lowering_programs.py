@@ -9,9 +9,7 @@ import optax
 from jax import lax
 
 import mpjax
-import mpjax.linen
 import mpjax.lowering
-import mpjax.nnx
 
 Struct = jax.ShapeDtypeStruct
 E4M3, E5M2, INT8 = jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.int8

@@ -4,25 +4,24 @@ import jax
 import numpy as np
 import reference
 
-from mpjax._products.dot_general import scaled_dot_general
-from mpjax._recipes import named
+import mpjax
 
 MATMUL = (((1,), (0,)), ((), ()))
 RECIPES = {
-    "current": named.current_scaling(),
-    "current exact": named.current_scaling(power_of_two=False),
-    "delayed": named.delayed_scaling(16),
-    "delayed weights": named.current_scaling(delayed_weights=True),
-    "channel": named.per_channel_scaling(),
-    "block": named.block_scaling(size=16),
-    "block exact": named.block_scaling(size=16, power_of_two=False),
-    "mx": named.mx_scaling(),
-    "mx floor": named.mx_scaling(rounding="floor"),
-    "mx fp6": named.mx_scaling("float6_e2m3fn", "float6_e3m2fn"),
-    "mx fp4": named.mx_scaling("float4_e2m1fn"),
-    "fnuz": named.current_scaling().fnuz(),
-    "int8": named.per_channel_scaling("int8", "int8"),
-    "int8 and fp8": named.current_scaling("int8"),
+    "current": mpjax.current_scaling(),
+    "current exact": mpjax.current_scaling(power_of_two=False),
+    "delayed": mpjax.delayed_scaling(16),
+    "delayed weights": mpjax.current_scaling(delayed_weights=True),
+    "channel": mpjax.per_channel_scaling(),
+    "block": mpjax.block_scaling(size=16),
+    "block exact": mpjax.block_scaling(size=16, power_of_two=False),
+    "mx": mpjax.mx_scaling(),
+    "mx floor": mpjax.mx_scaling(rounding="floor"),
+    "mx fp6": mpjax.mx_scaling("float6_e2m3fn", "float6_e3m2fn"),
+    "mx fp4": mpjax.mx_scaling("float4_e2m1fn"),
+    "fnuz": mpjax.current_scaling().fnuz(),
+    "int8": mpjax.per_channel_scaling("int8", "int8"),
+    "int8 and fp8": mpjax.current_scaling("int8"),
 }
 SHAPES = {
     "dense": ((6, 40), (40, 24), MATMUL),
@@ -37,7 +36,9 @@ def value_and_gradients(recipe, dims, grad):
 
     def function(lhs, rhs, scales=None):
         def product(lhs, rhs, scales):
-            return scaled_dot_general(lhs, rhs, dims, recipe=recipe, scales=scales)
+            return mpjax.scaled_dot_general(
+                lhs, rhs, dims, recipe=recipe, scales=scales
+            )
 
         out, pull = jax.vjp(product, lhs, rhs, scales)
         return out, *pull(grad.astype(out.dtype))
