@@ -197,7 +197,7 @@ def main() -> None:
             end = time.perf_counter(), time.process_time(), children()
             times = [f"{b - a:.1f}" for a, b in zip(start, end, strict=True)]
             load = f"{os.getloadavg()[0]:.1f}"
-            count, native = f"{len(report.products)}", f"{report.native:.1%}"
+            count, native = f"{len(report.products)}", f"{report.native_share:.1%}"
             row = name, f"{size:.2g}", target, count, native, f"{census:.1f}"
             table.add_row(*row, *times, load)
             print(*row, *times, load, sep=" | ", flush=True)

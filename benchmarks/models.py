@@ -46,7 +46,7 @@ from rich.table import Table
 import mpjax
 import mpjax.linen
 import mpjax.nnx
-from mpjax.lowering import Product, census
+from mpjax.lowering import TracedProduct, census
 
 POLICY = "mixed_bfloat16"
 # CanViT asserts that its coordinates are float32.
@@ -90,8 +90,8 @@ class Result:
 
     outputs: np.ndarray
     grads: np.ndarray
-    forward: tuple[Product, ...]
-    both: tuple[Product, ...]
+    forward: tuple[TracedProduct, ...]
+    both: tuple[TracedProduct, ...]
 
 
 def linen_program(module: nn.Module, policy, args, kwargs) -> Program:
@@ -207,15 +207,15 @@ def _error(values: np.ndarray, reference: np.ndarray) -> str:
     return f"{np.linalg.norm(values - reference) / np.linalg.norm(reference):.1e}"
 
 
-def _is_low(product: Product) -> bool:
+def _is_low(product: TracedProduct) -> bool:
     return product.operands == "bfloat16"
 
 
-def _count(found: tuple[Product, ...]) -> str:
+def _count(found: tuple[TracedProduct, ...]) -> str:
     return f"{sum(map(_is_low, found))}/{len(found)}"
 
 
-def _share(found: tuple[Product, ...]) -> str:
+def _share(found: tuple[TracedProduct, ...]) -> str:
     low = sum(p.flops for p in found if _is_low(p))
     return f"{low / max(sum(p.flops for p in found), 1):.1%}"
 

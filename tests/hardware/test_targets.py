@@ -18,7 +18,7 @@ GPUS = ["a100", "h100", "b200"]
         *GPUS,
         *(
             pytest.param(name, marks=pytest.mark.long)
-            for name in support.COMPILED
+            for name in support.compiled_targets()
             if name not in GPUS
         ),
     ],

@@ -199,13 +199,13 @@ def test_single_products_on_tpus(target, quick):
     for name, units in TPU_TABLE.items():
         row = rows[name]
         if units[target] == "yes":
-            assert row.native and row.traced.operands == row.unit, (name, row)
+            assert row.is_native and row.traced.operands == row.unit, (name, row)
         elif name == "dequantize":
-            assert row.native and row.traced.lhs == row.unit == "bfloat16", row
+            assert row.is_native and row.traced.lhs == row.unit == "bfloat16", row
         else:
             assert (row.verdict, row.unit) == ("upcast", units[target]), (name, row)
         assert row.evidence.startswith("vmatmul.")
-    assert rows["bf16"].native and rows["f32 highest"].native
+    assert rows["bf16"].is_native and rows["f32 highest"].is_native
     assert (rows["f32"].verdict, rows["f32"].unit) == ("narrowed", "bfloat16")
     f16 = ("narrowed", "bfloat16") if target in ("v4", "v7x") else ("upcast", "float32")
     assert (rows["f16"].verdict, rows["f16"].unit) == f16
@@ -248,8 +248,8 @@ def test_single_products_on_gpus(target):
     eight = ["e4m3", "e5m2", "e4m3 x e5m2", "int8", "scale after", "on the fly"]
     for name in (*eight, "rows after"):
         row = rows[name]
-        assert row.native == (name in GPU_NATIVE[target]), (name, row)
-        if row.native:
+        assert row.is_native == (name in GPU_NATIVE[target]), (name, row)
+        if row.is_native:
             assert row.unit == row.traced.operands
             assert ("$f8" in row.evidence) == (name != "int8")
         else:
@@ -257,10 +257,10 @@ def test_single_products_on_gpus(target):
     # cuBLASLt takes the scales of a tensor in, so that XLA narrows the product again.
     narrows = target != "a100"
     assert rows["dequantize"].verdict == ("narrowed" if narrows else "native")
-    assert rows["rows before"].native and rows["rows before"].unit == "bfloat16"
+    assert rows["rows before"].is_native and rows["rows before"].unit == "bfloat16"
     assert (rows["f32"].verdict, rows["f32"].unit) == ("narrowed", "tf32")
     assert rows["f32 highest"].unit == "float32"
-    assert rows["bf16"].native and rows["f16"].native
+    assert rows["bf16"].is_native and rows["f16"].is_native
     assert made.cycles is None and made.bytes_accessed > made.memory.argument
 
 
@@ -270,7 +270,7 @@ def test_block_scaled_products_on_gpus(target):
         rows, _ = report(BLOCKS, target)
     for row in rows.values():
         if target == "b200":
-            assert row.verdict == "block-scaled" and row.native
+            assert row.verdict == "block-scaled" and row.is_native
             assert row.evidence == "__cudnn$blockScaledDot"
         else:
             assert (row.verdict, row.unit) == ("vector", "")  # decomposed, no MMA
@@ -296,9 +296,9 @@ def test_single_products_under_triton(target, products):
         assert rows["dequantize"].evidence == "mma bf16.bf16"
         return
     instruction = {"h100": "mma e4m3.e4m3", "b200": "tcgen05.mma f8f6f4"}[target]
-    assert rows["e4m3"].native and rows["e4m3"].evidence == instruction
+    assert rows["e4m3"].is_native and rows["e4m3"].evidence == instruction
     assert (rows["f32"].verdict, rows["f32"].unit) == ("narrowed", "tf32")
-    assert rows["e4m3 x e5m2"].native
+    assert rows["e4m3 x e5m2"].is_native
     # The older compiler has block scales for float8 only.
     formats = {"mxfp8": "mxf8f6f4", "nvfp4": "mxf4nvf4"}
     if jax.__version_info__ < (0, 12):
@@ -313,7 +313,7 @@ def test_single_products_under_triton(target, products):
 
 def test_single_products_on_cpu():
     rows, _ = report(PRODUCTS, "cpu")
-    assert rows["f32"].native and rows["f32 highest"].native
+    assert rows["f32"].is_native and rows["f32 highest"].is_native
     assert all(
         row.unit in ("float32", "float16", "bfloat16")
         for name, row in rows.items()
@@ -343,7 +343,7 @@ def test_batched_and_odd_sizes_forward_and_backward(target):
     }
     _, made = report(cells, target)
     assert len(made.products) == 3 * len(shapes)
-    assert made.native == 1
+    assert made.native_share == 1
     assert all(p.evidence == "__cublas$lt$matmul$f8" for p in made.products)
 
 
@@ -410,7 +410,7 @@ def test_scan_and_remat(target):
     layer = 2 * 64 * 128 * 512 * 4
     rows = [p for p in made.products if p.traced.path.endswith("Dense_1")]
     assert {p.traced.flops for p in rows} == {layer}
-    assert made.native > 0.99, str(made)
+    assert made.native_share > 0.99, str(made)
     assert not [p for p in made.products if p.verdict in ("vector", "unknown")]
     assert all("Layer" in p.traced.path for p in rows)
     assert made.memory.aliased == pytest.approx(made.memory.output, rel=0.01)
@@ -435,7 +435,7 @@ def report_a_billion_parameters():
     assert size > 1e9
     for target in ("v7x", "h100"):
         made = mpjax.lowering.report(step, *args, target=target, quick=True)
-        assert made.native > 0.99
+        assert made.native_share > 0.99
         assert made.memory.argument > 8 * size  # float32 parameters and momentum
     status = pathlib.Path("/proc/self/status").read_text()
     peak = int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
@@ -467,7 +467,7 @@ def test_sharded(target):
         reports.append(mpjax.lowering.report(step, *args, target=target))
     abstract, concrete = reports
     assert abstract.to_dict() == concrete.to_dict()
-    assert abstract.native > 0.99 and abstract.flops == 2 * 128 * 256 * 512 * 5
+    assert abstract.native_share > 0.99 and abstract.flops == 2 * 128 * 256 * 512 * 5
     weights = 4 * 2 * 256 * 512
     assert abstract.memory.argument < 1.5 * (weights + 4 * 128 * 256)
 
@@ -484,7 +484,7 @@ def test_gathered_in_fp8():
     )
     x = Struct((512, 512), E4M3, sharding=NamedSharding(mesh, spec))
     made = mpjax.lowering.report(fn, x, x, target="h100")
-    assert (made.native, made.flops) == (1, 2 * 512**3)
+    assert (made.native_share, made.flops) == (1, 2 * 512**3)
 
 
 def example(name):
@@ -561,7 +561,7 @@ def test_own_gpu(tmp_path):
     path = tmp_path / "h200.txtpb"
     path.write_text(figures.read_text().replace("85", "141", 1))
     made = mpjax.lowering.report(dot, *PAIR, target=path)
-    assert (made.target, made.native) == ("h200", 1)
+    assert (made.target, made.native_share) == ("h200", 1)
 
 
 def test_readable_in_every_form():
