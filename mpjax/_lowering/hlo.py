@@ -139,7 +139,7 @@ class Module:
                 times = runs
                 if instruction.opcode == "while":
                     trips = self._trips(instruction, name)
-                    times = None if None in (times, trips) else times * trips
+                    times = None if times is None or trips is None else times * trips
                 if control or instruction.opcode in ("fusion", "call", "async-start"):
                     for called in self._called(instruction):
                         visit(called, None if control else launched, times)
