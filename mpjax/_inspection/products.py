@@ -86,8 +86,9 @@ def is_product(step: Step) -> bool:
 
 def flops(eqn: core.JaxprEqn) -> int:
     """Counts twice the multiplications of real numbers in one run of a product."""
-    lhs, rhs = (atom.aval.shape for atom in eqn.invars[:2])
-    out = math.prod(eqn.outvars[0].aval.shape)
+    avals: list[Any] = [atom.aval for atom in (*eqn.invars[:2], eqn.outvars[0])]
+    lhs, rhs, result = (aval.shape for aval in avals)
+    out = math.prod(result)
     match eqn.primitive.name:
         case "conv_general_dilated":
             features = rhs[eqn.params["dimension_numbers"].rhs_spec[0]]
@@ -103,7 +104,7 @@ def flops(eqn: core.JaxprEqn) -> int:
             (contracted, _), _ = numbers.dot_dimension_numbers
             terms = math.prod(lhs[axis] for axis in contracted)
             if numbers.lhs_ragged_dimensions[0] in contracted:
-                out //= eqn.outvars[0].aval.shape[0]  # each group sums its own rows
+                out //= result[0]  # each group sums its own rows
         case _:
             (contracted, _), _ = eqn.params["dimension_numbers"]
             terms = math.prod(lhs[axis] for axis in contracted)

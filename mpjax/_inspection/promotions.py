@@ -7,7 +7,7 @@ the steps that read such values, and one predicate per consequence judges a use.
 import collections
 import dataclasses
 from collections.abc import Container, Iterator, Mapping, Sequence, Set
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 from mpjax._inspection.primitives import ENDS_A_STREAM, GATES, MOVES, name_of
 from mpjax._inspection.products import is_product
@@ -39,7 +39,8 @@ Reached: TypeAlias = Mapping[int, frozenset[Cast]]
 _NONE: frozenset[Cast] = frozenset()
 
 
-class Use(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Use:
     """A step that reads what was cast.
 
     Attributes:

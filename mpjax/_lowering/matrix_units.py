@@ -1,4 +1,4 @@
-"""Which dtype a matrix unit multiplies, told from what a compiler emits."""
+"""Which dtype a matrix unit multiplies, read from what a compiler emits."""
 
 import collections
 import re
@@ -48,70 +48,76 @@ def _dtype_of_opcode(name: str) -> str:
 
 
 def unit_of(
-    target: Target, gemm: Gemm, made: CompiledProduct, compiled: Compiled
+    target: Target, gemm: Gemm, product: CompiledProduct, compiled: Compiled
 ) -> tuple[str, str, bool]:
-    """The dtype of the matrix unit, what shows it, and whether blocks have scales.
+    """Reads in which dtype a product runs.
 
     Args:
       target: the device.
       gemm: how a GPU multiplies.
-      made: the product.
+      product: the product.
       compiled: the program that it is in.
+
+    Returns:
+      The dtype of the matrix unit, what shows it, and whether the unit applies the
+      scales of blocks.
     """
-    names = [dtype_of_hlo(dtype) or dtype for dtype in made.operands]
+    names = [dtype_of_hlo(dtype) or dtype for dtype in product.operands]
     operands = " x ".join(dict.fromkeys(names))
-    call = made.instruction.call
+    call = product.instruction.call
     if target.platform == "tpu":
-        return _tpu_unit(made, operands, compiled.code.get(made.kernel.name))
+        return _tpu_unit(product, operands, compiled.code.get(product.kernel.name))
     if target.platform == "cpu":
-        return operands, call or made.instruction.opcode, False
+        return operands, call or product.instruction.opcode, False
     if call:
-        if names[0] == "float32" and not made.instruction.highest:
+        if names[0] == "float32" and not product.instruction.highest:
             operands = "tf32"
         return operands, call, "blockScaled" in call
-    kernel = compiled.code.get(re.sub(r"\W", "_", made.kernel.name))
+    kernel = compiled.code.get(re.sub(r"\W", "_", product.kernel.name))
     if gemm == "triton" and kernel is not None:
         return _ptx_unit(operands, kernel)
-    return "", f"{made.kernel.opcode} of dot", False
+    return "", f"{product.kernel.opcode} of dot", False
 
 
-def _tpu_unit(made, operands, code) -> tuple[str, str, bool]:
-    """Reads the operand that is kept in the unit, and the one that moves through it.
+def _tpu_unit(
+    product: CompiledProduct, operands: str, code: str | None
+) -> tuple[str, str, bool]:
+    """Reads the opcodes of both operands: the one pushed, and the one streamed past it.
 
-    The wider of the two is rounded to the other, but not to 8 bits.
+    The unit rounds the wider operand to the dtype of the other, but never to 8 bits.
     """
     if code is None:
         return "", "", False
-    moves = _own(made, _VMATMUL.findall(code))
-    stays = _own(made, _VMATPUSH.findall(code)) or moves
+    moves = _own(product, _VMATMUL.findall(code))
+    stays = _own(product, _VMATPUSH.findall(code)) or moves
     if not moves:
         return "", "no vmatmul", False
     units = sorted((_dtype_of_opcode(moves), _dtype_of_opcode(stays)), key=bits)
     unit = units[1] if bits(units[0]) == 8 else units[0]
-    if unit == "bfloat16" and "f32" in made.operands and made.instruction.highest:
+    if unit == "bfloat16" and "f32" in product.operands and product.instruction.highest:
         unit = "float32"  # in several parts of 16 bits each
-    if bits(unit) == 8 and all(bits(o) == 8 for o in made.operands):
+    if bits(unit) == 8 and all(bits(o) == 8 for o in product.operands):
         unit = operands
     same = len({*units}) == 1
     return unit, f"vmatmul.{moves}" + ("" if same else f" of vmatpush.{stays}"), False
 
 
-def _own(made: CompiledProduct, opcodes: list[str]) -> str:
-    """The dtype in the opcodes of a product, of which its kernel may hold several.
+def _own(product: CompiledProduct, opcodes: list[str]) -> str:
+    """The dtype that most opcodes of a product have.
 
-    A few may be for the rest of a shape.
+    A kernel may hold several products, and a few opcodes for the remainder of a shape.
     """
     counts: collections.Counter[str] = collections.Counter()
     for suffixes in opcodes:
         names = suffixes.split(".")
-        if "lsf" not in names:  # once more what is there
+        if "lsf" not in names:  # pushes the same operand again
             counts[next(filter(_dtype_of_opcode, names), "f32")] += 1
-    operands = [dtype_of_hlo(dtype) for dtype in made.operands]
+    operands = [dtype_of_hlo(dtype) for dtype in product.operands]
     own = [d for d in counts if _dtype_of_opcode(d) in operands]
     return (own or [d for d, _ in counts.most_common(1)] or [""])[0]
 
 
-def _ptx_unit(operands, kernel) -> tuple[str, str, bool]:
+def _ptx_unit(operands: str, kernel: str) -> tuple[str, str, bool]:
     for instruction in re.findall(r"\b(?:wgmma|mma|tcgen05)\.[\w.:]+", kernel):
         if found := _TCGEN05.match(instruction):
             kind, scaled = found[1], bool(found[2])

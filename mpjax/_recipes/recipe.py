@@ -239,8 +239,8 @@ class Recipe:
         Where it does not, the product is emulated: the same numbers, no speed-up.
 
         Args:
-          target: one of ``"cpu"``, ``"a100"``, ``"h100"``, ``"b200"``, ``"mi300"``,
-            ``"v4"``, ``"v5e"``, ``"v5p"``, ``"v6e"``, ``"v7x"``.
+          target: a name such as ``"h100"`` or ``"v5e"``, of those that ``python -m mpjax
+            targets`` lists, or the path of a file of figures of another GPU.
 
         Returns:
           The answer and the reason.
