@@ -18,7 +18,7 @@ def is_dtype(value: Any, dtype: np.dtype) -> bool:
         return False
     try:
         return jnp.dtype(value) == dtype
-    except TypeError:  # some other string or class
+    except (TypeError, ValueError):  # some other string or class
         return False
 
 

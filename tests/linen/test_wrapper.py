@@ -425,16 +425,6 @@ def test_only_linen_modules_are_wrapped():
         MixedPrecision(Head, "mixed_bfloat16")
 
 
-def test_complex_parameters_are_refused_by_path():
-    class Model(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return nn.Dense(4, param_dtype=jnp.complex64, name="phase")(x)
-
-    with pytest.raises(ValueError, match=r"'phase'.*Rule"):
-        MixedPrecision(Model(), "mixed_bfloat16").init(KEY, X)
-
-
 def test_a_dtype_in_the_model_gives_way_and_integers_stay():
     class Model(nn.Module):
         dtype: jnp.dtype = jnp.float32
