@@ -13,7 +13,9 @@ from mpjax._policies.lookup import Matcher
 from mpjax._policies.policy import Policy
 
 # The policy of the module whose method runs. Traced calls nest, so it is put back on
-# the way out; each thread has its own.
+# the way out; each thread has its own. It is no context of JAX's, as NNX has one: that
+# is in the keys of all caches, and an eager ``init``, where Linen computes parameters
+# under the policy, would compile every operation again for each wrapper and policy.
 enclosing_policy: ContextVar[Policy | None] = ContextVar(
     "mpjax_enclosing", default=None
 )
