@@ -63,8 +63,8 @@ class Attention:
             )
         low = query.dtype.itemsize == 2 or self.products is not None
         # Flax raises where its products and options contradict each other.
-        odd = any(own) and (not all(own) or given["precision"])
-        if not low or odd or given["einsum_dot_general"]:
+        contradicts = any(own) and (not all(own) or given["precision"])
+        if not low or contradicts or given["einsum_dot_general"]:
             return self.stock(*args, **kwargs)
         given = {**given, "query": query, "key": key, "value": value}
         einsum = partial(_own_einsum, *own) if any(own) else plain_einsum

@@ -1,6 +1,6 @@
 """Recipes in NNX: what a module multiplies with inside of its methods.
 
-A product is lent to a module when one of its methods asks for it, and never stored, so
+A hook is replaced when a method of the module reads it, and never stored, so
 that nothing of it is in the state or the graph definition. States of delayed scaling
 are variables of the layers. A product writes the scales that it hands on into its
 variable, where the next use of the layer finds them, so that what several uses observe
