@@ -23,7 +23,7 @@ def says_dtype(value: Any) -> bool:
         return value is None
     try:
         return bool(jnp.issubdtype(jnp.dtype(value), jnp.floating))
-    except TypeError:  # some other string or class
+    except (TypeError, ValueError):  # some other string or class
         return False
 
 

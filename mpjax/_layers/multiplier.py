@@ -24,9 +24,9 @@ _CONVOLUTION = inspect.signature(lax.conv_general_dilated)
 
 @dataclass(frozen=True)
 class Multiplier:
-    """Stands in for the functions of ``lax`` and ``jnp`` that a layer multiplies with.
+    """Replaces the functions of ``lax`` and ``jnp`` that a layer multiplies with.
 
-    Equal ones hash equal, so that a layer which was lent one is the same to a cache.
+    Equal ones hash equal, so that a layer which has one is the same to a cache.
 
     Attributes:
       path: of the layer, for errors.

@@ -1,4 +1,4 @@
-"""What a bound Linen module is lent to follow its rule."""
+"""The attributes that a bound Linen module has while it runs under its rule."""
 
 import dataclasses
 import functools
@@ -60,7 +60,7 @@ def overrides(
       ValueError: the module is one of NNX, which no Linen rule reaches, or multiplies
         in a way that takes no recipe.
     """
-    policy, lent = get_policy(rule.policy), {}
+    policy, replaced = get_policy(rule.policy), {}
     own, kind = vars(module), type(module)
     if _is_nnx(kind):
         raise ValueError(
@@ -71,33 +71,33 @@ def overrides(
     computes_in_a_dtype = _computes_in_a_dtype(module)
     if computes_in_a_dtype:
         given = own.get("dtype", getattr(kind, "dtype", None))
-        lent["dtype"] = spelled_like(given, policy.compute_dtype)
+        replaced["dtype"] = spelled_like(given, policy.compute_dtype)
     if _uses_stock_conv(module):
-        lent["conv_general_dilated"] = conv_general_dilated
+        replaced["conv_general_dilated"] = conv_general_dilated
     if kind is nn.Embed and method != "setup":
         # Others that read the table find it cast; its own methods cast it themselves.
-        lent["embedding"] = nn.unbox(module.get_variable("params", "embedding"))
+        replaced["embedding"] = nn.unbox(module.get_variable("params", "embedding"))
     if products is not None:
-        lent |= replacements_for(module, products, rule)
+        replaced |= replacements_for(module, products, rule)
     if policy.compute_dtype.itemsize == 2 or rule.attention:
         function = own.get("attention_fn")
         attention = attention_replacement(
             function, products if rule.attention else None
         )
         if attention is not None:
-            lent["attention_fn"] = attention
+            replaced["attention_fn"] = attention
         elif rule.attention and function is not None:
             raise unserved_attention(path, kind)
     # Flax's own layers cast what they read where that is cheapest, except in setup.
     casts_itself = method != "setup" and is_of_flax(kind, "linen")
-    lent["param"] = Param(module, path, policy, computes_in_a_dtype, casts_itself)
-    return lent
+    replaced["param"] = Param(module, path, policy, computes_in_a_dtype, casts_itself)
+    return replaced
 
 
 def method_under_rule(
     module: nn.Module, products: Multiplier | None, policy: Policy, name: str, method
 ):
-    """A method of a bound module, or what stands in for it under its rule."""
+    """A method of a bound module, or what replaces it under its rule."""
     if products is not None:
         method = replacement_method(module, name, products, method)
     if getattr(type(module), name, None) is nn.SimpleCell.__call__:

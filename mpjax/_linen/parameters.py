@@ -18,7 +18,7 @@ def is_dtype(value: Any, dtype: np.dtype) -> bool:
         return False
     try:
         return jnp.dtype(value) == dtype
-    except TypeError:  # some other string or class
+    except (TypeError, ValueError):  # some other string or class
         return False
 
 
@@ -46,7 +46,7 @@ class Param:
             kwargs = {key: self._drawn(arg) for key, arg in kwargs.items()}
             return self.policy.cast_to_param(init_fn(*args, **kwargs))
 
-        # Of the class: another wrapper may have lent the module a param of its own.
+        # Of the class: another wrapper may have replaced ``param`` of the module.
         declare = type(self.module).param
         value = declare(self.module, name, init, *init_args, **kwargs)
         if self.computes_in_a_dtype and any_complex(jax.tree.leaves(value)):

@@ -54,11 +54,11 @@ class StateStore:
     later uses in the same trace; what is observed in several traces JAX adds up.
 
     Attributes:
-      keeper: has the states of the module that runs; None: it has its own.
+      owner: has the states of the module that runs; None: it has its own.
     """
 
     def __init__(self):
-        self.keeper: StateOwner | None = None
+        self.owner: StateOwner | None = None
         self._handed_on: dict[tuple, list[tuple[Any, Array]]] = {}
 
     def read(
@@ -93,10 +93,9 @@ class StateStore:
 
     def _place(self, layer: nn.Module, path: str, name: str) -> tuple[nn.Module, str]:
         """The module that has a state, and the name of the state there."""
-        keeper = self.keeper
-        if keeper is None:
+        if self.owner is None:
             return layer, name
-        return keeper.module, keeper.name_of(path, layer, name)
+        return self.owner.module, self.owner.name_of(path, layer, name)
 
 
 def _state(owner: nn.Module, path: str, recipe: Recipe, name: str) -> ScalingState:

@@ -2,8 +2,8 @@
 
 A method interceptor, active only while the wrapped model runs, gives each layer its
 policy: it sets the ``dtype`` of the layer for the time of the call, and casts what
-crosses the border between two policies. Nothing of the model is copied or replaced, so
-that parameters, names and random keys stay those of the bare model.
+crosses the boundary between two policies. Nothing of the model is copied or replaced,
+so that parameters, names and random keys stay those of the bare model.
 """
 
 import functools
@@ -39,29 +39,31 @@ class MixedPrecision(nn.Module):
     that under ``"mixed_bfloat16"`` everything between the inputs of the model and its
     float32 outputs flows in bfloat16. Stock attention computes its softmax in float32.
 
-    Delayed scaling has its states in a collection ``"scaling"``, with respect to which
-    a loss is differentiated too, and which `mpjax.update_scaling` keeps. Of several
-    uses of a layer in a call of ``apply`` the largest amax counts, through the
-    transformations of Linen as well. JAX adds up what is observed
+    Note:
+      Delayed scaling has its states in a collection ``"scaling"``. A loss is
+      differentiated with respect to it as well, and `mpjax.update_scaling` updates it.
+      Of several uses of a layer in one call of ``apply`` the largest amax counts,
+      through the transformations of Linen too. JAX adds up what is observed
 
-    - by several calls in one loss, unless each is given the states that the one before
-      returns under ``mutable=["scaling"]``;
-    - by the steps of an ``nn.scan`` that broadcasts the states, as it does parameters
-      which all steps share: name them to ``variable_carry`` instead, but in ``init``;
-    - by functions that the model gives to ``jax.checkpoint``, ``jax.lax.scan`` and the
-      like, and by transformations of Linen where the wrapper stands inside another
-      module, unless ``apply`` is told ``mutable=["scaling"]``.
+      - by several calls in one loss, unless each is given the states that the one
+        before returns under ``mutable=["scaling"]``;
+      - by the steps of an ``nn.scan`` that broadcasts the states, as it does parameters
+        which all steps share: name them to ``variable_carry`` instead, but in ``init``;
+      - by functions that the model gives to ``jax.checkpoint``, ``jax.lax.scan`` and
+        the like, and by transformations of Linen where the wrapper stands inside
+        another module, unless ``apply`` gets ``mutable=["scaling"]``.
 
-    A sum is an upper bound, under which nothing overflows; of many uses it leaves small
-    numbers few bits.
+      A sum is an upper bound: nothing overflows under it, but after many uses it leaves
+      small numbers few bits.
 
-    Some things stay the model's own. Batch statistics and other collections than
-    ``params`` hold what the model writes there, as it writes it: activations that it
-    sows are 16-bit ones. A parameter that it does not read by ``self.param``, but by
-    ``self.get_variable``, ``self.variable`` or ``self.variables``, has its
-    ``param_dtype``. An initializer that is handed the compute dtype draws in float32;
-    one that was made with it, ``normal(dtype=x.dtype)``, draws in the dtype of ``x``,
-    and so other values than the bare model's.
+    Note:
+      Some things stay the model's own. Batch statistics and other collections than
+      ``params`` hold what the model writes there, as it writes it: activations that it
+      sows are in 16 bits. A parameter that the model reads by ``self.get_variable``,
+      ``self.variable`` or ``self.variables``, and not by ``self.param``, has its
+      ``param_dtype``. An initializer that is given the compute dtype draws in float32;
+      one that was made with it, ``normal(dtype=x.dtype)``, draws in the dtype of ``x``,
+      and so other values than in the bare model.
 
     Attributes:
       module: the module to run; it is not changed.
@@ -172,7 +174,7 @@ class MixedPrecision(nn.Module):
         **kwargs,
     ):
         """As ``nn.Module.apply``; ``method`` may be one of the wrapped module."""
-        # Uses of a layer hand on its scales through its variable, which is no result.
+        # A layer passes its scales to its next use in its variable, which is no result.
         names = {mutable} if isinstance(mutable, str) else mutable or ()
         hidden = SCALING in variables and isinstance(names, Collection)
         hidden = hidden and SCALING not in names

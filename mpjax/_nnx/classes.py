@@ -5,9 +5,7 @@ Their methods run under the policy of the rule, and see parameters in its comput
 
 import functools
 import inspect
-import types
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 import numpy as np
@@ -15,6 +13,7 @@ from flax import nnx
 
 from mpjax._layers.dtypes import any_complex, complex_error, is_of_flax, says_dtype
 from mpjax._layers.region import running_policy
+from mpjax._nnx.hooks import derive
 from mpjax._nnx.parameters import map_params, reader_for, unwrap_for_storage
 from mpjax._nnx.recipes import hook_names, replacement_for, replacement_method
 from mpjax._nnx.scope_names import note, scope
@@ -43,57 +42,23 @@ def set_type(module, rule: Rule | None) -> None:
     module.__class__ = _mixed_type(bare_type(module), rule, is_pytree, dtype)
 
 
-class _Mixed:
-    """Comes first among the bases of a class that ``_mixed_type`` makes."""
-
-    _mpjax_key: tuple
-
-    def __init_subclass__(cls, **kwargs):
-        if "_mpjax_key" not in vars(cls):
-            return super().__init_subclass__(**kwargs)
-        # A hook of the model is for classes that its author writes, as in a registry.
-        vars(nnx.Pytree)["__init_subclass__"].__func__(cls, **kwargs)
-
-    def __reduce__(self):
-        return _new, type(self)._mpjax_key, vars(self).copy()
-
-
-class _End:
-    """Comes after ``nnx.Pytree``, for hooks of the model that stand behind it."""
-
-    def __init_subclass__(cls, **kwargs):
-        if "_mpjax_key" not in vars(cls):
-            super().__init_subclass__(**kwargs)
-
-
-@functools.cache
-def _metaclass(kind: Any) -> type:
-    """A metaclass that has those two in the order of a class's bases.
-
-    As bases they would change the layout of the class, which then no module could take.
-    """
-
-    def mro(cls):
-        order = kind.mro(cls)
-        if "_mpjax_key" in vars(cls):
-            order.insert(order.index(nnx.Pytree) + 1, _End)
-            order.insert(1, _Mixed)
-        return order
-
-    return type(kind)(kind.__name__, (kind,), {"mro": mro})
-
-
 # For good, as JAX and Flax keep every class of modules in their registries.
 @functools.cache
 def _mixed_type(bare: type, rule: Rule | None, is_pytree: bool, dtype) -> type:
-    """The subclass of a module class that follows a rule; None: that leaves it."""
+    """The subclass of a module class that follows a rule; None: that leaves it.
+
+    Its ``__name__`` is that of the bare class, for scopes and tables; its
+    ``__qualname__``, in the repr of the class, has the policy as well.
+    """
+    suffix = "" if rule is None else f"[{rule.policy}]"
     namespace = {
         "__module__": bare.__module__,
-        "__qualname__": bare.__qualname__,
+        "__qualname__": bare.__qualname__ + suffix,
         "__doc__": bare.__doc__,
         "_mpjax_key": (bare, rule, is_pytree, dtype),
         "_mpjax_bare_type": bare,
         "_mpjax_rule": rule,
+        "__reduce__": _reduce,
     }
     for name in _public_methods(bare):
         namespace[name] = _method(name, getattr(bare, name), rule)
@@ -106,12 +71,11 @@ def _mixed_type(bare: type, rule: Rule | None, is_pytree: bool, dtype) -> type:
             namespace["init_cache"] = _init_cache
     if dtype is not None:
         namespace["dtype"] = dtype
-    return types.new_class(
-        bare.__name__,
-        (bare,),
-        {"metaclass": _metaclass(type(bare)), "pytree": is_pytree},
-        lambda ns: ns.update(namespace),
-    )
+    return derive(bare, is_pytree, namespace)
+
+
+def _reduce(self):
+    return _new, type(self)._mpjax_key, vars(self).copy()
 
 
 def _new(*key) -> nnx.Module:

@@ -118,13 +118,13 @@ def mixed_precision(model: M, rules: Rules) -> M:
 
 
 def _class_key(rule: Rule, served: set[str]) -> Rule:
-    """What a class needs of a rule: classes of equal essence are one class."""
+    """What a class needs of a rule: equal answers make one class."""
     rule = replace(rule, path=".*", module_type=None, optional=False)
     return rule if served else replace(rule, recipe=None, min_size=0, attention=False)
 
 
 def _check(path: str, module) -> None:
-    """Raises for what could only be left as it is without a word."""
+    """Raises for what could only be left as it is silently."""
     if isinstance(module, nnx.bridge.ToNNX):
         raise ValueError(
             f"Module {path!r} holds a Linen module, whose layers NNX does not see. "

@@ -1,6 +1,6 @@
 """Recipes in NNX: what a module multiplies with inside of its methods.
 
-A product is lent to a module when one of its methods asks for it, and never stored, so
+A hook is replaced when a method of the module reads it, and never stored, so
 that nothing of it is in the state or the graph definition. States of delayed scaling
 are variables of the layers. A product writes the scales that it hands on into its
 variable, where the next use of the layer finds them, so that what several uses observe
@@ -23,7 +23,7 @@ from mpjax._layers.multiplier import (
     unserved_attention,
 )
 from mpjax._layers.served import body_of, hooks_of, served_layer
-from mpjax._nnx.attention import _is_stock_attention, attention
+from mpjax._nnx.attention import attention, is_stock_attention
 from mpjax._policies.rule import Rule
 from mpjax._recipes.state import ScalingState
 from mpjax._typing import Array
@@ -43,7 +43,7 @@ def replacement_for(module: Any, name: str, value: Any) -> Any:
       value: of the attribute; returned where it is no stock function.
     """
     if name == "attention_fn":
-        if not (type(module)._mpjax_rule.attention and _is_stock_attention(value)):
+        if not (type(module)._mpjax_rule.attention and is_stock_attention(value)):
             return value
         return partial(attention, einsum=_products(module).einsum)
     hook = hooks_of(type(module))[name]
@@ -97,7 +97,7 @@ def served_product_names(
         names.add(row.parameter)
     value = getattr(module, "attention_fn", None)
     if rule.attention and value is not None and not inspect.ismethod(value):
-        if not _is_stock_attention(value):
+        if not is_stock_attention(value):
             raise unserved_attention(path, bare)
         names |= {"query_key", "weights_value"}
     return names

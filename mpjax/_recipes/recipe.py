@@ -239,8 +239,9 @@ class Recipe:
         Where it does not, the product is emulated: the same numbers, no speed-up.
 
         Args:
-          target: a name such as ``"h100"`` or ``"v5e"``, of those that ``python -m mpjax
-            targets`` lists, or the path of a file of figures of another GPU.
+          target: a name such as ``"h100"`` or ``"v5e"`` of those that
+            ``python -m mpjax targets`` lists, or the path of a file of figures of
+            another GPU.
 
         Returns:
           The answer and the reason.
