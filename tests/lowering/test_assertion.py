@@ -1,9 +1,12 @@
-"""All products of a transformer block, forward and backward, run in 8 bits."""
+"""``assert_native``: a block in 8 bits passes it, and what is wrong is named."""
+
+import functools
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
+from flawed_model import Model, forward
 
 import mpjax
 import mpjax.linen
@@ -109,3 +112,65 @@ def test_a_convolution_is_native_fp8_in_the_forward_pass(target, name):
     (product,) = mpjax.lowering.report(fn, x, w, target=target).products
     assert product.unit == "float8_e4m3fn", product
     assert "__cudnn$convForwardGraph" in product.evidence
+
+
+Struct = jax.ShapeDtypeStruct
+BF16, F32, E4M3 = jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn
+
+
+def half(*shape):
+    return Struct(shape, BF16)
+
+
+@pytest.mark.parametrize("target", ["v7x", "h100"])
+def test_assert_native_names_what_is_wrong(target):
+    model = Model(dequantize=True)
+    fn, *args = forward(model)
+    with jax.numpy_dtype_promotion("standard"):
+        with pytest.raises(AssertionError) as error:
+            mpjax.lowering.assert_native(
+                fn, *args, target=target, dtype=E4M3, at_least=0.1
+            )
+    message = str(error.value)
+    assert f"natively in float8_e4m3fn or narrower on {target}, 10.0% should" in message
+    (line,) = [line for line in message.splitlines() if "careless_dot" in line]
+    assert "e4m3fn becomes bf16 before the product" in line
+    assert "flawed_model.py:" in line
+    assert "- Multiply the 8-bit values and apply their scales" in message
+
+
+def test_assert_native_lists_promotions():
+    def mlp(x, w):
+        with jax.named_scope("mlp"):
+            return (x + jnp.zeros(x.shape)) @ w.astype(F32)
+
+    x = half(256, 256)
+    with jax.numpy_dtype_promotion("standard"):
+        with pytest.raises(
+            AssertionError, match=r"mlp.*100.0%.*written in f32"
+        ) as error:
+            mpjax.lowering.assert_native(mlp, x, x, target="h100", dtype=BF16)
+        assert "bf16 becomes f32 and is multiplied in f32" in str(error.value)
+        report = mpjax.lowering.assert_native(
+            mlp, x, x, target="h100", dtype=BF16, at_least=0
+        )
+    assert report.flops_by_unit() == {"tf32": report.flops}
+    with pytest.raises(ValueError, match="share from 0 to 1"):
+        mpjax.lowering.assert_native(mlp, x, x, target="h100", dtype=BF16, at_least=95)
+
+
+def test_assert_native_takes_all_float8_as_one():
+    dot = functools.partial(
+        mpjax.scaled_dot_general,
+        dimension_numbers=(((1,), (0,)), ((), ())),
+        recipe=mpjax.current_scaling(),
+    )
+    fn = jax.grad(lambda x, w: jnp.sum(dot(x, w).astype(F32)), argnums=(0, 1))
+    x = half(256, 256)
+    for dtype in (E4M3, jnp.float8_e5m2, BF16, F32):
+        mpjax.lowering.assert_native(fn, x, x, target="h100", dtype=dtype)
+    with pytest.raises(
+        AssertionError,
+        match=r"e4m3fn runs as bf16[\s\S]*is_supported",
+    ):
+        mpjax.lowering.assert_native(fn, x, x, target="a100", dtype=E4M3)

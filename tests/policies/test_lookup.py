@@ -1,0 +1,65 @@
+"""The first rule that matches decides, and every rule decides something."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from module_types import Dense, LayerNorm
+
+import mpjax
+from mpjax._policies.lookup import Matcher, matcher
+from mpjax._policies.presets import expand_rules
+
+names = st.text("ab", min_size=1, max_size=2)
+paths = st.lists(names, max_size=3).map("/".join)
+
+
+@given(st.lists(paths, min_size=1), paths)
+def test_the_first_match_wins(patterns, path):
+    rules = tuple(mpjax.Rule(pattern, "f32") for pattern in patterns)
+    first = patterns.index(path) if path in patterns else None
+    assert Matcher(rules).find(path, Dense) == first
+
+
+def test_unused_rules_name_what_they_may_have_meant():
+    found = Matcher(expand_rules([mpjax.Rule("encoder/dense", "f32"), "c=bf16"]))
+    seen = {"": Dense, "encoder/Dense_0": Dense, "decoder/Dense_0": Dense}
+    with pytest.raises(ValueError, match="nearest paths are 'encoder/Dense_0'"):
+        found.check_all_used(seen)
+    # A path whose module was not met may still be what the rule is for.
+    found.check_all_used(seen, lambda: ["encoder/dense"])
+
+
+def test_a_rule_once_used_is_used():
+    # A module may run in training only, or inside a trace that nn.jit has cached.
+    rules = expand_rules([mpjax.Rule("drop", "f32"), "c=bf16"])
+    found = Matcher(rules, (Dense,))
+    with pytest.raises(ValueError, match=r"'drop'.*takes optional=True"):
+        found.check_all_used({"": Dense})
+    found.check_all_used({"": Dense, "drop": Dense})
+    found.check_all_used({"": Dense})
+    # Another model, and one of whose modules all are known, are checked for themselves.
+    for other in (matcher(rules, (LayerNorm,)), Matcher(rules)):
+        other.check_all_used({"drop": Dense, "": Dense})
+    with pytest.raises(ValueError, match="'drop'"):
+        other.check_all_used({"": Dense})
+
+
+def test_a_recipe_that_served_once_serves():
+    rules = expand_rules(mpjax.Rule(".*", "c=bf16", mpjax.current_scaling()))
+    found = Matcher(rules, (Dense,))
+    with pytest.raises(ValueError, match="serves no product"):
+        found.check_all_used({"a": Dense}, served={"a": set()})
+    found.check_all_used({"a": Dense}, served={"a": {"kernel"}})
+    found.check_all_used({"a": Dense}, served={"a": set()})
+
+
+def test_two_modules_may_share_a_path():
+    rules = [mpjax.Rule(module_type=LayerNorm, policy="f32"), "c=bf16"]
+    for seen in ([("a", LayerNorm), ("a", Dense)], [("a", Dense), ("a", LayerNorm)]):
+        Matcher(expand_rules(rules)).check_all_used(seen)
+
+
+def test_a_model_of_norms_uses_a_name_as_well():
+    Matcher(expand_rules("mixed_float16")).check_all_used({"": LayerNorm})
+    with pytest.raises(ValueError, match="matches no module"):
+        Matcher(expand_rules("c=f16")).check_all_used({})
