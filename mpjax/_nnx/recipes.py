@@ -27,7 +27,7 @@ from mpjax._layers.multiplier import (
 )
 from mpjax._nnx.attention import _is_stock_attention, attention
 from mpjax._nnx.layers import product_size
-from mpjax._policies.rule import Rule
+from mpjax._policies.lookup import Decision
 from mpjax._products import xla_cpu as _cpu_faults
 from mpjax._recipes.state import ScalingState
 from mpjax._tree import cast_floating
@@ -54,7 +54,7 @@ def replacement_for(module: Any, name: str, value: Any) -> Any:
       value: of the attribute; returned where it is no stock function.
     """
     if name == "attention_fn":
-        if not (type(module)._mpjax_rule.attention and _is_stock_attention(value)):
+        if not (type(module)._mpjax_decision.attention and _is_stock_attention(value)):
             return value
         return partial(attention, einsum=_products(module).einsum)
     function, stock = _HOOKS[name]
@@ -69,7 +69,7 @@ def replacement_method(method: Callable) -> Callable:
 
 
 def served_product_names(
-    path: str, module: nnx.Pytree, bare: type, rule: Rule | None
+    path: str, module: nnx.Pytree, bare: type, decision: Decision | None
 ) -> set[str]:
     """Names of the products of a module that its recipe serves.
 
@@ -77,13 +77,13 @@ def served_product_names(
       path: of the module, for errors.
       module: a layer; its parameters may be ``jax.ShapeDtypeStruct``.
       bare: its class without a policy.
-      rule: of the module; None: it is left alone.
+      decision: what the module follows; None: it is left alone.
 
     Raises:
       ValueError: the module multiplies in a way that takes no recipe.
     """
     names = set()
-    if rule is None or rule.recipe is None:
+    if decision is None or decision.recipe is None:
         return names
     hooks = {name: getattr(module, name, _ABSENT) for name in _HOOKS}
     hooks = {
@@ -93,7 +93,7 @@ def served_product_names(
     }
     stand_ins = [m for m in _METHODS if getattr(bare, m.__name__, None) is m]
     size = product_size(module)
-    small = size is not None and min(size) < (rule.min_size or 0)
+    small = size is not None and min(size) < decision.min_size
     for name, value in hooks.items():
         if (
             not any(value is one for one in _HOOKS[name][1])
@@ -103,11 +103,11 @@ def served_product_names(
     if (hooks or stand_ins) and not small:
         names.add("embedding" if isinstance(module, nnx.Embed) else "kernel")
         if "conv_general_dilated" in hooks or isinstance(module, nnx.ConvTranspose):
-            check_convolution(path, rule.recipe)
+            check_convolution(path, decision.recipe)
         if isinstance(module, nnx.ConvTranspose) and module.padding == "CIRCULAR":
             raise unserved(path, bare, "pads in circles")
     value = getattr(module, "attention_fn", None)
-    if rule.attention and value is not None and not inspect.ismethod(value):
+    if decision.attention and value is not None and not inspect.ismethod(value):
         if not _is_stock_attention(value):
             raise unserved_attention(path, bare)
         names |= {"query_key", "weights_value"}
@@ -115,12 +115,12 @@ def served_product_names(
 
 
 def _products(module: Any) -> Multiplier:
-    rule = type(module)._mpjax_rule
+    decision = type(module)._mpjax_decision
 
     def read(name: str) -> ScalingState:
         state = vars(module).get(f"{name}_scaling")
         # Without one, taken off the model by nnx.pop say, the current amax counts.
-        return rule.recipe.init() if state is None else state.get_value()
+        return decision.recipe.init() if state is None else state.get_value()
 
     def write(name: str, scales: Array) -> None:
         state = vars(module).get(f"{name}_scaling")
@@ -134,7 +134,8 @@ def _products(module: Any) -> Multiplier:
             pass
 
     name = type(module).__name__
-    return Multiplier(name, rule.recipe, rule.min_size or 0, read, write, set())
+    recipe, min_size = decision.recipe, decision.min_size
+    return Multiplier(name, recipe, min_size, read, write, set())
 
 
 def _attend(embed: nnx.Embed, query, out_sharding=None):

@@ -23,7 +23,7 @@ KEY = jax.random.key(0)
         ([mpjax.Rule("haed", "f32"), "f16"], "matches no module.*'head'"),
         (
             ["mixed_float16", mpjax.Rule("head", "f32")],
-            r"taken by Rule\(path='.\*', policy='p=f32,c=f16,o=f32'",
+            r"taken by Rule\(path='.\*', policy='mixed_float16'",
         ),
         ([mpjax.Rule("hea", "f32"), "f16"], "whole path"),
         ([mpjax.Rule("head", "f32", module_type=nn.Conv), "f16"], "types.*are Dense"),
