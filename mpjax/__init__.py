@@ -48,14 +48,12 @@ from mpjax._recipes.scalings import CurrentScaling as CurrentScaling
 from mpjax._recipes.scalings import DelayedScaling as DelayedScaling
 from mpjax._recipes.scalings import Scaling as Scaling
 from mpjax._recipes.state import ScalingState as ScalingState
-from mpjax._recipes.state import WeightCopy as WeightCopy
 from mpjax._scaling_states import export as _export
 from mpjax._scaling_states.calibrate import calibrate_scaling as calibrate_scaling
 from mpjax._scaling_states.update import rescale_scaling as rescale_scaling
 from mpjax._scaling_states.update import update_scaling as update_scaling
 from mpjax._scaling_states.weights import drop_weights as drop_weights
 from mpjax._scaling_states.weights import keep_weights as keep_weights
-from mpjax._tree import all_finite as all_finite
 from mpjax._tree import cast_floating as cast_floating
 from mpjax._tree import select_tree as select_tree
 
