@@ -45,8 +45,10 @@ def compile_for(target: str, fn, *args, donate_argnums=(), options=None) -> "Pro
     fn = jax.jit(fn, donate_argnums=donate_argnums)
     if target == "cpu":
         compiled = fn.lower(*args).compile(compiler_options=options)
-        accessed = compiled.cost_analysis()["bytes accessed"]
-        return Program(target, compiled.as_text(), accessed, compiled)
+        costs, text = compiled.cost_analysis(), compiled.as_text()
+        if costs is None or text is None:
+            raise RuntimeError("XLA gave no text or no costs of a program for this CPU")
+        return Program(target, text, costs["bytes accessed"], compiled)
     device, traced = _targets.get_target(target), trace(fn, args, {})
     if target in GPUS:  # reports keep products apart; what runs has them merged
         options = {"xla_gpu_dot_merger_threshold_mb": 32} | (options or {})

@@ -4,6 +4,8 @@
 not installed costs one row of a table and no more.
 """
 
+# pyright: reportMissingImports=false
+
 import dataclasses
 import importlib
 from collections.abc import Callable
@@ -73,8 +75,8 @@ _SMALL = dict(
 
 
 def _transformers(module: str, name: str, config, **fields):
-    module = importlib.import_module(f"transformers.models.{module}")
-    return getattr(module, name)(config, **fields)
+    models = importlib.import_module(f"transformers.models.{module}")
+    return getattr(models, name)(config, **fields)
 
 
 @_model("transformers", "FlaxBertForMaskedLM", "dtype fields, tied head by sharing")

@@ -3,12 +3,17 @@
     python benchmarks/fp8.py --targets tpu7x             # estimated cycles
     python benchmarks/fp8.py --targets h100 b200         # library calls and kernels
     python benchmarks/fp8.py --targets cpu --rounds 30   # forward and backward, timed
+    python benchmarks/fp8.py --layers 1 --targets tpu7x --ways "mpjax delayed" --json
+
+qwix is left out if it is not there (``pip install qwix``). ``--json`` enters the
+figures in ``results/fp8.json``, which the tables of the README are made of.
 
 The step compiled ahead of time is loss (mean square of the outputs), gradients,
 clipping by global norm, AdamW and the update of the scales, with donated arguments, of
-pre-norm transformer layers: width 2048, 8192 hidden, 16 heads, 16 x 256 tokens. Each
-has four Dense layers (queries, keys and values are one), whose 12 products run in fp8;
-the six products of attention stay in bfloat16. ``--bias`` gives the layers biases.
+pre-norm transformer layers: width 2048, 8192 hidden, 16 heads, 16 x 256 tokens unless
+``--tokens`` says otherwise. Each has four Dense layers (queries, keys and values are
+one), whose 12 products run in fp8; the six products of attention stay in bfloat16.
+``--bias`` gives the layers biases.
 
 Delayed scaling is timed as it runs from its second step on, with `calibrate_scaling`,
 but for the row "not calibrated". "delayed weights" are scaled by their amaxes a step
@@ -16,7 +21,6 @@ before; those "kept" the optimizer leaves behind in 8 bits, with `keep_weights`.
 are scales that are no powers of two.
 """
 
-import argparse
 import collections
 import dataclasses
 import functools
@@ -24,19 +28,25 @@ import os
 import re
 import statistics
 import time
+from typing import Any
 
 import _aot  # first: it sets what jax reads when imported
+import _results
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-import qwix
 from jax import lax
 from rich.console import Console
 from rich.table import Table
 
 import mpjax
 import mpjax.linen
+
+try:
+    import qwix  # pyright: ignore[reportMissingImports]
+except ImportError:
+    qwix = None
 
 BF16 = jnp.bfloat16
 _INSTRUCTION = r"\s+(?:ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)"
@@ -113,13 +123,12 @@ def by_hand(**options):
     return lambda make: make({"dtype": BF16, **options})
 
 
-def with_qwix(**options):
+def with_qwix(qwix):
     rule = qwix.QtRule(
         module_path=".*Dense.*",
         weight_qtype=jnp.float8_e4m3fn,
         act_qtype=jnp.float8_e4m3fn,
         bwd_qtype=jnp.float8_e5m2,
-        **options,
     )
     provider = qwix.QtProvider([rule])
     return lambda make: qwix.quantize_model(make({"dtype": BF16}), provider)
@@ -139,8 +148,7 @@ WAYS = {
     "mpjax delayed, not calibrated": with_rule(DELAYED),
     "mpjax per channel": with_rule(mpjax.per_channel_scaling()),
     "Flax Fp8Direct": by_hand(dot_general_cls=nn.Fp8DirectDotGeneralOp),
-    "qwix": with_qwix(),
-}
+} | ({"qwix": with_qwix(qwix)} if qwix else {})
 
 
 def with_promises(name, params, others):
@@ -206,7 +214,7 @@ def parts(program):
 
 
 def fp8_products(program):
-    """Products of fp8 operands, and all."""
+    """The number of products of fp8 operands, and of all."""
     types, narrow, count = {}, 0, 0
     for line in program.text.splitlines():
         if found := re.match(_INSTRUCTION, line):
@@ -219,36 +227,80 @@ def fp8_products(program):
             elif "__cublas$lt$matmul" in line or "__cublas$gemm" in line:
                 narrow += "$f8" in line
                 count += 1
-    return f"{narrow}/{count}"
+    return narrow, count
 
 
-def compiled(target, ways, depths, bias):
+def program_of(
+    target: str,
+    way: str,
+    layers: int = 1,
+    bias: bool = False,
+    tokens: tuple[int, int] = (16, 256),
+) -> _aot.Program:
+    """A train step in one of `WAYS`, compiled ahead of time."""
+    model = WAYS[way](lambda options: Transformer(layers, bias, options))
+    step, args = step_of(way, model, jnp.zeros((*tokens, 2048), BF16))
+    return _aot.compile_for(target, step, *args, donate_argnums=(0, 1, 2))
+
+
+def case_of(target, way, layers=1, bias=False, tokens=(16, 256)) -> dict[str, Any]:
+    """What identifies a program among the rows of ``results/fp8.json``."""
+    tokens = "x".join(map(str, tokens))
+    case = {"target": target, "way": way, "layers": layers}
+    return case | {"bias": bias, "tokens": tokens}
+
+
+def figures_of(program: _aot.Program, base: _aot.Program) -> dict[str, Any]:
+    """What a program costs, also relative to that in bfloat16."""
+    narrow, products = fp8_products(program)
+    figures = {
+        "bytes": program.bytes,
+        "bytes_ratio_to_bf16": round(program.bytes / base.bytes, 4),
+        "kernels": program.kernels,
+        "fp8_products": narrow,
+        "products": products,
+    }
+    if not program.cycles:
+        return figures
+    kinds = dict(zip(("multiply", "quantize", "other"), parts(program), strict=True))
+    return {
+        "cycles": program.cycles,
+        "cycles_ratio_to_bf16": round(program.cycles / base.cycles, 4),
+        **{f"{kind}_cycles": cycles for kind, cycles in kinds.items()},
+        **figures,
+    }
+
+
+def compiled(target, ways, depths, bias, tokens, path):
     """A table of programs compiled ahead of time."""
     table = Table("", "layers", "cycles", "x bf16", title=target)
     for column in ("gemm", "quantize", "other", "fp8", "Mbytes", "x bf16", "kernels"):
         table.add_column(column, justify="right")
-    x = jnp.zeros((16, 256, 2048), BF16)
     for depth in depths:
         base = None
-        for name in ways:
-            model = WAYS[name](lambda o, d=depth: Transformer(d, bias, o))
-            step, args = step_of(name, model, x)
-            program = _aot.compile_for(target, step, *args, donate_argnums=(0, 1, 2))
+        for way in ways:
+            which = target, way, depth, bias, tokens
+            program = program_of(*which)
             base = base or program
+            figures = figures_of(program, base)
+            case = case_of(*which)
+            _results.save(path, case, figures, deterministic=True, device=target)
             cycles = ["", "", "", "", ""]
-            if program.cycles:
-                cycles = [f"{program.cycles / 1e6:.3f}M"]
-                cycles.append(f"{program.cycles / base.cycles:.3f}")
-                cycles += [f"{n / 1e6:.2f}" for n in parts(program)]
-            moved = f"{program.bytes / 1e6:.0f}", f"{program.bytes / base.bytes:.3f}"
-            kernels = str(program.kernels)
-            row = name, str(depth), *cycles, fp8_products(program), *moved, kernels
-            table.add_row(*row)
-            print(*row, sep=" | ", flush=True)
+            if "cycles" in figures:
+                cycles = [f"{figures['cycles'] / 1e6:.3f}M"]
+                cycles.append(f"{figures['cycles_ratio_to_bf16']:.3f}")
+                kinds = "multiply", "quantize", "other"
+                cycles += [f"{figures[f'{kind}_cycles'] / 1e6:.2f}" for kind in kinds]
+            moved = f"{figures['bytes'] / 1e6:.0f}"
+            ratio = f"{figures['bytes_ratio_to_bf16']:.3f}"
+            narrow = f"{figures['fp8_products']}/{figures['products']}"
+            row = way, str(depth), *cycles, narrow, moved, ratio
+            table.add_row(*row, str(figures["kernels"]))
+            print(*row, figures["kernels"], sep=" | ", flush=True)
     return table
 
 
-def timed(ways, rounds):
+def timed(ways, rounds, path):
     """Processor time of forward and backward on this CPU, ways in turn."""
     table = Table("", "layers", "processor", "wall", title=f"cpu {os.getloadavg()}")
     x = jax.random.normal(jax.random.key(1), (512, 1024), BF16)
@@ -285,25 +337,41 @@ def timed(ways, rounds):
         }
         base = medians["bf16"]
         for name, found in medians.items():
-            ratios = [f"{a / b:.3f}" for a, b in zip(found, base, strict=True)]
-            table.add_row(name, str(depth), *ratios)
+            ratios = [a / b for a, b in zip(found, base, strict=True)]
+            table.add_row(name, str(depth), *(f"{ratio:.3f}" for ratio in ratios))
+            figures = {
+                "processor_seconds": round(found[0], 6),
+                "processor_ratio_to_bf16": round(ratios[0], 4),
+                "wall_seconds": round(found[1], 6),
+                "wall_ratio_to_bf16": round(ratios[1], 4),
+            }
+            case = {"target": "cpu", "way": name, "layers": depth}
+            _results.save(path, case, figures, deterministic=False)
     return table
 
 
+def shape(text: str) -> tuple[int, int]:
+    """A batch and a length, as in 16x256."""
+    batch, length = map(int, text.split("x"))
+    return batch, length
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = _results.parser(__doc__, "fp8")
     parser.add_argument("--targets", nargs="+", default=["tpu7x", "cpu"])
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     parser.add_argument("--layers", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--bias", action="store_true")
+    parser.add_argument("--tokens", type=shape, default=(16, 256), metavar="16x256")
     parser.add_argument("--rounds", type=int, default=30)
     args = parser.parse_args()
     ways = list(dict.fromkeys(["bf16", *args.ways]))  # the base comes first
     for target in args.targets:
         if target == "cpu":
-            table = timed(ways, args.rounds)
+            table = timed(ways, args.rounds, args.json)
         else:
-            table = compiled(target, ways, args.layers, args.bias)
+            which = args.layers, args.bias, args.tokens, args.json
+            table = compiled(target, ways, *which)
         Console(width=120).print(table)
 
 

@@ -6,6 +6,9 @@ r"""What dynamic loss scaling costs: one train step with it against the same wit
     python benchmarks/loss_scaling.py --targets tpu7x --models mlp,transformer \
         --methods mpjax                                   # over all eight models
 
+``--json`` enters the figures in ``results/loss_scaling.json``, which the tables of the
+README are made of.
+
 Beside mpjax stand Flax's DynamicScale, jmp (``pip install jmp``; left out if it is not
 there) and optax.apply_if_finite under a constant scale, each as its documentation has
 it. All compute in float16 with float32 parameters under AdamW, which clips by global
@@ -28,6 +31,7 @@ import statistics
 import time
 
 import _aot  # first: it sets what jax reads when imported
+import _results
 import flax.training.dynamic_scale
 import jax
 import jax.numpy as jnp
@@ -37,7 +41,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 import mpjax
 
 try:
-    import jmp
+    import jmp  # pyright: ignore[reportMissingImports]
 except ImportError:
     jmp = None
 
@@ -166,7 +170,7 @@ def flax_dynamic_scale(loss_fn, inner):
     return init, step
 
 
-def jmp_select_tree(loss_fn, inner):
+def jmp_select_tree(jmp, loss_fn, inner):
     # The scale goes in and out as arrays: its class cannot be lowered ahead of time.
     def init(params):
         return inner.init(params), (jnp.float32(2.0**16), jnp.int32(0))
@@ -215,7 +219,7 @@ METHODS = {
     "mpjax": ours,
     "Flax DynamicScale": flax_dynamic_scale,
     "optax.apply_if_finite": apply_if_finite,
-} | ({"jmp": jmp_select_tree} if jmp else {})
+} | ({"jmp": functools.partial(jmp_select_tree, jmp)} if jmp else {})
 
 
 def programs(target, model, methods, inner):
@@ -234,7 +238,8 @@ def programs(target, model, methods, inner):
         )
 
 
-def time_on_cpu(model, methods, inner, rounds):
+def time_on_cpu(model, methods, inner, rounds, save):
+    """Prints and saves times of steps that run in turn."""
     init, batch, _ = MODELS[model]
     key = jax.random.key(1)
     batch = (
@@ -256,25 +261,31 @@ def time_on_cpu(model, methods, inner, rounds):
                 wall[name].append(time.perf_counter() - start[0])
                 processor[name].append(time.process_time() - start[1])
     print(f"\n{model}: CPU    {'ms':>8}{'against plain':>16}{'against pinned':>17}")
+    bases = {"plain": "no loss scaling", "pinned": "no loss scaling, pinned"}
     for name in names:
-        ratios = [
-            ratio(taken[name], taken[base])
-            for base in ("no loss scaling", "no loss scaling, pinned")
-            for taken in (wall, processor)
-        ]
-        print(
-            f"  {name:26}{1e3 * statistics.median(wall[name]):8.1f}"
-            + "".join(f"{r:8.3f}" for r in ratios),
-            flush=True,
-        )
+        ratios = {
+            f"{clock}_ratio_to_{base}": ratio(taken[name], taken[of])
+            for base, of in bases.items()
+            for clock, taken in (("wall", wall), ("processor", processor))
+        }
+        milliseconds = 1e3 * statistics.median(wall[name])
+        columns = "".join(f"{ratio:8.3f}" for ratio in ratios.values())
+        print(f"  {name:26}{milliseconds:8.1f}{columns}", flush=True)
+        figures = {"wall_milliseconds": milliseconds} | ratios
+        case = {"target": "cpu", "model": model, "method": name}
+        save(case, rounded(figures), deterministic=False)
+
+
+def rounded(figures):
+    return {name: round(figure, 4) for name, figure in figures.items()}
 
 
 def ratio(taken, base):
     return statistics.median(a / b for a, b in zip(taken, base, strict=True))
 
 
-def count_for(target, model, methods, inner):
-    """Prints cycles and bytes, and returns their ratios to the base."""
+def count_for(target, model, methods, inner, save):
+    """Prints and saves cycles and bytes, and returns their ratios to the base."""
     print(f"\n{model}: {target}{'cycles':>16}{'ratio':>8}{'MB':>10}{'ratio':>8}")
     base, ratios = None, {}
     for name, program, _ in programs(target, model, methods, inner):
@@ -287,11 +298,16 @@ def count_for(target, model, methods, inner):
             f"{program.bytes / 1e6:10.1f}{by_bytes:8.3f}",
             flush=True,
         )
+        figures = {"bytes": program.bytes, "bytes_ratio_to_plain": by_bytes}
+        if base.cycles:
+            figures |= {"cycles": program.cycles, "cycles_ratio_to_plain": by_cycles}
+        case = {"target": target, "model": model, "method": name}
+        save(case, rounded(figures), deterministic=True, device=target)
     return ratios
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = _results.parser(__doc__, "loss_scaling")
     parser.add_argument("--targets", default="cpu,tpu7x,v5e,h100")
     parser.add_argument(
         "--models",
@@ -312,15 +328,19 @@ def main():
         for name, method in METHODS.items()
         if any(part in name for part in parts)
     }
+
+    def save(case, figures, **how):
+        _results.save(args.json, case | {"clip": args.clip}, figures, **how)
+
     for target in args.targets.split(","):
         if target != "cpu" and (problem := _aot.missing(target)):
             print(f"\n{target}: left out. {problem}")
             continue
         if target == "cpu":
             for model in models:
-                time_on_cpu(model, methods, inner, args.rounds)
+                time_on_cpu(model, methods, inner, args.rounds, save)
             continue
-        counts = [count_for(target, model, methods, inner) for model in models]
+        counts = [count_for(target, model, methods, inner, save) for model in models]
         print(f"\n{target}, geometric mean of {len(models)} models: cycles, bytes")
         for name in counts[0]:
             columns = zip(*(ratios[name] for ratios in counts), strict=True)

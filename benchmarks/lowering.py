@@ -3,20 +3,25 @@
     python benchmarks/lowering.py
     python benchmarks/lowering.py --cases billion --targets v7x --quick
 
+``--json`` enters the times in ``results/lowering.json``, which the table of the README
+is made of.
+
 The train steps of both examples; one of a transformer whose layers are scanned and
 rematerialized, sharded over four devices of a tpu7x:2x2x1 or over four GPUs; and those
 of transformers of a billion parameters, scanned and unrolled, given as shapes.
 """
 
-import argparse
+import importlib
 import os
 import pathlib
 import resource
 import sys
 import time
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # or plugins look for their devices
 
+import _results
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -77,7 +82,7 @@ def step_of(model, policy, optimizer, tokens, place=lambda x: x):
 
     def step(params, opt_state, tokens):
         def loss_fn(params):
-            logits = model.apply(params, tokens[:, :-1])
+            logits: Any = model.apply(params, tokens[:, :-1])
             return optax.softmax_cross_entropy_with_integer_labels(
                 logits, tokens[:, 1:]
             ).mean()
@@ -95,8 +100,7 @@ def step_of(model, policy, optimizer, tokens, place=lambda x: x):
 
 def train_lm():
     """The step of examples/train_lm.py."""
-    import train_lm as example
-
+    example = importlib.import_module("train_lm")
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(3e-3, b2=0.95))
     tokens = Struct((example.BATCH, example.LENGTH + 1), jnp.int32)
     optimizer = mpjax.dynamic_loss_scaling(optimizer)
@@ -105,8 +109,7 @@ def train_lm():
 
 def train_digits():
     """A step of the network of examples/train_digits.py."""
-    import train_digits as example
-
+    example = importlib.import_module("train_digits")
     model = nnx.eval_shape(lambda: example.ResNet(rngs=nnx.Rngs(0)))
     model = mpjax.nnx.mixed_precision(model, "mixed_float16")
     optimizer = nnx.eval_shape(
@@ -171,7 +174,7 @@ def children() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = _results.parser(__doc__, "lowering")
     parser.add_argument("--targets", nargs="+", default=["v7x", "h100"])
     parser.add_argument("--cases", nargs="+", default=list(CASES), help="or parts")
     parser.add_argument("--quick", action="store_true", help="as of report")
@@ -195,12 +198,23 @@ def main() -> None:
                 step, *arguments, target=target, quick=args.quick
             )
             end = time.perf_counter(), time.process_time(), children()
-            times = [f"{b - a:.1f}" for a, b in zip(start, end, strict=True)]
+            seconds = [b - a for a, b in zip(start, end, strict=True)]
+            times = [f"{taken:.1f}" for taken in seconds]
             load = f"{os.getloadavg()[0]:.1f}"
             count, native = f"{len(report.products)}", f"{report.native:.1%}"
             row = name, f"{size:.2g}", target, count, native, f"{census:.1f}"
             table.add_row(*row, *times, load)
             print(*row, *times, load, sep=" | ", flush=True)
+            case = {"case": name, "target": target, "quick": args.quick}
+            clocks = "wall", "trace_processor", "compiler_processor"
+            figures = {"parameters": size, "products": len(report.products)}
+            figures |= {"native_share": round(report.native, 4)}
+            figures |= {"census_seconds": round(census, 2)}
+            figures |= {
+                f"{clock}_seconds": round(taken, 2)
+                for clock, taken in zip(clocks, seconds, strict=True)
+            }
+            _results.save(args.json, case, figures, deterministic=False)
     Console(width=120).print(table)
 
 

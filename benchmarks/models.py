@@ -3,6 +3,7 @@
     pip install ".[examples]"
     pip install --no-deps -r benchmarks/models-requirements.txt
     python benchmarks/models.py            # or: ... models.py gemma NanoMoE
+    python benchmarks/models.py --json     # into results/models.json, for the README
 
 Python 3.12; about six minutes of one core, most of it compiling.
 
@@ -19,8 +20,8 @@ error is |y - y32| / |y32| over all outputs, or over the gradients of all parame
 XLA is told to round where the program says so.
 """
 
-import argparse
 import dataclasses
+import functools
 import os
 import sys
 from collections import Counter
@@ -32,6 +33,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("USE_TF", "0")  # transformers, if tensorflow is there for gemma
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import _results
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -146,7 +148,7 @@ def programs(model: Model) -> tuple[dict[str, Program], bool]:
       The three; whether the second has the initial parameters of the first.
     """
     module, args, kwargs = model.build()
-    make = linen_program if isinstance(module, nn.Module) else nnx_program
+    make: Any = linen_program if isinstance(module, nn.Module) else nnx_program
     bare = make(module, None, args, kwargs)
     mixed = make(module, RULES.get(model.name, POLICY), args, kwargs)
     same = jax.tree.map(np.array_equal, _arrays(bare.params), _arrays(mixed.params))
@@ -203,21 +205,18 @@ def _vector(leaves) -> np.ndarray:
     return np.concatenate([np.ravel(np.asarray(leaf, np.float64)) for leaf in leaves])
 
 
-def _error(values: np.ndarray, reference: np.ndarray) -> str:
-    return f"{np.linalg.norm(values - reference) / np.linalg.norm(reference):.1e}"
+def _error(values: np.ndarray, reference: np.ndarray) -> float:
+    error = np.linalg.norm(values - reference) / np.linalg.norm(reference)
+    return float(f"{error:.3g}")
 
 
 def _is_low(product: Product) -> bool:
     return product.operands == "bfloat16"
 
 
-def _count(found: tuple[Product, ...]) -> str:
-    return f"{sum(map(_is_low, found))}/{len(found)}"
-
-
-def _share(found: tuple[Product, ...]) -> str:
+def _share(found: tuple[Product, ...]) -> float:
     low = sum(p.flops for p in found if _is_low(p))
-    return f"{low / max(sum(p.flops for p in found), 1):.1%}"
+    return round(low / max(sum(p.flops for p in found), 1), 4)
 
 
 def run(model: Model) -> tuple[dict[str, Result], dict[str, BaseException], bool]:
@@ -238,26 +237,41 @@ def run(model: Model) -> tuple[dict[str, Result], dict[str, BaseException], bool
     return results, errors, same_init
 
 
-def _cells(result: Result, bare: Result) -> list[str]:
+def figures_of(result: Result, bare: Result) -> dict[str, Any]:
+    """Products with bfloat16 operands, by number and FLOPs; errors against float32."""
+    return {
+        "forward_bfloat16": sum(map(_is_low, result.forward)),
+        "forward_products": len(result.forward),
+        "both_bfloat16": sum(map(_is_low, result.both)),
+        "both_products": len(result.both),
+        "both_flops_share": _share(result.both),
+        "output_error": _error(result.outputs, bare.outputs),
+        "gradient_error": _error(result.grads, bare.grads),
+    }
+
+
+def _cells(figures: dict[str, Any]) -> list[str]:
     return [
-        _count(result.forward),
-        _count(result.both),
-        _share(result.both),
-        _error(result.outputs, bare.outputs),
-        _error(result.grads, bare.grads),
+        f"{figures['forward_bfloat16']}/{figures['forward_products']}",
+        f"{figures['both_bfloat16']}/{figures['both_products']}",
+        f"{figures['both_flops_share']:.1%}",
+        f"{figures['output_error']:.1e}",
+        f"{figures['gradient_error']:.1e}",
     ]
 
 
 def main(argv: list[str] | None = None) -> int:
     """Prints the table; returns the number of models that failed under the policy."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = _results.parser(__doc__, "models")
     parser.add_argument("names", nargs="*", help="packages or models; default: all")
-    names = set(parser.parse_args(argv).names)
+    args = parser.parse_args(argv)
+    names = set(args.names)
     models = [m for m in MODELS if not names or {m.package, m.name} & names]
     table = Table(title=f"{POLICY}: products in bfloat16, and error against float32")
     table.add_column("model", no_wrap=True)
     for column in ("forward", "+ backward", "FLOPs", "outputs", "gradients", "init"):
         table.add_column(column, justify="right", no_wrap=True)
+    save = functools.partial(_results.save, args.json)
     notes, failed = [], 0
     for model in track(models, console=Console(stderr=True), transient=True):
         results, errors, same_init = run(model)
@@ -265,9 +279,15 @@ def main(argv: list[str] | None = None) -> int:
             ("mixed", f"{model.package} {model.name}"),
             ("cast", "  cast"),
         ):
-            cells = ["error"]
+            cells, figures = ["error"], {"raises": way in errors}
             if way in results and "bare" in results:
-                cells = _cells(results[way], results["bare"])
+                figures |= figures_of(results[way], results["bare"])
+                cells = _cells(figures)
+            ran = way in results or way in errors
+            if ran and not isinstance(errors.get(way), ImportError):
+                case = {"package": model.package, "model": model.name, "way": way}
+                about = {"features": model.features}
+                save(case, figures, deterministic=False, notes=about)
             if way == "mixed" and way in results:
                 cells.append("same" if same_init else "[red]other[/red]")
             table.add_row(label, *cells, style="dim" if way == "cast" else None)

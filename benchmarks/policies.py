@@ -15,10 +15,10 @@ Of the compiled step (loss and gradient) the table has conversions and products 
 first target, and on each bytes accessed and, on a TPU, estimated cycles. "=" marks a
 program that has the instructions, with their shapes and dtypes, of the model by hand
 with float32, no more and no less. Tracing times are medians of interleaved rounds,
-relative to the model by hand.
+relative to the model by hand. ``--json`` enters all of it in ``results/policies.json``,
+which the table of the README is made of.
 """
 
-import argparse
 import collections
 import dataclasses
 import re
@@ -26,6 +26,7 @@ import statistics
 import time
 
 import _aot  # first: it sets what jax reads when imported
+import _results
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -62,7 +63,7 @@ class Precision:
         return {"dtype": self.dtype, **by_hand}
 
 
-def _attention(q, k, v, mask=None, **kwargs):
+def _attention(q, k, v, mask, **kwargs):
     q = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
     logits = jnp.einsum("bqhd,bkhd->bhqk", q, k)
     logits = jnp.where(mask, logits, jnp.finfo(q.dtype).min).astype(jnp.float32)
@@ -214,6 +215,22 @@ def instructions(text: str) -> collections.Counter:
     return collections.Counter((re.sub(r"{.*?}", "", s), op) for s, op in found)
 
 
+def figures_of(program: _aot.Program, with_float32: collections.Counter) -> dict:
+    """What a program does, and whether by the instructions of another."""
+    found, count = instructions(program.text), collections.Counter()
+    for (_, opcode), n in found.items():
+        count[opcode] += n
+    figures = {
+        "converts": count["convert"],
+        "dots_and_convolutions": count["dot"] + count["convolution"],
+        "bytes": program.bytes,
+        "same_as_with_float32": found == with_float32,
+    }
+    if program.target in _aot.TPUS:
+        figures["cycles"] = program.cycles
+    return figures
+
+
 def tracing_times(steps, inputs, rounds: int) -> dict[str, float]:
     """Medians over rounds of the time to trace each step, relative to the first's."""
     times = collections.defaultdict(list)
@@ -230,7 +247,7 @@ def tracing_times(steps, inputs, rounds: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = _results.parser(__doc__, "policies")
     parser.add_argument("--targets", nargs="*", default=["cpu", "tpu7x", "v5e"])
     parser.add_argument("--rounds", type=int, default=30)
     args = parser.parse_args()
@@ -250,20 +267,23 @@ def main() -> None:
         }
         base = [instructions(program.text) for program in programs["with float32"]]
         for way, compiled in programs.items():
-            found = [instructions(program.text) for program in compiled]
-            count = collections.Counter()
-            for (_, opcode), n in found[0].items():
-                count[opcode] += n
-            cells = [
-                f"{tracing[way]:.2f}",
-                str(count["convert"]),
-                str(count["dot"] + count["convolution"]),
-            ]
-            for program, ours, theirs in zip(compiled, found, base, strict=True):
-                same = " =" if ours == theirs else "  "
-                cells.append(f"{program.bytes / 1e6:.1f}{same}")
-                if program.target in _aot.TPUS:
-                    cells.append(f"{program.cycles / 1e3:.0f}")
+            case = {"model": name, "way": way, "target": "tracing"}
+            figures = {"tracing_ratio_to_by_hand": round(tracing[way], 3)}
+            _results.save(args.json, case, figures, deterministic=False)
+            cells = [f"{tracing[way]:.2f}"]
+            for program, theirs in zip(compiled, base, strict=True):
+                target, figures = program.target, figures_of(program, theirs)
+                case = {"model": name, "way": way, "target": target}
+                _results.save(
+                    args.json, case, figures, deterministic=True, device=target
+                )
+                if len(cells) == 1:
+                    counts = "converts", "dots_and_convolutions"
+                    cells += [str(figures[count]) for count in counts]
+                same = " =" if figures["same_as_with_float32"] else "  "
+                cells.append(f"{figures['bytes'] / 1e6:.1f}{same}")
+                if "cycles" in figures:
+                    cells.append(f"{figures['cycles'] / 1e3:.0f}")
             table.add_row(name if way == "by hand" else "", way, *cells)
         table.add_section()
     Console(width=120).print(table)

@@ -108,6 +108,7 @@ def train(policy: str, epochs: int, seed: int, poison: bool) -> tuple:
 
     predicted = predict(params, stats, images[test]).argmax(-1)
     accuracy = float(np.mean(predicted == labels[test]))
+    scale = float(mpjax.loss_scale(opt_state))
     return policy, accuracy, int(mpjax.skipped_steps(opt_state)), scale
 
 
@@ -129,7 +130,7 @@ def report(loss, before, after) -> None:
 
 def main(args=None) -> list[tuple]:
     """Trains under the policies asked for, and in float32."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--policy", nargs="+", default=["mixed_float16"])
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)

@@ -15,6 +15,7 @@ import functools
 import pathlib
 import pydoc_data.topics
 import time
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -102,7 +103,7 @@ def train(name: str, rules, steps: int, seed: int) -> Run:
     def train_step(params, scaling, opt_state, tokens):
         def loss_fn(params, scaling):
             variables = {"params": params, "scaling": scaling}
-            logits = model.apply(variables, tokens[:, :-1])
+            logits: Any = model.apply(variables, tokens[:, :-1])
             return optax.softmax_cross_entropy_with_integer_labels(
                 logits, tokens[:, 1:]
             ).mean()
@@ -183,7 +184,7 @@ def plot(runs: list[Run], path: str) -> None:
 
 def main(args=None) -> list[Run]:
     """Trains under the policies asked for, and in float32."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "--policy",
         nargs="+",
@@ -204,7 +205,7 @@ def main(args=None) -> list[Run]:
     if args.steps < 1:
         parser.error(f"--steps is at least 1, got {args.steps}")
     pathlib.Path(args.plot).touch()  # rather than to fail when all is done
-    every = {"float32": "float32"}
+    every: dict[str, str | mpjax.Rule] = {"float32": "float32"}
     for policy in args.policy:
         if policy == "mixed_float8":
             for recipe in args.recipe:

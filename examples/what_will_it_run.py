@@ -11,6 +11,7 @@ passes over its weights cost more cycles than its products save in fp8.
 
 import argparse
 import time
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -61,7 +62,7 @@ class Transformer(nn.Module):
             Block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
+            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
             length=self.depth,
         )
         x, _ = blocks()(x, nn.make_causal_mask(tokens))
@@ -75,7 +76,7 @@ def train_step(policy: str, width: int):
 
     def step(params, opt_state, tokens):
         def loss_fn(params):
-            logits = model.apply(params, tokens[:, :-1])
+            logits: Any = model.apply(params, tokens[:, :-1])
             return optax.softmax_cross_entropy_with_integer_labels(
                 logits, tokens[:, 1:]
             ).mean()
@@ -150,16 +151,20 @@ def plot(reports: list, path: str) -> None:
         axes.tick_params(axis="x", which="minor", length=0, pad=3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_xlim(-0.5, len(targets) - 0.5)
-    colors = dict(zip(UNITS, matplotlib.colormaps["tab10"].colors, strict=False))
+    tab10 = matplotlib.colormaps["tab10"](range(len(UNITS)))
+    colors = dict(zip(UNITS, tab10, strict=True))
     legend = {}
     for place, (_, report) in zip(places, reports, strict=True):
         start, parts = 0.0, shares(report)
+        style: dict[str, Any] = {"width": 0.92 * width}
         for unit, share in parts.items():
-            style = {"width": 0.92 * width, "color": colors.get(unit, "gray")}
+            style["color"] = colors.get(unit, "gray")
             legend[unit] = top.bar(place, 100 * share, bottom=start, **style)
             start += 100 * share
-        style["color"] = colors.get(max(parts, key=parts.get), "gray")
-        for axes in bottom if report.cycles is not None else ():
+        if report.cycles is None:
+            continue
+        style["color"] = colors.get(max(parts, key=lambda unit: parts[unit]), "gray")
+        for axes in bottom:
             bar = axes.bar(place, report.cycles / 1e6, **style)
             axes.bar_label(bar, fmt="%.3g", fontsize=8)
     for axes in bottom:
@@ -183,7 +188,7 @@ def brief(policy: str) -> str:
 
 def main(args=None) -> list:
     """Compiles for the targets asked for, and shows a table and a plot."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "--policy", nargs="+", default=["mixed_bfloat16", "mixed_float8"]
     )

@@ -10,9 +10,9 @@ import mpjax
 ROOT = pathlib.Path(mpjax.__file__).parent
 # A folder, or a file of the root, imports only what stands below it.
 LADDER = [
-    ["_typing", "_hardware", "_printing"],
+    ["_typing", "_hardware"],
     ["_numerics", "_tree", "_mesh"],
-    ["_recipes", "numerics"],
+    ["_recipes", "_printing", "numerics"],
     ["_products", "_policies", "_loss_scaling"],
     ["_scaling_states"],
     ["_layers"],

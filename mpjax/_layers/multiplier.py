@@ -1,7 +1,6 @@
 """The products of one layer of a model, under the recipe of its rule."""
 
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
+from mpjax._layers.sizes import convolution_size, dot_size, einsum_size
 from mpjax._products.conv import observed_conv_general_dilated
 from mpjax._products.dot_general import observed_dot_general
 from mpjax._products.einsum import observed_einsum
@@ -56,17 +56,13 @@ class Multiplier:
         name: str = "kernel",
     ) -> Array:
         """``lax.dot_general`` of inputs and a kernel."""
-        (lc, rc), (_, rb) = dimension_numbers
-        sums = math.prod(lhs.shape[axis] for axis in lc)
-        gives = math.prod(
-            size for axis, size in enumerate(rhs.shape) if axis not in (*rc, *rb)
-        )
+        (_, contracting), (_, batch) = dimension_numbers
         options = {
             "precision": precision,
             "preferred_element_type": preferred_element_type,
             "out_sharding": out_sharding,
         }
-        if self._is_small(sums, gives):
+        if self._is_small(dot_size(rhs.shape, contracting, batch)):
             return lax.dot_general(lhs, rhs, dimension_numbers, **options)
         return self._observe(
             name,
@@ -85,7 +81,7 @@ class Multiplier:
         self, subscripts: str, lhs: Array, rhs: Array, *, name="kernel", **options
     ) -> Array:
         """``jnp.einsum`` of two operands; the products of attention have no kernel."""
-        if name == "kernel" and self._is_small(*einsum_sizes(subscripts, rhs.shape)):
+        if name == "kernel" and self._is_small(einsum_size(subscripts, rhs.shape)):
             return jnp.einsum(subscripts, lhs, rhs, **options)
         return self._observe(
             name,
@@ -102,7 +98,7 @@ class Multiplier:
         numbers = given.get("dimension_numbers")
         spec = lax.conv_dimension_numbers(lhs.shape, rhs.shape, numbers)
         features = rhs.shape[spec.rhs_spec[0]]
-        if self._is_small(math.prod(rhs.shape) // features, features):
+        if self._is_small(convolution_size(rhs.shape, features)):
             options = {} if out_sharding is None else {"out_sharding": out_sharding}
             return conv_general_dilated(lhs, rhs, *args, **kwargs, **options)
         check_convolution(self.path, self.recipe)
@@ -158,8 +154,8 @@ class Multiplier:
             preferred_element_type=preferred_element_type,
         )
 
-    def _is_small(self, sums: int, gives: int) -> bool:
-        return min(sums, gives) < self.min_size
+    def _is_small(self, size: tuple[int, int]) -> bool:
+        return min(size) < self.min_size
 
     def _observe(self, name: str, product: Callable) -> Array:
         self.served.add(name)
@@ -202,19 +198,6 @@ def check_convolution(path: str, recipe: Recipe) -> None:
             "it a rule of its own, before the one that matches it, with "
             "current_scaling() or without a recipe."
         )
-
-
-def einsum_sizes(subscripts: str, shape: Sequence[int]) -> tuple[int, int]:
-    """Over how many elements of its second operand an einsum sums, and the rest."""
-    inputs, _, out = subscripts.replace(" ", "").partition("->")
-    one, two = inputs.split(",")
-    two = two.replace("...", "." * (len(shape) - len(two.replace("...", ""))))
-    sizes = [pair for pair in zip(two, shape, strict=True) if pair[0] != "."]
-    sums = math.prod(size for index, size in sizes if index not in out)
-    gives = math.prod(
-        size for index, size in sizes if index in out and index not in one
-    )
-    return sums, gives
 
 
 def _transposed_padding(kernel: int, stride: int, padding: str) -> tuple[int, int]:

@@ -8,10 +8,13 @@ from functools import partial
 from typing import Any
 
 import flax.linen as nn
-import jax.numpy as jnp
-import numpy as np
 
-from mpjax._layers.dtypes import complex_error
+from mpjax._layers.dtypes import (
+    any_complex,
+    complex_error,
+    is_of_flax,
+    says_dtype,
+)
 from mpjax._layers.multiplier import Multiplier, unserved_attention
 from mpjax._linen.attention import attention_replacement
 from mpjax._linen.parameters import Param
@@ -65,8 +68,8 @@ def overrides(
             "Linen does not reach. Make it of mpjax.nnx.mixed_precision(model, ...), "
             f"and put mpjax.Rule({path!r}, None) first to leave it alone here."
         )
-    has_dtype = _has_dtype(module)
-    if has_dtype:
+    computes_in_a_dtype = _computes_in_a_dtype(module)
+    if computes_in_a_dtype:
         given = own.get("dtype", getattr(kind, "dtype", None))
         lent["dtype"] = spelled_like(given, policy.compute_dtype)
     if _uses_stock_conv(module):
@@ -86,8 +89,8 @@ def overrides(
         elif decision.attention and function is not None:
             raise unserved_attention(path, kind)
     # Flax's own layers cast what they read where that is cheapest, except in setup.
-    casts_itself = method != "setup" and kind.__module__.startswith("flax.linen")
-    lent["param"] = Param(module, path, policy, has_dtype, casts_itself)
+    casts_itself = method != "setup" and is_of_flax(kind, "linen")
+    lent["param"] = Param(module, path, policy, computes_in_a_dtype, casts_itself)
     return lent
 
 
@@ -106,31 +109,20 @@ def check_real(
     module: nn.Module, path: str, policy: Policy, method: str, args, kwargs
 ) -> None:
     """Raises where a layer of Flax would drop the imaginary part of an argument."""
-    for arg in (*args, *kwargs.values()):
-        if getattr(getattr(arg, "dtype", None), "kind", "") == "c":
-            function = getattr(type(module), method, None)
-            of_flax = getattr(function, "__module__", "").startswith("flax.linen")
-            if of_flax and _has_dtype(module):
-                raise complex_error(module, path, policy, "argument")
+    if any_complex((*args, *kwargs.values())):
+        function = getattr(type(module), method, None)
+        if is_of_flax(function, "linen") and _computes_in_a_dtype(module):
+            raise complex_error(type(module), path, policy, "argument")
 
 
 @functools.cache
 def _is_nnx(kind: type) -> bool:
-    return any(base.__module__.startswith("flax.nnx") for base in kind.__mro__)
+    return any(is_of_flax(base, "nnx") for base in kind.__mro__)
 
 
-def _has_dtype(module: nn.Module) -> bool:
-    """Whether a module computes in a dtype that it is told, by a field or its class."""
-    own, kind = vars(module), type(module)
-    if "dtype" not in own and not hasattr(kind, "dtype"):
-        return False
-    dtype = own.get("dtype", getattr(kind, "dtype", None))
-    if not isinstance(dtype, str | type | np.dtype | None):
-        return False
-    try:
-        return dtype is None or jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
-    except TypeError:  # a field that is called dtype and holds something else
-        return False
+def _computes_in_a_dtype(module: nn.Module) -> bool:
+    """Whether a field of a module, or its class, says what it computes in."""
+    return says_dtype(vars(module).get("dtype", getattr(type(module), "dtype", "none")))
 
 
 def _uses_stock_conv(module: nn.Module) -> bool:

@@ -6,26 +6,21 @@ import re
 from mpjax._hardware.targets import Target
 from mpjax._lowering.compiled import Compiled, Gemm
 from mpjax._lowering.hlo import CompiledProduct, bits
+from mpjax._numerics.formats import all_formats
 
-# Names of HLO and of opcodes.
-DTYPES = {
-    "bf16": "bfloat16",
-    "f16": "float16",
-    "f32": "float32",
-    "f64": "float64",
-    "f8e4m3fn": "float8_e4m3fn",
-    "f8e5m2": "float8_e5m2",
-    "f8e4m3": "float8_e4m3fn",
-    "bf8": "float8_e5m2",
-    "f4e2m1fn": "float4_e2m1fn",
+# Names of HLO that are not those of a format.
+_OTHER_DTYPES = {
     "c64": "complex64",
     "c128": "complex128",
-    "s4": "int4",
-    "s8": "int8",
     "u8": "uint8",
     "s32": "int32",
     "u32": "uint32",
     "pred": "bool",
+}
+# Names of dtypes in opcodes that are not those of HLO.
+_IN_OPCODES = {
+    "f8e4m3": "float8_e4m3fn",
+    "bf8": "float8_e5m2",
     "e4m3": "float8_e4m3fn",
     "e5m2": "float8_e5m2",
     "tf32": "tf32",
@@ -34,6 +29,22 @@ _VMATMUL = re.compile(r"\bvmatmul((?:\.\w+)*)")
 _VMATPUSH = re.compile(r"\bvmatpush\d?((?:\.\w+)*)")
 _MMA = re.compile(r"\b(?:wgmma\.mma_async|mma)\.sync\.aligned\.([\w.]+)")
 _TCGEN05 = re.compile(r"\btcgen05\.mma[\w.:]*kind::(\w+)(\.block_scale)?")
+
+
+def dtype_of_hlo(name: str) -> str | None:
+    """The dtype that HLO calls so.
+
+    Example:
+      >>> dtype_of_hlo("f8e4m3fn"), dtype_of_hlo("s8")
+      ('float8_e4m3fn', 'int8')
+    """
+    formats = {fmt.hlo_name: fmt.name for fmt in all_formats()}
+    return formats.get(name) or _OTHER_DTYPES.get(name)
+
+
+def _dtype_of_opcode(name: str) -> str:
+    """The dtype that a part of an opcode names, or ""."""
+    return _IN_OPCODES.get(name) or dtype_of_hlo(name) or ""
 
 
 def unit_of(
@@ -47,7 +58,7 @@ def unit_of(
       made: the product.
       compiled: the program that it is in.
     """
-    names = [DTYPES.get(dtype, dtype) for dtype in made.operands]
+    names = [dtype_of_hlo(dtype) or dtype for dtype in made.operands]
     operands = " x ".join(dict.fromkeys(names))
     call = made.instruction.call
     if target.platform == "tpu":
@@ -75,7 +86,7 @@ def _tpu_unit(made, operands, code) -> tuple[str, str, bool]:
     stays = _own(made, _VMATPUSH.findall(code)) or moves
     if not moves:
         return "", "no vmatmul", False
-    units = sorted((DTYPES[moves], DTYPES[stays]), key=bits)
+    units = sorted((_dtype_of_opcode(moves), _dtype_of_opcode(stays)), key=bits)
     unit = units[1] if bits(units[0]) == 8 else units[0]
     if unit == "bfloat16" and "f32" in made.operands and made.instruction.highest:
         unit = "float32"  # in several parts of 16 bits each
@@ -94,8 +105,9 @@ def _own(made: CompiledProduct, opcodes: list[str]) -> str:
     for suffixes in opcodes:
         names = suffixes.split(".")
         if "lsf" not in names:  # once more what is there
-            counts[next((name for name in names if name in DTYPES), "f32")] += 1
-    own = [d for d in counts if DTYPES[d] in map(DTYPES.get, made.operands)]
+            counts[next(filter(_dtype_of_opcode, names), "f32")] += 1
+    operands = [dtype_of_hlo(dtype) for dtype in made.operands]
+    own = [d for d in counts if _dtype_of_opcode(d) in operands]
     return (own or [d for d, _ in counts.most_common(1)] or [""])[0]
 
 
@@ -108,8 +120,7 @@ def _ptx_unit(operands, kernel) -> tuple[str, str, bool]:
                 return wide[kind], f"tcgen05.mma {kind}", scaled
             return operands, f"tcgen05.mma {kind}", scaled
         if found := _MMA.match(instruction):
-            dtypes = [d for d in found[1].split(".") if d in DTYPES]
-            pair = dtypes[1:3]
-            unit = " x ".join(dict.fromkeys(DTYPES[d] for d in pair))
+            pair = [d for d in found[1].split(".") if _dtype_of_opcode(d)][1:3]
+            unit = " x ".join(dict.fromkeys(map(_dtype_of_opcode, pair)))
             return unit, "mma " + ".".join(pair), False
     return "", "no mma", False

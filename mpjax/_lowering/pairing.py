@@ -13,7 +13,7 @@ from typing import Any
 from mpjax._inspection.primitives import COMPOSITES
 from mpjax._inspection.steps import Step
 from mpjax._lowering.hlo import CompiledProduct
-from mpjax._lowering.matrix_units import DTYPES
+from mpjax._lowering.matrix_units import dtype_of_hlo
 
 
 def pair_products(
@@ -48,7 +48,7 @@ def pair_products(
             if not step.in_kernel
         ]
         if fits:
-            lhs = DTYPES.get(p.operands[0])
+            lhs = dtype_of_hlo(p.operands[0])
             strange = {n: _avals(written[n])[0].dtype.name != lhs for n in fits}
             best = min(fits, key=lambda n: (len(found.get(n, ())), strange[n], n))
             found[best].append(p)

@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mpjax._layers.dtypes import any_complex, complex_error, is_of_flax, says_dtype
 from mpjax._layers.region import running_policy
 from mpjax._nnx.parameters import map_params, reader_for, unwrap_for_storage
-from mpjax._nnx.recipes import HOOKS, replacement_for, replacement_method
+from mpjax._nnx.recipes import hook_names, replacement_for, replacement_method
 from mpjax._nnx.scope_names import note, scope
 from mpjax._policies.lookup import Decision
 from mpjax._policies.policy import Policy, spelled_like
@@ -38,7 +38,8 @@ def set_type(module, decision: Decision | None) -> None:
     """Makes a module follow a decision; None: end the region around it."""
     is_pytree = not jax.tree_util.all_leaves([module])
     dtype = None
-    if decision is not None and "dtype" not in vars(module) and has_dtype(module):
+    no_dtype = "dtype" not in vars(module)
+    if decision is not None and no_dtype and computes_in_a_dtype(module):
         # In place of a property, or of the class's dtype.
         dtype = spelled_like(module.dtype, decision.policy.compute_dtype)
     module.__class__ = _mixed_type(bare_type(module), decision, is_pytree, dtype)
@@ -137,7 +138,7 @@ def _public_methods(bare: type) -> Iterator[str]:
 def _getattribute(bare: type, decision: Decision | None) -> Callable:
     inherited: Callable = bare.__getattribute__
     policy = None if decision is None else decision.policy
-    hooks = () if decision is None or decision.recipe is None else HOOKS
+    hooks = () if decision is None or decision.recipe is None else hook_names(bare)
 
     def getattribute(self, name):
         value = inherited(self, name)
@@ -185,7 +186,7 @@ def _method(name: str, function: Callable, decision: Decision | None) -> Callabl
     run = function
     if decision is not None and decision.recipe is not None:
         run = replacement_method(function)
-    of_flax = getattr(function, "__module__", "").startswith("flax.nnx")
+    of_flax = is_of_flax(function, "nnx")
 
     def under_policy(self, *args, **kwargs):
         if policy is not None and of_flax:
@@ -211,15 +212,9 @@ def _method(name: str, function: Callable, decision: Decision | None) -> Callabl
 
 def _check_real(module, policy: Policy, args: tuple) -> None:
     """Raises where a layer of Flax would drop the imaginary part of an argument."""
-    for arg in args:
-        is_array = isinstance(arg, jax.Array | np.ndarray)
-        if is_array and jnp.iscomplexobj(arg) and has_dtype(module):
-            raise ValueError(
-                f"A {type(module).__name__} has a complex argument and cannot compute "
-                f"in {policy.compute_dtype.name}. To leave it alone, put a "
-                "mpjax.Rule of its path, with policy None, before the rule that "
-                "matches it; mpjax.nnx.tabulate shows the paths."
-            )
+    arrays = [arg for arg in args if isinstance(arg, jax.Array | np.ndarray)]
+    if any_complex(arrays) and computes_in_a_dtype(module):
+        raise complex_error(type(module), None, policy, "argument")
 
 
 def _cast(tree, dtype):
@@ -235,12 +230,6 @@ def _is_node(value) -> bool:
     return isinstance(value, nnx.Pytree | nnx.Variable)
 
 
-def has_dtype(module) -> bool:
-    """Whether the module has a ``dtype`` that says what it computes in."""
-    dtype = getattr(module, "dtype", "none")
-    if not isinstance(dtype, str | type | np.dtype):
-        return dtype is None
-    try:
-        return jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
-    except TypeError:  # there is none, or another thing of that name
-        return False
+def computes_in_a_dtype(module) -> bool:
+    """Whether the ``dtype`` of a module says what it computes in."""
+    return says_dtype(getattr(module, "dtype", "none"))

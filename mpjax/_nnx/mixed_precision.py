@@ -11,11 +11,16 @@ from dataclasses import replace
 from typing import TypeVar
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
+from mpjax._layers.dtypes import any_complex, complex_error
 from mpjax._nnx.attention import attention
-from mpjax._nnx.classes import bare_type, decision_of, has_dtype, set_type
+from mpjax._nnx.classes import (
+    bare_type,
+    computes_in_a_dtype,
+    decision_of,
+    set_type,
+)
 from mpjax._nnx.layers import is_inside, layers_by_path
 from mpjax._nnx.parameters import cast_stored, own_params
 from mpjax._nnx.recipes import served_product_names
@@ -160,15 +165,11 @@ def _check(path: str, module) -> None:
 def _set_dtype(path: str, module, policy: Policy) -> None:
     """Tells a module by its attributes to compute in ``compute_dtype``."""
     dtype = policy.compute_dtype
-    if has_dtype(module):
+    if computes_in_a_dtype(module):
         for name, param in own_params(module):
-            if any(map(jnp.iscomplexobj, jax.tree.leaves(param.get_value()))):
-                raise ValueError(
-                    f"Module {path!r} ({type(module).__name__}) has a complex "
-                    f"parameter {name!r} and cannot compute in {dtype.name}. Put "
-                    f"mpjax.Rule({path!r}, None) before the rule that matches it, to "
-                    "leave it alone."
-                )
+            if any_complex(jax.tree.leaves(param.get_value())):
+                kind, what = bare_type(module), f"parameter {name!r}"
+                raise complex_error(kind, path, policy, what)
         if "dtype" in vars(module):
             module.dtype = spelled_like(module.dtype, dtype)
     for name, value in list(vars(module).items()):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mpjax._nnx.layers import kernel_shape
+from mpjax._layers.served import served_layer
 from mpjax._nnx.scaling import Scaling
 from mpjax._policies.lookup import Decision
 from mpjax._recipes.recipe import Recipe
@@ -75,9 +75,9 @@ def _stacked_axes(path: str, layers: Mapping[str, nnx.Pytree]) -> tuple[int, ...
 
 
 def _own_stacked_axes(layer: nnx.Pytree) -> tuple[int, ...] | None:
-    one = kernel_shape(layer)
-    name = "embedding" if isinstance(layer, nnx.Embed) else "kernel"
-    shape = getattr(getattr(layer, name, None), "shape", None)
+    row = served_layer(type(layer))
+    one = row.shape(layer)
+    shape = getattr(getattr(layer, row.parameter, None), "shape", None)
     if one is None or shape is None:
         return None
     count = len(shape) - len(one)

@@ -192,7 +192,7 @@ def _floating(name: str, x) -> Array:
 
 def _with_arrays(dtype: DType) -> Format:
     fmt = format_info(dtype)
-    if fmt.name.startswith("float6"):
+    if not fmt.has_arrays:
         raise TypeError(
             f"XLA has no arrays of {fmt.name}; round_to_format gives its values in the "
             "dtype of x."
@@ -210,7 +210,7 @@ def _widen(x: Array) -> Array:
 
 def _saturate(x: Array, fmt: Format) -> Array:
     """Clips what is finite; replaces inf and NaN where the format has no such code."""
-    clipped = jnp.clip(x, None if fmt.name == "float8_e8m0fnu" else fmt.min, fmt.max)
+    clipped = jnp.clip(x, fmt.min if fmt.has_zero else None, fmt.max)
     if fmt.has_nan:
         return jnp.where(jnp.isfinite(x), clipped, x)
     return jnp.where(jnp.isnan(x), 0.0, clipped)
@@ -218,10 +218,10 @@ def _saturate(x: Array, fmt: Format) -> Array:
 
 def _nearest(x: Array, fmt: Format) -> Array:
     """Rounds f32, saturated, to the values of a format; inf and NaN pass."""
-    if fmt.name == "float8_e8m0fnu":
-        return _to_e8m0(x).astype(jnp.float32)
-    if fmt.name == "bfloat16":
-        return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    if not fmt.has_zero:
+        return _to_power_of_two(x, fmt).astype(jnp.float32)
+    if fmt.max_exponent == 127:  # as float32 has, so that _magic would overflow
+        return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=fmt.mantissa)
     magic = _magic(x, fmt)
     return jnp.where(jnp.isinf(x), x, jnp.copysign((x + magic) - magic, x))
 
@@ -238,10 +238,9 @@ def _to_format(x: Array, fmt: Format) -> Array:
 
     def cast(x):
         x = _saturate(x, fmt)
-        if fmt.name == "float8_e8m0fnu":
-            return _to_e8m0(x)
-        is_float = jnp.issubdtype(fmt.dtype, jnp.floating)
-        return (x if is_float else jnp.round(x)).astype(fmt.dtype)
+        if not fmt.has_zero:
+            return _to_power_of_two(x, fmt)
+        return (jnp.round(x) if fmt.is_integer else x).astype(fmt.dtype)
 
     if not fmt.is_float8:
         return cast(x)
@@ -249,13 +248,11 @@ def _to_format(x: Array, fmt: Format) -> Array:
     return lax.platform_dependent(x, cpu=encode, default=cast)
 
 
-def _to_e8m0(x: Array) -> Array:
+def _to_power_of_two(x: Array, fmt: Format) -> Array:
     """Casts f32; on its codes, since XLA takes 2^-127, an f32 subnormal, for 0."""
-    code = lax.bitcast_convert_type(x.astype(jnp.float8_e8m0fnu), jnp.uint8)
-    smallest = (x >= 0) & (x < 2.0**-126)
-    return lax.bitcast_convert_type(
-        jnp.where(smallest, jnp.uint8(0), code), jnp.float8_e8m0fnu
-    )
+    code = lax.bitcast_convert_type(x.astype(fmt.dtype), jnp.uint8)
+    smallest = (x >= 0) & (x < 2 * fmt.min)
+    return lax.bitcast_convert_type(jnp.where(smallest, jnp.uint8(0), code), fmt.dtype)
 
 
 def _encode(x: Array, fmt: Format) -> Array:
@@ -270,7 +267,7 @@ def _encode(x: Array, fmt: Format) -> Array:
     bias = (126 + fmt.min_exponent) << fmt.mantissa
     code = code - jnp.where(subnormal, bias + (1 << fmt.mantissa), bias)
     sign = (lax.bitcast_convert_type(x, jnp.int32) >> 24) & 0x80
-    if fmt.name.endswith("fnuz"):  # its code for -0 is NaN
+    if fmt.negative_zero_is_nan:
         sign = jnp.where(code == 0, 0, sign)
     nan, inf = (fmt.dtype.type(v).view("int8").item() for v in (math.nan, math.inf))
     code = jnp.where(jnp.isfinite(x), code, jnp.where(jnp.isnan(x), nan, inf))

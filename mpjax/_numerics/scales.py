@@ -10,7 +10,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from mpjax._numerics.casts import round_to_format, saturating_cast
-from mpjax._numerics.formats import Format, format_info
+from mpjax._numerics.formats import Format, format_info, holds_scales
 from mpjax._typing import Array, DType
 
 Block: TypeAlias = tuple[int, ...]
@@ -165,8 +165,9 @@ def quantize_with_scale(
     block = check_block(block, x.shape)
     reciprocal = 1.0 / expand_scale(scale, x.shape, block)
     x = x.astype(compute_dtype) * reciprocal.astype(compute_dtype)
-    if format_info(dtype).name.startswith("float6"):
-        x, dtype = round_to_format(x.astype(jnp.float32), dtype), jnp.float8_e4m3fn
+    fmt = format_info(dtype)
+    if not fmt.has_arrays:
+        x, dtype = round_to_format(x.astype(jnp.float32), dtype), fmt.stored_as
     return saturating_cast(x, dtype)
 
 
@@ -211,7 +212,7 @@ def check_block(block: Block | None, shape: tuple[int, ...]) -> Block:
 def check_format(dtype: DType) -> DType:
     """A format that tensors are scaled to, or an error."""
     fmt = format_info(dtype)
-    if fmt.name in ("float8_e8m0fnu", "float16", "bfloat16"):
+    if fmt.bits > 8 or not fmt.has_zero:
         raise ValueError(
             "Tensors are scaled to signed formats of at most 8 bits, got "
             f"{fmt.name}; choose float8_e4m3fn or float8_e5m2."
@@ -230,11 +231,11 @@ def check_rounding(rounding: Rounding) -> None:
 def check_scale_dtype(dtype: DType, rounding: Rounding) -> DType:
     """A dtype for scales that are rounded so, or a ValueError."""
     dtype = jnp.dtype(dtype)
-    if dtype not in (jnp.float32, jnp.float8_e8m0fnu):
+    if dtype != jnp.float32 and not holds_scales(dtype):
         raise ValueError(f"scale_dtype is float32 or float8_e8m0fnu, got {dtype.name}.")
-    if dtype == jnp.float8_e8m0fnu and rounding == "exact":
+    if holds_scales(dtype) and rounding == "exact":
         raise ValueError(
-            "float8_e8m0fnu holds powers of two only; with it, set rounding to 'up' or "
+            f"{dtype.name} holds powers of two only; with it, set rounding to 'up' or "
             "'floor'."
         )
     return dtype

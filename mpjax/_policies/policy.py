@@ -4,25 +4,13 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
+from mpjax._numerics.formats import Format, all_formats, find_format
 from mpjax._policies.presets import PRESETS, full_name
 from mpjax._tree import cast_floating
 from mpjax._typing import ArrayTree, DType
 
-dtype_to_names = {
-    np.float64: ("f64", "float64"),
-    np.float32: ("f32", "float32", "full"),
-    np.float16: ("f16", "float16"),
-    ml_dtypes.bfloat16: ("bf16", "bfloat16"),
-    ml_dtypes.float8_e4m3fn: ("f8_e4m3fn", "float8_e4m3fn"),
-    ml_dtypes.float8_e5m2: ("f8_e5m2", "float8_e5m2"),
-    ml_dtypes.float8_e4m3fnuz: ("f8_e4m3fnuz", "float8_e4m3fnuz"),
-    ml_dtypes.float8_e5m2fnuz: ("f8_e5m2fnuz", "float8_e5m2fnuz"),
-}
-
-_NAME_TO_DTYPE = {n: jnp.dtype(d) for d, names in dtype_to_names.items() for n in names}
 _KEYS = {
     "p": "param_dtype",
     "params": "param_dtype",
@@ -123,9 +111,10 @@ class Policy:
         return dataclasses.replace(self, output_dtype=output_dtype)
 
     def __str__(self):
+        formats = {f.dtype: f.short_name for f in policy_formats()}
         p, c, o = (
-            dtype_to_names[d.type][0]
-            for d in (self.param_dtype, self.compute_dtype, self.output_dtype)
+            formats[dtype]
+            for dtype in (self.param_dtype, self.compute_dtype, self.output_dtype)
         )
         return f"p={p},c={c},o={o}"
 
@@ -170,7 +159,7 @@ def get_policy(policy: str | Policy | DType) -> Policy:
         policy = PRESETS[name].policy
     if "=" in policy:
         return _parse_policy(policy)
-    if policy.strip() not in _NAME_TO_DTYPE:
+    if policy.strip() not in _dtypes_by_name():
         raise ValueError(
             f"Unknown policy {policy!r}. Use one of {', '.join(PRESETS)}, or spell it "
             "out, as in 'p=f32,c=bf16,o=f32'."
@@ -198,8 +187,18 @@ def is_spelled_out(text: str) -> bool:
     return "=" in text and text.partition("=")[0].strip() in _KEYS
 
 
+def policy_formats() -> list[Format]:
+    """The formats that a policy may have: floats of 16 bits and more, and fp8."""
+    return [f for f in all_formats() if f.is_float8 or f.bits > 8]
+
+
+def _dtypes_by_name() -> dict[str, np.dtype]:
+    dtypes = {n: f.dtype for f in policy_formats() for n in (f.short_name, f.name)}
+    return {**dtypes, "full": jnp.dtype(jnp.float32)}
+
+
 def parse_dtype(name: str) -> np.dtype:
-    """Reads a dtype from its name or short form, or ``half``.
+    """Reads a dtype from its name or short form, or ``full`` or ``half``.
 
     Raises:
       ValueError: the name is not one of the table's.
@@ -211,12 +210,13 @@ def parse_dtype(name: str) -> np.dtype:
     if name == "half":
         is_tpu = jax.default_backend() == "tpu"
         return jnp.dtype(jnp.bfloat16 if is_tpu else jnp.float16)
-    if name not in _NAME_TO_DTYPE:
+    dtypes = _dtypes_by_name()
+    if name not in dtypes:
         raise ValueError(
             f"Unknown dtype {name!r} in a policy. Use one of "
-            f"{', '.join([*_NAME_TO_DTYPE, 'half'])}."
+            f"{', '.join([*dtypes, 'half'])}."
         )
-    return _NAME_TO_DTYPE[name]
+    return dtypes[name]
 
 
 def spelled_like(given: DType, dtype: np.dtype) -> DType:
@@ -236,10 +236,10 @@ def _floating_dtype(dtype) -> np.dtype:
         dtype = jnp.dtype(dtype)
     except TypeError as error:
         raise ValueError(f"A policy is made of dtypes, got {dtype!r}.") from error
-    if dtype.type not in dtype_to_names:
+    if find_format(dtype.name) not in policy_formats():
         raise ValueError(
             f"A policy is made of real floating dtypes, got {dtype.name}. Use one of "
-            f"{', '.join(names[-1] for names in dtype_to_names.values())}."
+            f"{', '.join(f.name for f in policy_formats())}."
         )
     if dtype == np.float64 and not jax.config.read("jax_enable_x64"):
         raise ValueError(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mpjax._mesh import varying_axes
-from mpjax._numerics.formats import format_info
+from mpjax._numerics.formats import format_info, holds_scales
 from mpjax._numerics.qarray import Operand, QArray, dequantize
 from mpjax._numerics.scales import expand_scale
 from mpjax._products.xla_cpu import dot_general, dot_general_on_cpu
@@ -124,8 +124,8 @@ def _is_mx_operand(q: QArray, contracting: Sequence[int]) -> bool:
     kind = jax.typeof(q.qvalue)
     sharded = not kind.sharding.mesh.empty and kind.sharding.mesh.explicit_axes
     return (
-        q.dtype in (jnp.float8_e4m3fn, jnp.float8_e5m2)
-        and q.scale.dtype == jnp.float8_e8m0fnu
+        format_info(q.dtype).has_mx_products
+        and holds_scales(q.scale.dtype)
         and all(
             d == (s * 32 if axis == max(contracting) else s)
             for axis, (d, s) in enumerate(zip(q.shape, q.scale.shape, strict=True))

@@ -90,7 +90,7 @@ class Recipe:
 
     def __str__(self):
         kinds = dict.fromkeys(str(scaling) for _, scaling in self._scalings())
-        names = (s.dtype.name.removeprefix("float8_") for _, s in self._scalings())
+        names = (format_info(s.dtype).brief_name for _, s in self._scalings())
         return f"{', '.join(kinds)} {'/'.join(names)}"
 
     def _scalings(self):
@@ -227,12 +227,8 @@ class Recipe:
           >>> mpjax.current_scaling().fnuz().grad.dtype.name
           'float8_e5m2fnuz'
         """
-        names = {
-            "float8_e4m3fn": "float8_e4m3fnuz",
-            "float8_e5m2": "float8_e5m2fnuz",
-        }
         scalings = {
-            field: dataclasses.replace(s, dtype=names.get(s.dtype.name, s.dtype.name))
+            field: dataclasses.replace(s, dtype=format_info(s.dtype).fnuz)
             for field, s in self._scalings()
         }
         return dataclasses.replace(self, **scalings)

@@ -1,7 +1,6 @@
 """The census counts operations as the definition says."""
 
 import functools
-import time
 
 import flax.linen as nn
 import jax
@@ -194,9 +193,7 @@ def test_a_platform_that_is_none_is_refused():
         census(jnp.dot, half(4, 4), half(4, 4), platform="gpu")
 
 
-def test_takes_milliseconds_and_makes_no_array():
-    x = Struct((2**15, 2**15), BF16)
-    before, start = len(jax.live_arrays()), time.perf_counter()
-    made = census(loop, x)
-    assert time.perf_counter() - start < 2
-    assert made.flops == 5 * 2 * 2**45 and len(jax.live_arrays()) == before
+def test_makes_no_array():
+    x, before = Struct((2**20, 2**20), BF16), len(jax.live_arrays())  # 2 TiB
+    assert census(loop, x).flops == 5 * 2 * 2**60
+    assert len(jax.live_arrays()) == before

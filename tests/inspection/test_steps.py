@@ -2,11 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from mpjax._inspection import steps, tags
 
 Struct = jax.ShapeDtypeStruct
-BF16, F32, E4M3 = jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn
+F32 = jnp.float32
 
 
 def test_jaxprs_are_laid_out_as_this_library_reads_them():
@@ -36,3 +37,22 @@ def test_jaxprs_are_laid_out_as_this_library_reads_them():
     assert tags.tag_of("jit(f)/jvp(outer)/inner/mpjax.12/dot_general") == (12, True)
     assert tags.tag_of("jit(f)/transpose(jvp(mpjax.1.out))/transpose") == (1, False)
     assert tags.tag_of("jit(f)/outer/dot_general") == (None, False)
+
+
+def test_a_loop_is_read_once_however_long_it_is():
+    def visited(depth, length):
+        """Of loops within each other."""
+
+        def loop(x, depth=depth):
+            def step(x, _):
+                return (loop(x, depth - 1) if depth else x @ x), None
+
+            return lax.scan(step, x, length=length)[0]
+
+        jaxpr = jax.make_jaxpr(loop)(Struct((4, 4), F32))
+        return len(list(steps.steps(tags.tag(jaxpr), "tpu")))
+
+    assert visited(0, 5) == visited(0, 10**6)
+    # Nor does it read what is inside of a loop more often for standing deeper.
+    deep = [visited(depth, 10**3) for depth in range(4)]
+    assert deep[3] - deep[2] == deep[2] - deep[1] == deep[1] - deep[0] > 0

@@ -134,35 +134,6 @@ def test_residual_stream_stays_in_16_bits():
     assert set(stream.values()) == {BF16}
 
 
-def test_first_matching_rule_decides():
-    rules = [mpjax.Rule("head", "float32"), "mixed_bfloat16"]
-    model = MixedPrecision(Head(), rules)
-    variables = model.init(KEY, X)
-    body, head = dots(jax.make_jaxpr(model.apply)(variables, X))
-    assert (body.lhs, body.rhs) == (BF16, BF16)
-    assert (head.lhs, head.rhs) == (np.float32, np.float32)
-
-    rules = [mpjax.Rule("head", None), mpjax.Rule(".*", "float16", module_type=Head)]
-    by_type = MixedPrecision(Head(), [*rules, mpjax.Rule("body", "c=bf16")])
-    with jax.numpy_dtype_promotion("standard"):
-        jaxpr = jax.make_jaxpr(by_type.apply)(variables, X)
-    assert [d.lhs for d in dots(jaxpr)] == [BF16, np.float32]
-
-
-def test_borders_between_policies_cast_and_nothing_else_does():
-    rules = [mpjax.Rule("head", "p=f32,c=f32,o=f16"), mpjax.Rule(policy="c=bf16")]
-    model = MixedPrecision(Head(), rules)
-    variables = model.init(KEY, X)
-    jaxpr = jax.make_jaxpr(model.apply)(variables, X)
-    assert jaxpr.out_avals[0].dtype == BF16  # f16 at the head, bf16 at the model
-    body, head = variables["params"]["body"], variables["params"]["head"]
-    y = nn.Dense(8, dtype=BF16).apply({"params": body}, X.astype(BF16))
-    y = nn.Dense(4).apply({"params": head}, y.astype(jnp.float32))
-    np.testing.assert_array_equal(
-        model.apply(variables, X), y.astype(jnp.float16).astype(BF16)
-    )
-
-
 def test_methods_of_the_model_are_methods_of_the_wrapper():
     model = MixedPrecision(SetupStyle(), "c=bf16")
     variables = model.init(KEY, X)

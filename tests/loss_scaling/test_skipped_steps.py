@@ -66,7 +66,7 @@ def test_skipped_step_leaves_every_bit_alone(jit):
 
 
 def test_batch_statistics_are_kept_with_select_tree():
-    """A forward pass that overflows poisons running averages: PEERS' failure 3."""
+    """Otherwise a forward pass that overflows poisons running averages."""
     tx = mpjax.dynamic_loss_scaling(optax.sgd(0.1))
     stats = {"mean": jnp.zeros(3, jnp.float32), "steps": jnp.int32(0)}
     params = jnp.ones(3)

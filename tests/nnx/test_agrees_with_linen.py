@@ -8,7 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from front_ends import DELAYED, LinenTrainer, NnxTrainer, rule
 from helpers import normal
+from layer_pairs import LAYERS as PAIRS
+from layer_pairs import PAIRED
 from nnx_models import Transformer, inputs, loss_and_gradient, rngs
 
 import mpjax
@@ -173,3 +176,17 @@ def test_transformer_agrees_with_linen():
     np.testing.assert_array_equal(value, same)
     grads = linen_params(nnx.merge(nnx.graphdef(mixed), grads))
     jax.tree.map(np.testing.assert_array_equal, grads, linen_grads)
+
+
+@pytest.mark.parametrize("name", PAIRED)
+def test_layers_under_a_recipe_agree_with_linen(name):
+    of_nnx, of_linen, shape = PAIRS[name]
+    x, rules = normal(0, *shape), rule(DELAYED, attention=True)
+    mixed, linen = NnxTrainer(of_nnx(), rules), LinenTrainer(of_linen, rules, x)
+    linen.params = nnx.to_pure_dict(nnx.state(mixed.model, nnx.Param))
+    loss, grads, seen = mixed.gradients(x)
+    expected = linen.gradients(x)
+    assert loss == expected[0]
+    jax.tree.map(np.testing.assert_array_equal, (grads, seen), expected[1:])
+    assert seen.keys() == mixed.states.keys()
+    assert all(np.all(observed > 0) for observed in seen.values())

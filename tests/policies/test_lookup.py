@@ -56,7 +56,10 @@ def test_a_recipe_that_served_once_serves():
 def test_two_modules_may_share_a_path():
     rules = [mpjax.Rule(module_type=LayerNorm, policy="f32"), "c=bf16"]
     for seen in ([("a", LayerNorm), ("a", Dense)], [("a", Dense), ("a", LayerNorm)]):
-        Matcher(read_rules(rules)).check_all_used(seen)
+        found = Matcher(read_rules(rules))
+        found.check_all_used(seen)
+        decided = {kind: str(found.decision(path, kind).policy) for path, kind in seen}
+        assert decided == {LayerNorm: "p=f32,c=f32,o=f32", Dense: "p=f32,c=bf16,o=bf16"}
 
 
 def test_a_model_of_norms_uses_a_name_as_well():

@@ -2,11 +2,8 @@
 
 import re
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import pytest
-from flax import nnx
 from module_types import (
     BatchNorm2d,
     Dense,
@@ -17,8 +14,7 @@ from module_types import (
     TopKRouter,
 )
 
-import mpjax.linen
-import mpjax.nnx
+import mpjax
 from mpjax._policies.lookup import Matcher, matcher
 from mpjax._policies.presets import PRESETS, Preset, Protected, full_name
 from mpjax._policies.rule import read_rules
@@ -165,36 +161,6 @@ def test_a_preset_is_one_entry_of_the_table(monkeypatch):
     assert str(mpjax.get_policy("mixed_mine")) == low
     below = policies([mpjax.Rule("x/.*", "mixed_mine"), "f32"], {"x/up": Dense})
     assert below == {"x/up": low}
-
-
-def test_a_preset_of_the_table_serves_both_front_ends(monkeypatch):
-    protected = (Protected("up", compute_dtype="float32", output_dtype="compute"),)
-    monkeypatch.setitem(PRESETS, "mixed_mine", Preset("c=f16,o=f32", protected))
-
-    class Model(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return nn.Dense(4, name="down")(nn.Dense(4, name="up")(x))
-
-    model = mpjax.linen.MixedPrecision(Model(), "mixed_mine")
-    shown = [mpjax.linen.tabulate(model, jax.random.key(0), jnp.ones((2, 4)))]
-
-    class NNXModel(nnx.Module):
-        def __init__(self, rngs):
-            self.up, self.down = (
-                nnx.Linear(4, 4, rngs=rngs),
-                nnx.Linear(4, 4, rngs=rngs),
-            )
-
-        def __call__(self, x):
-            return self.down(self.up(x))
-
-    model = mpjax.nnx.mixed_precision(NNXModel(nnx.Rngs(0)), "mixed_mine")
-    shown.append(mpjax.nnx.tabulate(model))
-    for table in shown:
-        rows = {row.split()[0]: row for row in table.splitlines()}
-        assert "p=f32,c=f32,o=f16" in rows["up"]
-        assert "p=f32,c=f16,o=f32" in rows["down"]
 
 
 def test_a_name_in_a_rule_expands_under_its_path():

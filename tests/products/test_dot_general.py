@@ -1,6 +1,7 @@
 """Every recipe against a numpy oracle of the definition."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 import reference
 from helpers import normal
 from jax import lax
-from jaxprs import dots
+from jaxprs import contractions, count_converts, dots
 from scaled_products import RECIPES, SHAPES, fakes, start, value_and_gradients
 
 from mpjax._products.dot_general import scaled_dot_general
@@ -106,13 +107,30 @@ def test_each_product_can_stay_in_high_precision(high):
     assert sum(d.lhs == jnp.float32 for d in found) == 1
 
 
-def test_a_recipe_without_quantized_products_is_lax():
+def test_a_recipe_without_quantized_products_multiplies_in_float32():
     recipe = dataclasses.replace(named.current_scaling(), quantized=())
     lhs, rhs, grad = normal(0, 6, 40), normal(1, 40, 24), normal(2, 6, 24)
-    results = value_and_gradients(recipe, MATMUL, grad)(lhs, rhs)
-    out, pull = jax.vjp(lambda x, w: lax.dot_general(x, w, MATMUL), lhs, rhs)
-    for actual, expected in zip(results[:3], (out, *pull(grad)), strict=True):
-        np.testing.assert_array_equal(actual, expected)
+    step = value_and_gradients(recipe, MATMUL, grad)
+
+    def plain(lhs, rhs):
+        out, pull = jax.vjp(lambda x, w: lax.dot_general(x, w, MATMUL), lhs, rhs)
+        return out, *pull(grad)
+
+    jaxpr, expected = (jax.make_jaxpr(fn)(lhs, rhs) for fn in (step, plain))
+    assert {dot[1:] for dot in dots(jaxpr)} == {(jnp.dtype(jnp.float32),) * 3}
+    assert count_converts(jaxpr) == 0
+    assert sorted(contractions(jaxpr)) == sorted(contractions(expected))
+    oracle = functools.partial(
+        reference.dot_general_and_gradients,
+        dimension_numbers=MATMUL,
+        fakes=fakes(recipe),
+    )
+    exact, sums = (oracle(*map(of, (lhs, rhs, grad))) for of in (np.float64, np.abs))
+    for actual, result, size, terms in zip(
+        step(lhs, rhs)[:3], exact, sums, (40, 24, 6), strict=True
+    ):
+        bound = terms * np.finfo(np.float32).eps * size  # of a sum in any order
+        assert np.all(np.abs(np.float64(actual) - result) <= bound)
 
 
 def test_a_block_is_never_reused_along_another_axis():

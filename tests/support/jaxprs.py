@@ -1,5 +1,6 @@
 """What a jaxpr computes, looked for in all its inner jaxprs as well."""
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -54,3 +55,15 @@ def dots(jaxpr, gpu_forms: bool = False) -> list[Dot]:
 def count_converts(jaxpr) -> int:
     """The number of dtype conversions in a jaxpr."""
     return sum(eqn.primitive.name == "convert_element_type" for eqn in equations(jaxpr))
+
+
+def contractions(jaxpr) -> list[tuple[int, int]]:
+    """Of each ``dot_general``: the terms of a sum, and the elements of the result."""
+    found = []
+    for eqn in equations(jaxpr):
+        if eqn.primitive.name == "dot_general":
+            (lhs_axes, _), _ = eqn.params["dimension_numbers"]
+            shape = eqn.invars[0].aval.shape
+            terms = math.prod(shape[axis] for axis in lhs_axes)
+            found.append((terms, eqn.outvars[0].aval.size))
+    return found

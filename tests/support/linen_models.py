@@ -230,3 +230,82 @@ class Head(nn.Module):
     def __call__(self, x):
         x = nn.Dense(8, name="body")(x)
         return nn.Dense(4, name="head")(x)
+
+
+# What both front ends have under one name, for front_ends.
+
+
+class Twice(nn.Module):
+    """A layer that is called twice, the second time with four times its output."""
+
+    lift: str = ""
+
+    @nn.compact
+    def __call__(self, x):
+        kind = {"": nn.Dense, "remat": nn.remat(nn.Dense), "jit": nn.jit(nn.Dense)}
+        dense = kind[self.lift](16, use_bias=False, name="dense")
+        return dense(4 * dense(x))
+
+
+class Overflow(nn.Module):
+    """Its output, and the gradient of its kernel, can be made to overflow."""
+
+    @nn.compact
+    def __call__(self, x, factor):
+        out = nn.Dense(16, use_bias=False, name="dense")(x)
+        return out.astype(jnp.float32) * factor.astype(jnp.float32)
+
+
+class Again(nn.Module):
+    """One layer in all steps of a loop, which broadcasts its states or carries them."""
+
+    carries: bool
+
+    @nn.compact
+    def __call__(self, x):
+        def step(dense, x, _):
+            return dense(x), None
+
+        lift = {"variable_broadcast": ["params", "scaling"]}
+        if self.carries and not self.is_initializing():
+            lift = {"variable_broadcast": "params", "variable_carry": "scaling"}
+        loop = nn.scan(step, split_rngs={"params": False}, length=4, **lift)
+        dense = nn.Dense(x.shape[-1], use_bias=False, name="dense")
+        return loop(dense, x, None)[0]
+
+
+class Timed(nn.Module):
+    """Reads a time that bfloat16 could not tell from its neighbours."""
+
+    @nn.compact
+    def __call__(self, x, time):
+        shift = jnp.sin(1e3 * time.astype(jnp.float32))[:, None]
+        return nn.Dense(8)(x) + shift.astype(jnp.bfloat16)
+
+
+class Language(nn.Module):
+    """An embedding, a large and a small layer, and a head."""
+
+    @nn.compact
+    def __call__(self, tokens):
+        x = nn.Embed(256, 128, name="embed")(tokens)
+        x = nn.Dense(64, name="small")(nn.Dense(256, name="up")(x))
+        return nn.Dense(256, name="head")(x)
+
+
+NAMED = {
+    "dense": lambda: nn.Dense(16, use_bias=False),
+    "dense with bias": lambda: nn.Dense(16),
+    "conv": lambda: nn.Conv(16, (3,)),
+    "norm": nn.LayerNorm,
+    "twice": Twice,
+    "twice, remat": lambda: Twice("remat"),
+    "twice, jit": lambda: Twice("jit"),
+    "overflow": Overflow,
+    "again": lambda: Again(False),
+    "again, carried": lambda: Again(True),
+    "recurrent": lambda: nn.RNN(nn.GRUCell(16)),
+    "head": Head,
+    "timed": Timed,
+    "language": Language,
+}

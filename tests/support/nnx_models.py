@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from helpers import normal
 
+import mpjax.nnx
 from mpjax._nnx.attention import attention
 from mpjax._products.xla_cpu import conv_general_dilated
 from mpjax.nnx import mixed_precision
@@ -287,3 +288,128 @@ class Probe(nnx.Module):
 
 
 SEEN = {}
+
+
+class Foreign(nnx.Module):
+    """A layer of another author that can be told what to multiply with."""
+
+    def __init__(self, rngs, dot_general=None):
+        self.w = nnx.Param(normal(0, 16, 8))
+        self.dot_general = dot_general
+
+    def __call__(self, x):
+        return (self.dot_general or jax.lax.dot_general)(
+            x, self.w[...], (((1,), (0,)), ((), ()))
+        )
+
+
+class RoutedBlock(nnx.Module):
+    def __init__(self, rngs):
+        self.norm = nnx.RMSNorm(16, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(2, 16, decode=False, rngs=rngs)
+        self.router = nnx.Linear(16, 4, rngs=rngs)
+        self.foreign = Foreign(rngs)
+        self.mlp = nnx.Linear(8, 16, rngs=rngs)
+
+    def __call__(self, x):
+        y = x + self.attention(self.norm(x))
+        weight = self.router(y).mean().astype(x.dtype)
+        return x + self.mlp(nnx.relu(self.foreign(y))) * weight
+
+
+# What both front ends have under one name, for front_ends.
+
+
+class Twice(nnx.Module):
+    """A layer that is called twice, the second time with four times its output."""
+
+    def __init__(self, rngs, transform=lambda run: run):
+        self.dense = nnx.Linear(16, 16, use_bias=False, rngs=rngs)
+        self.transform = transform
+
+    def __call__(self, x):
+        def run(dense, x):
+            return dense(4 * dense(x))
+
+        return self.transform(run)(self.dense, x)
+
+
+class Overflow(nnx.Module):
+    """Its output, and the gradient of its kernel, can be made to overflow."""
+
+    def __init__(self, rngs):
+        self.dense = nnx.Linear(16, 16, use_bias=False, rngs=rngs)
+
+    def __call__(self, x, factor):
+        return self.dense(x).astype(F32) * factor.astype(F32)
+
+
+class Again(nnx.Module):
+    """One layer in all steps of a loop, which broadcasts its states or carries them."""
+
+    def __init__(self, rngs, axes=None):
+        self.dense = nnx.Linear(16, 16, use_bias=False, rngs=rngs)
+        self.axes = axes
+
+    def __call__(self, x):
+        axes = (self.axes, nnx.Carry)
+        loop = nnx.scan(
+            lambda dense, x: dense(x), in_axes=axes, out_axes=nnx.Carry, length=4
+        )
+        return loop(self.dense, x)
+
+
+CARRIED = nnx.StateAxes({mpjax.nnx.Scaling: nnx.Carry, ...: None})
+
+
+class Head(nnx.Module):
+    """Two layers under a block, and a head of its own policy."""
+
+    def __init__(self, rngs):
+        self.body = nnx.Linear(8, 8, rngs=rngs)
+        self.head = nnx.Linear(8, 4, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(self.body(x))
+
+
+class Timed(nnx.Module):
+    """Reads a time that bfloat16 could not tell from its neighbours."""
+
+    def __init__(self, rngs):
+        self.dense = nnx.Linear(8, 8, rngs=rngs)
+
+    def __call__(self, x, time):
+        shift = jnp.sin(1e3 * time.astype(F32))[:, None]
+        return self.dense(x) + shift.astype(jnp.bfloat16)
+
+
+class Language(nnx.Module):
+    """An embedding, a large and a small layer, and a head."""
+
+    def __init__(self, rngs):
+        self.embed = nnx.Embed(256, 128, rngs=rngs)
+        self.up = nnx.Linear(128, 256, rngs=rngs)
+        self.small = nnx.Linear(256, 64, rngs=rngs)
+        self.head = nnx.Linear(64, 256, rngs=rngs)
+
+    def __call__(self, tokens):
+        return self.head(self.small(self.up(self.embed(tokens))))
+
+
+NAMED = {
+    "dense": lambda: nnx.Linear(16, 16, use_bias=False, rngs=rngs()),
+    "dense with bias": lambda: nnx.Linear(16, 16, rngs=rngs()),
+    "conv": lambda: nnx.Conv(16, 16, 3, rngs=rngs()),
+    "norm": lambda: nnx.LayerNorm(16, rngs=rngs()),
+    "twice": lambda: Twice(rngs()),
+    "twice, remat": lambda: Twice(rngs(), nnx.remat),
+    "twice, jit": lambda: Twice(rngs(), nnx.jit),
+    "overflow": lambda: Overflow(rngs()),
+    "again": lambda: Again(rngs()),
+    "again, carried": lambda: Again(rngs(), CARRIED),
+    "recurrent": lambda: nnx.RNN(nnx.GRUCell(16, 16, rngs=rngs())),
+    "head": lambda: Head(rngs()),
+    "timed": lambda: Timed(rngs()),
+    "language": lambda: Language(rngs()),
+}
