@@ -211,7 +211,7 @@ def main(args=None) -> list[Run]:
             for recipe in args.recipe:
                 every[f"{policy} {recipe}"] = mpjax.Rule(".*", policy, RECIPES[recipe])
         else:
-            mpjax.expand_rules(policy)  # a misspelled one raises here, not later
+            mpjax.get_policy(policy)  # a misspelled one raises here, not later
             every[policy] = policy
 
     model = mpjax.linen.MixedPrecision(Transformer(), [*every.values()][-1])

@@ -22,12 +22,9 @@ from mpjax._numerics.qarray import quantize as quantize
 from mpjax._numerics.scales import amax_to_scale as amax_to_scale
 from mpjax._numerics.scales import block_amax as block_amax
 from mpjax._numerics.scales import quantize_with_scale as quantize_with_scale
+from mpjax._policies.expand import preset as preset
 from mpjax._policies.policy import Policy as Policy
-from mpjax._policies.policy import cast_to_full as cast_to_full
-from mpjax._policies.policy import cast_to_half as cast_to_half
 from mpjax._policies.policy import get_policy as get_policy
-from mpjax._policies.policy import half_dtype as half_dtype
-from mpjax._policies.presets import expand_rules as expand_rules
 from mpjax._policies.rule import Rule as Rule
 from mpjax._products.conv import (
     observed_conv_general_dilated as observed_conv_general_dilated,
@@ -51,14 +48,12 @@ from mpjax._recipes.scalings import CurrentScaling as CurrentScaling
 from mpjax._recipes.scalings import DelayedScaling as DelayedScaling
 from mpjax._recipes.scalings import Scaling as Scaling
 from mpjax._recipes.state import ScalingState as ScalingState
-from mpjax._recipes.state import WeightCopy as WeightCopy
 from mpjax._scaling_states import export as _export
 from mpjax._scaling_states.calibrate import calibrate_scaling as calibrate_scaling
 from mpjax._scaling_states.update import rescale_scaling as rescale_scaling
 from mpjax._scaling_states.update import update_scaling as update_scaling
 from mpjax._scaling_states.weights import drop_weights as drop_weights
 from mpjax._scaling_states.weights import keep_weights as keep_weights
-from mpjax._tree import all_finite as all_finite
 from mpjax._tree import cast_floating as cast_floating
 from mpjax._tree import select_tree as select_tree
 

@@ -1,4 +1,4 @@
-"""Casts, checks and selections over trees."""
+"""Casts and selections over trees."""
 
 import jax
 import jax.numpy as jnp
@@ -53,22 +53,6 @@ def test_widen_leaves_wide_floats_alone():
             assert leaf.dtype == jnp.float32
         else:
             assert leaf is tree[name]
-
-
-@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan, complex(0, np.inf)])
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
-def test_all_finite(bad, dtype):
-    dtype = jnp.complex64 if isinstance(bad, complex) else dtype
-    tree = {"a": jnp.ones((2, 3), dtype), "n": jnp.arange(3), "none": None}
-    assert mpjax.all_finite(tree)
-    tree["a"] = tree["a"].at[1, 2].set(bad)
-    finite = jax.jit(mpjax.all_finite)(tree)
-    assert not finite and finite.dtype == bool and finite.shape == ()
-
-
-def test_all_finite_of_no_values():
-    for tree in ({}, None, {"n": jnp.arange(3)}, jnp.zeros((0, 3))):
-        assert mpjax.all_finite(tree)
 
 
 @pytest.mark.parametrize("pred", [True, False])

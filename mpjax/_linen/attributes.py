@@ -19,8 +19,8 @@ from mpjax._layers.multiplier import Multiplier, unserved_attention
 from mpjax._linen.attention import attention_replacement
 from mpjax._linen.parameters import Param
 from mpjax._linen.recipes import replacement_method, replacements_for
-from mpjax._policies.policy import Policy, get_policy, spelled_like
-from mpjax._policies.rule import Rule
+from mpjax._policies.lookup import Decision
+from mpjax._policies.policy import Policy, spelled_like
 from mpjax._products.xla_cpu import conv_general_dilated
 
 
@@ -43,7 +43,7 @@ def _modules(value: Any) -> Iterator[nn.Module]:
 def overrides(
     module: nn.Module,
     path: str,
-    rule: Rule,
+    decision: Decision,
     products: Multiplier | None,
     method: str,
 ) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def overrides(
     Args:
       module: bound, at the present level of transformations.
       path: of the module in the model.
-      rule: of the module, with a policy.
+      decision: what the module follows.
       products: of the module under the recipe of the rule.
       method: the name of the method.
 
@@ -60,7 +60,7 @@ def overrides(
       ValueError: the module is one of NNX, which no Linen rule reaches, or multiplies
         in a way that takes no recipe.
     """
-    policy, replaced = get_policy(rule.policy), {}
+    policy, replaced = decision.policy, {}
     own, kind = vars(module), type(module)
     if _is_nnx(kind):
         raise ValueError(
@@ -78,15 +78,15 @@ def overrides(
         # Others that read the table find it cast; its own methods cast it themselves.
         replaced["embedding"] = nn.unbox(module.get_variable("params", "embedding"))
     if products is not None:
-        replaced |= replacements_for(module, products, rule)
-    if policy.compute_dtype.itemsize == 2 or rule.attention:
+        replaced |= replacements_for(module, products)
+    if policy.compute_dtype.itemsize == 2 or decision.attention:
         function = own.get("attention_fn")
         attention = attention_replacement(
-            function, products if rule.attention else None
+            function, products if decision.attention else None
         )
         if attention is not None:
             replaced["attention_fn"] = attention
-        elif rule.attention and function is not None:
+        elif decision.attention and function is not None:
             raise unserved_attention(path, kind)
     # Flax's own layers cast what they read where that is cheapest, except in setup.
     casts_itself = method != "setup" and is_of_flax(kind, "linen")

@@ -3,7 +3,7 @@
 import flax.linen as nn
 
 from mpjax._linen.wrapper import MixedPrecision
-from mpjax._policies.presets import Rules
+from mpjax._policies.rule import Rules
 
 
 def mixed_precision(module: nn.Module, rules: Rules) -> MixedPrecision:

@@ -9,32 +9,34 @@ import flax.linen as nn
 from mpjax._layers.multiplier import Multiplier, unserved
 from mpjax._layers.served import body_of, hooks_of, served_layer
 from mpjax._linen.states import SCALING, StateStore
-from mpjax._policies.rule import Rule
+from mpjax._policies.lookup import Decision
 
 
 def make_multiplier(
-    module: nn.Module, path: str, rule: Rule, served: set[str], states: StateStore
+    module: nn.Module,
+    path: str,
+    decision: Decision,
+    served: set[str],
+    states: StateStore,
 ) -> Multiplier | None:
     """The products of a bound module; None: its rule has no recipe.
 
     Args:
       module: bound, at the present level of transformations.
       path: of the module in the model.
-      rule: of the module.
+      decision: what the module follows.
       served: is given the names of the products that use the recipe.
       states: of the run.
     """
-    recipe = rule.recipe
+    recipe = decision.recipe
     if recipe is None:
         return None
     read = partial(states.read, module, path, recipe)
     write = partial(states.write, module, path)
-    return Multiplier(path, recipe, rule.min_size or 0, read, write, served)
+    return Multiplier(path, recipe, decision.min_size, read, write, served)
 
 
-def replacements_for(
-    module: nn.Module, products: Multiplier, rule: Rule
-) -> dict[str, Any]:
+def replacements_for(module: nn.Module, products: Multiplier) -> dict[str, Any]:
     """Attributes through which a layer multiplies under its recipe."""
     own, kind, replaced = vars(module), type(module), {}
     if reason := served_layer(kind).refuses(module):

@@ -58,15 +58,15 @@ class Run:
             return method(*args, **kwargs)
         path = self._path(module)
         self.seen[path, type(module)] = None
-        rule = self.rules.rule(path, type(module))
-        policy = self.rules.policy(path, type(module))
+        decision = self.rules.decision(path, type(module))
+        policy = None if decision is None else decision.policy
         boundary = policy if policy != enclosing_policy.get() else None
         own, name, replaced = vars(module), context.method_name, {}
         states = self._states
-        if rule is not None and policy is not None:
+        if decision is not None and policy is not None:
             served = self.served.setdefault(path, set())
-            products = make_multiplier(module, path, rule, served, states)
-            replaced = overrides(module, path, rule, products, name)
+            products = make_multiplier(module, path, decision, served, states)
+            replaced = overrides(module, path, decision, products, name)
             check_real(module, path, policy, name, args, kwargs)
             method = method_under_rule(module, products, policy, name, method)
         before = {name: own.get(name, _ABSENT) for name in replaced}
@@ -77,7 +77,7 @@ class Run:
         # A bound module is Flax's private clone of the user's, and may be changed.
         own.update(replaced)
         try:
-            if boundary is not None and rule is not None and rule.cast_inputs:
+            if boundary is not None and decision is not None and decision.cast_inputs:
                 args, kwargs = boundary.cast_to_compute((args, kwargs))
             result = method(*args, **kwargs)
             return result if boundary is None else boundary.cast_to_output(result)

@@ -21,7 +21,7 @@ from mpjax._linen.attributes import classes
 from mpjax._linen.run import Run, recording
 from mpjax._linen.states import SCALING
 from mpjax._policies.lookup import Matcher, matcher
-from mpjax._policies.presets import Rules, expand_rules
+from mpjax._policies.rule import Rules, read_rules
 
 
 class MixedPrecision(nn.Module):
@@ -94,9 +94,9 @@ class MixedPrecision(nn.Module):
                 "mpjax.linen.MixedPrecision wraps a flax.linen.Module instance, got "
                 f"{self.module!r}. For an nnx.Module use mpjax.nnx.mixed_precision."
             )
-        rules, inner = expand_rules(self.rules), self.module
+        rules, inner = read_rules(self.rules), self.module
         if isinstance(inner, MixedPrecision):  # its rules come first
-            first = expand_rules(inner.rules)
+            first = read_rules(inner.rules)
             outer = (replace(r, optional=True) for r in rules if r not in first)
             rules, self.module = (*first, *outer), inner.module
         self.rules = rules
@@ -148,7 +148,7 @@ class MixedPrecision(nn.Module):
         if self.scope.path != module.scope.path:  # nn.share_scope has moved the wrapper
             nn.share_scope(self, module)
         # A fresh matcher is a fresh key for nn.jit: every module is seen.
-        rules, model = expand_rules(self.rules), classes(module)
+        rules, model = read_rules(self.rules), classes(module)
         rules = matcher(rules, model) if record is None else Matcher(rules, model)
         run = Run(rules, module, MixedPrecision)
         try:

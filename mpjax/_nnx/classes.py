@@ -1,6 +1,7 @@
-"""The classes that modules of a mixed NNX model have: a bare class and a rule.
+"""The classes that modules of a mixed NNX model have: a bare class and a decision.
 
-Their methods run under the policy of the rule, and see parameters in its compute dtype.
+Their methods run under the policy of the decision, and see parameters in its compute
+dtype.
 """
 
 import functools
@@ -17,14 +18,14 @@ from mpjax._nnx.hooks import derive
 from mpjax._nnx.parameters import map_params, reader_for, unwrap_for_storage
 from mpjax._nnx.recipes import hook_names, replacement_for, replacement_method
 from mpjax._nnx.scope_names import note, scope
-from mpjax._policies.policy import Policy, get_policy, spelled_like
-from mpjax._policies.rule import Rule
+from mpjax._policies.lookup import Decision
+from mpjax._policies.policy import Policy, spelled_like
 from mpjax._tree import cast_floating
 
 
-def rule_of(module) -> Rule | None:
-    """The rule that a module follows; None: it is bare, or left alone."""
-    return getattr(type(module), "_mpjax_rule", None)
+def decision_of(module) -> Decision | None:
+    """What a module follows; None: it is bare, or left alone."""
+    return getattr(type(module), "_mpjax_decision", None)
 
 
 def bare_type(module) -> type:
@@ -32,39 +33,40 @@ def bare_type(module) -> type:
     return getattr(type(module), "_mpjax_bare_type", type(module))
 
 
-def set_type(module, rule: Rule | None) -> None:
-    """Makes a module follow a rule; None: end the region around it."""
+def set_type(module, decision: Decision | None) -> None:
+    """Makes a module follow a decision; None: end the region around it."""
     is_pytree = not jax.tree_util.all_leaves([module])
     dtype = None
-    if rule is not None and "dtype" not in vars(module) and computes_in_a_dtype(module):
+    no_dtype = "dtype" not in vars(module)
+    if decision is not None and no_dtype and computes_in_a_dtype(module):
         # In place of a property, or of the class's dtype.
-        dtype = spelled_like(module.dtype, get_policy(rule.policy).compute_dtype)
-    module.__class__ = _mixed_type(bare_type(module), rule, is_pytree, dtype)
+        dtype = spelled_like(module.dtype, decision.policy.compute_dtype)
+    module.__class__ = _mixed_type(bare_type(module), decision, is_pytree, dtype)
 
 
 # For good, as JAX and Flax keep every class of modules in their registries.
 @functools.cache
-def _mixed_type(bare: type, rule: Rule | None, is_pytree: bool, dtype) -> type:
-    """The subclass of a module class that follows a rule; None: that leaves it.
+def _mixed_type(bare: type, decision: Decision | None, is_pytree: bool, dtype) -> type:
+    """The subclass of a module class that follows a decision; None: left alone.
 
     Its ``__name__`` is that of the bare class, for scopes and tables; its
     ``__qualname__``, in the repr of the class, has the policy as well.
     """
-    suffix = "" if rule is None else f"[{rule.policy}]"
+    suffix = "" if decision is None else f"[{decision.policy}]"
     namespace = {
         "__module__": bare.__module__,
         "__qualname__": bare.__qualname__ + suffix,
         "__doc__": bare.__doc__,
-        "_mpjax_key": (bare, rule, is_pytree, dtype),
+        "_mpjax_key": (bare, decision, is_pytree, dtype),
         "_mpjax_bare_type": bare,
-        "_mpjax_rule": rule,
+        "_mpjax_decision": decision,
         "__reduce__": _reduce,
     }
     for name in _public_methods(bare):
-        namespace[name] = _method(name, getattr(bare, name), rule)
-    namespace["__getattribute__"] = _getattribute(bare, rule)
-    if rule is not None:
-        namespace["__setattr__"] = _setattr(bare, rule)
+        namespace[name] = _method(name, getattr(bare, name), decision)
+    namespace["__getattribute__"] = _getattribute(bare, decision)
+    if decision is not None:
+        namespace["__setattr__"] = _setattr(bare, decision)
         if issubclass(bare, nnx.SimpleCell):
             namespace["initialize_carry"] = _initialize_carry
         if issubclass(bare, nnx.MultiHeadAttention):
@@ -97,10 +99,10 @@ def _public_methods(bare: type) -> Iterator[str]:
             yield name
 
 
-def _getattribute(bare: type, rule: Rule | None) -> Callable:
+def _getattribute(bare: type, decision: Decision | None) -> Callable:
     inherited: Callable = bare.__getattribute__
-    policy = None if rule is None else get_policy(rule.policy)
-    hooks = () if rule is None or rule.recipe is None else hook_names(bare)
+    policy = None if decision is None else decision.policy
+    hooks = () if decision is None or decision.recipe is None else hook_names(bare)
 
     def getattribute(self, name):
         value = inherited(self, name)
@@ -116,9 +118,9 @@ def _getattribute(bare: type, rule: Rule | None) -> Callable:
     return getattribute
 
 
-def _setattr(bare: type, rule: Rule) -> Callable:
+def _setattr(bare: type, decision: Decision) -> Callable:
     inherited: Callable = bare.__setattr__
-    kept = functools.partial(unwrap_for_storage, get_policy(rule.policy))
+    kept = functools.partial(unwrap_for_storage, decision.policy)
 
     def setattr_(self, name, value):
         if running_policy.value is not None:
@@ -140,13 +142,13 @@ def _initialize_carry(self, *args, **kwargs):
 
 
 def _compute_dtype(module):
-    return get_policy(type(module)._mpjax_rule.policy).compute_dtype
+    return type(module)._mpjax_decision.policy.compute_dtype
 
 
-def _method(name: str, function: Callable, rule: Rule | None) -> Callable:
-    policy = None if rule is None else get_policy(rule.policy)
+def _method(name: str, function: Callable, decision: Decision | None) -> Callable:
+    policy = None if decision is None else decision.policy
     run = function
-    if rule is not None and rule.recipe is not None:
+    if decision is not None and decision.recipe is not None:
         run = replacement_method(function)
     of_flax = is_of_flax(function, "nnx")
 
@@ -155,10 +157,10 @@ def _method(name: str, function: Callable, rule: Rule | None) -> Callable:
             _check_real(self, policy, (*args, *kwargs.values()))
         if running_policy.value == policy:
             return run(self, *args, **kwargs)
-        if rule is None or policy is None:
+        if decision is None or policy is None:
             with running_policy(None):
                 return run(self, *args, **kwargs)
-        if rule.cast_inputs:
+        if decision.cast_inputs:
             args, kwargs = _cast((args, kwargs), policy.compute_dtype)
         with running_policy(policy):
             outputs = run(self, *args, **kwargs)

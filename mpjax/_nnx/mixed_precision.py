@@ -15,16 +15,20 @@ from flax import nnx
 
 from mpjax._layers.dtypes import any_complex, complex_error
 from mpjax._nnx.attention import attention
-from mpjax._nnx.classes import bare_type, computes_in_a_dtype, rule_of, set_type
+from mpjax._nnx.classes import (
+    bare_type,
+    computes_in_a_dtype,
+    decision_of,
+    set_type,
+)
 from mpjax._nnx.layers import is_inside, layers_by_path
 from mpjax._nnx.parameters import cast_stored, own_params
 from mpjax._nnx.recipes import served_product_names
 from mpjax._nnx.scaling import Scaling
 from mpjax._nnx.states import set_states
-from mpjax._policies.lookup import matcher
-from mpjax._policies.policy import Policy, get_policy, spelled_like
-from mpjax._policies.presets import Rules, expand_rules
-from mpjax._policies.rule import Rule
+from mpjax._policies.lookup import Decision, Matcher
+from mpjax._policies.policy import Policy, spelled_like
+from mpjax._policies.rule import Rules, read_rules
 from mpjax._products.xla_cpu import conv_general_dilated
 
 M = TypeVar("M", bound=nnx.Module)
@@ -86,11 +90,11 @@ def mixed_precision(model: M, rules: Rules) -> M:
             f"mpjax.nnx.mixed_precision takes a flax.nnx.Module, got {model!r}. For a "
             "Linen module use mpjax.linen.MixedPrecision."
         )
-    lookup = matcher(expand_rules(rules))
+    lookup = Matcher(read_rules(rules))
     model = nnx.clone(model)
     layers = layers_by_path(model)
     seen = {path: bare_type(layer) for path, (layer, *_) in layers.items()}
-    found = {path: lookup.rule(path, kind) for path, kind in seen.items()}
+    found = {path: lookup.decision(path, kind) for path, kind in seen.items()}
     modules = {path: nodes[0] for path, nodes in layers.items()}
     served = {
         path: served_product_names(path, module, seen[path], found[path])
@@ -100,27 +104,28 @@ def mixed_precision(model: M, rules: Rules) -> M:
     set_states(modules, found, served)
     owners: dict[int, tuple[str, Policy]] = {}
     for path, nodes in layers.items():
-        rule = found[path]
-        if rule is None:
+        decision = found[path]
+        if decision is None:
             below = (found[inner] for inner in layers if is_inside(inner, path))
-            if any(below) and rule_of(nodes[0]) is None:
+            if any(below) and decision_of(nodes[0]) is None:
                 set_type(nodes[0], None)  # left alone, it ends the region around it
             continue
-        rule, policy = _class_key(rule, served[path]), get_policy(rule.policy)
+        decision, policy = _used(decision, served[path]), decision.policy
         for node in nodes:
             _check(path, node)
             cast_stored(path, node, policy, owners)
             # These two write what they normalize into the layer inside them.
             if not isinstance(node, nnx.WeightNorm | nnx.SpectralNorm):
                 _set_dtype(path, node, policy)
-                set_type(node, rule)
+                set_type(node, decision)
     return model
 
 
-def _class_key(rule: Rule, served: set[str]) -> Rule:
-    """What a class needs of a rule: equal answers make one class."""
-    rule = replace(rule, path=".*", module_type=None, optional=False)
-    return rule if served else replace(rule, recipe=None, min_size=0, attention=False)
+def _used(decision: Decision, served: set[str]) -> Decision:
+    """A decision without a recipe that serves nothing, so that classes are fewer."""
+    if served:
+        return decision
+    return replace(decision, recipe=None, min_size=0, attention=False)
 
 
 def _check(path: str, module) -> None:

@@ -24,7 +24,7 @@ from mpjax._layers.multiplier import (
 )
 from mpjax._layers.served import body_of, hooks_of, served_layer
 from mpjax._nnx.attention import attention, is_stock_attention
-from mpjax._policies.rule import Rule
+from mpjax._policies.lookup import Decision
 from mpjax._recipes.state import ScalingState
 from mpjax._typing import Array
 
@@ -43,7 +43,7 @@ def replacement_for(module: Any, name: str, value: Any) -> Any:
       value: of the attribute; returned where it is no stock function.
     """
     if name == "attention_fn":
-        if not (type(module)._mpjax_rule.attention and is_stock_attention(value)):
+        if not (type(module)._mpjax_decision.attention and is_stock_attention(value)):
             return value
         return partial(attention, einsum=_products(module).einsum)
     hook = hooks_of(type(module))[name]
@@ -57,7 +57,7 @@ def replacement_method(method: Callable) -> Callable:
 
 
 def served_product_names(
-    path: str, module: nnx.Pytree, bare: type, rule: Rule | None
+    path: str, module: nnx.Pytree, bare: type, decision: Decision | None
 ) -> set[str]:
     """Names of the products of a module that its recipe serves.
 
@@ -65,13 +65,13 @@ def served_product_names(
       path: of the module, for errors.
       module: a layer; its parameters may be ``jax.ShapeDtypeStruct``.
       bare: its class without a policy.
-      rule: of the module; None: it is left alone.
+      decision: what the module follows; None: it is left alone.
 
     Raises:
       ValueError: the module multiplies in a way that takes no recipe.
     """
     names = set()
-    if rule is None or rule.recipe is None:
+    if decision is None or decision.recipe is None:
         return names
     row = served_layer(bare)
     hooks = {
@@ -87,16 +87,16 @@ def served_product_names(
             raise unserved(path, bare, f"has a {name} of its own")
     has_body = any(getattr(bare, m.__name__, None) is m for m in row.bodies)
     size = row.size(module)
-    small = size is not None and min(size) < (rule.min_size or 0)
+    small = size is not None and min(size) < decision.min_size
     if (hooks or has_body) and not small:
         if reason := row.refuses(module):
             raise unserved(path, bare, reason)
         functions = {hook.function for hook in hooks.values()}
         if row.convolves or "conv_general_dilated" in functions:
-            check_convolution(path, rule.recipe)
+            check_convolution(path, decision.recipe)
         names.add(row.parameter)
     value = getattr(module, "attention_fn", None)
-    if rule.attention and value is not None and not inspect.ismethod(value):
+    if decision.attention and value is not None and not inspect.ismethod(value):
         if not is_stock_attention(value):
             raise unserved_attention(path, bare)
         names |= {"query_key", "weights_value"}
@@ -104,12 +104,12 @@ def served_product_names(
 
 
 def _products(module: Any) -> Multiplier:
-    rule = type(module)._mpjax_rule
+    decision = type(module)._mpjax_decision
 
     def read(name: str) -> ScalingState:
         state = vars(module).get(f"{name}_scaling")
         # Without one, taken off the model by nnx.pop say, the current amax counts.
-        return rule.recipe.init() if state is None else state.get_value()
+        return decision.recipe.init() if state is None else state.get_value()
 
     def write(name: str, scales: Array) -> None:
         state = vars(module).get(f"{name}_scaling")
@@ -123,7 +123,8 @@ def _products(module: Any) -> Multiplier:
             pass
 
     name = type(module).__name__
-    return Multiplier(name, rule.recipe, rule.min_size or 0, read, write, set())
+    recipe, min_size = decision.recipe, decision.min_size
+    return Multiplier(name, recipe, min_size, read, write, set())
 
 
 def _run_body(body: Callable, layer: Any, *args, **kwargs):

@@ -10,30 +10,30 @@ from flax import nnx
 
 from mpjax._layers.served import served_layer
 from mpjax._nnx.scaling import Scaling
-from mpjax._policies.rule import Rule
+from mpjax._policies.lookup import Decision
 from mpjax._recipes.recipe import Recipe
 from mpjax._recipes.state import ScalingState
 
 
 def set_states(
     modules: Mapping[str, nnx.Pytree],
-    rules: Mapping[str, Rule | None],
+    decisions: Mapping[str, Decision | None],
     served: Mapping[str, Collection[str]],
 ) -> None:
     """Gives modules the states of their products, where they have none yet.
 
     Args:
       modules: by path.
-      rules: by path.
+      decisions: what the modules follow, by path.
       served: names of the products that use a recipe, by path.
     """
     params = jax.tree.leaves([nnx.state(m, nnx.Param) for m in modules.values()])
     abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in params)
     for path, module in modules.items():
-        rule, wanted = rules[path], set()
-        if rule is None:
+        decision, wanted = decisions[path], set()
+        if decision is None:
             continue
-        recipe = rule.recipe
+        recipe = decision.recipe
         if recipe is not None and recipe.stateful:
             wanted = {f"{name}_scaling" for name in served[path]}
         for name, value in list(vars(module).items()):

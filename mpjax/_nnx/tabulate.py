@@ -4,7 +4,7 @@ import jax
 from flax import nnx
 
 from mpjax._layers.table import layer_table
-from mpjax._nnx.classes import rule_of
+from mpjax._nnx.classes import decision_of
 from mpjax._nnx.layers import layers_by_path
 from mpjax._nnx.parameters import own_params
 
@@ -36,7 +36,8 @@ def tabulate(model: nnx.Module) -> str:
     for path, nodes in layers_by_path(model).items():
         values = [p.get_raw_value() for node in nodes for _, p in own_params(node)]
         arrays = [leaf for leaf in jax.tree.leaves(values) if hasattr(leaf, "shape")]
-        rule = rule_of(nodes[0])
-        policy, recipe = (rule.policy, rule.recipe) if rule else (None, None)
+        decision = decision_of(nodes[0])
+        policy = None if decision is None else decision.policy
+        recipe = None if decision is None else decision.recipe
         rows.append((path, type(nodes[0]), policy, recipe, arrays))
     return layer_table(rows)

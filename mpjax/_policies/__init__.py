@@ -2,5 +2,5 @@
 
 May import: `_recipes`, `_tree`.
 
-What a policy's name protects: in `presets.py`.
+A preset: an entry of the table in `presets.py`.
 """
