@@ -64,27 +64,18 @@ def promotions(program: Sequence[Step]) -> Iterator[tuple[int, str]]:
     """
     seeds = _casts(program)
     reached = reach(program, seeds)
+    yield from _mixed_products(program, reached)
     uses = _uses(program, reached, seeds)
     routers = _routers(program)
     meant = _meant_for_routers(uses, reached, routers)
     of_cast: dict[Cast, list[Use]] = collections.defaultdict(list)
     for use in uses:
-        for cast in use.casts:
-            of_cast[cast].append(use)
-    for index, step in enumerate(program):
-        if _mixes(step) and not _carried(step, reached):
-            narrow = next(i for i in (0, 1) if float_bits(input_aval(step, i)) == 16)
-            yield index, f"{input_aval(step, narrow).dtype} is multiplied with float32"
-    for index, cast in seeds.items():
-        own = of_cast.get(cast, ())
-        if any(
-            multiplied_in_float32(cast, use, meant)
-            for use in own
-            if not is_meant_for_a_router(use, reached, routers)
-        ):
-            yield index, f"{cast.dtypes} and is multiplied in float32"
-        elif what := _consequence(cast, own):
-            yield index, f"{cast.dtypes} and {what}"
+        if not is_meant_for_a_router(use, reached, routers):
+            for cast in use.casts:
+                of_cast[cast].append(use)
+    for cast in seeds.values():
+        if what := _consequence(cast, of_cast[cast], meant):
+            yield cast.index, f"{cast.dtypes} and {what}"
 
 
 def reach(program: Sequence[Step], seeds: Mapping[int, Cast]) -> Reached:
@@ -146,9 +137,17 @@ def is_meant_for_a_router(use: Use, reached: Reached, routers: Container[int]) -
     return output_aval(use.step).size < max(sizes)
 
 
-def _consequence(cast: Cast, uses: Sequence[Use]) -> str | None:
-    """The first thing that comes of a cast apart from products."""
-    uses = () if cast.is_product else [u for u in uses if not is_product(u.step)]
+def _consequence(cast: Cast, uses: Sequence[Use], meant: Container[Cast]) -> str | None:
+    """What comes of a cast: a product, or else what comes first."""
+    if any(multiplied_in_float32(cast, use, meant) for use in uses):
+        return "is multiplied in float32"
+    if cast.is_product:
+        return None
+    return _outside_of_products(cast, [u for u in uses if not is_product(u.step)])
+
+
+def _outside_of_products(cast: Cast, uses: Sequence[Use]) -> str | None:
+    """What comes of a cast first: another module that reads it, or a sum."""
     first = next((use.step.path for use in uses if _is_elsewhere(cast, use)), "")
     for use in uses:
         if enters_a_module(cast, use, first):
@@ -178,9 +177,16 @@ def _casts(program: Sequence[Step]) -> dict[int, Cast]:
     return found
 
 
-def _mixes(step: Step) -> bool:
-    """Whether it is a product of 16 bits with 32 bits in a forward pass."""
-    return is_product(step) and not step.backward and _operand_bits(step) == [16, 32]
+def _mixed_products(
+    program: Sequence[Step], reached: Reached
+) -> Iterator[tuple[int, str]]:
+    """Finds products of the forward pass of 16 bits with what was float32 before."""
+    for index, step in enumerate(program):
+        if is_product(step) and not step.backward and not _carried(step, reached):
+            if _operand_bits(step) == [16, 32]:
+                is_second = float_bits(input_aval(step, 0)) == 32
+                narrow = input_aval(step, int(is_second)).dtype
+                yield index, f"{narrow} is multiplied with float32"
 
 
 def _operand_bits(step: Step) -> list[int]:
@@ -247,10 +253,15 @@ def _routers(program: Sequence[Step]) -> set[int]:
         elif name_of(step.eqn) in GATES:
             gates.update(step.inputs)
         else:
-            for values in (gates, multiplied):
-                if not values.isdisjoint(step.outputs):
-                    values.update(step.inputs)
+            _extend_backward(gates, step)
+            _extend_backward(multiplied, step)
     return found
+
+
+def _extend_backward(values: set[int], step: Step) -> None:
+    """Adds the operands of a step of which any result is among the values."""
+    if not values.isdisjoint(step.outputs):
+        values.update(step.inputs)
 
 
 def _batches(step: Step) -> bool:

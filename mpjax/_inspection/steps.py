@@ -9,7 +9,7 @@ import functools
 import itertools
 import math
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -73,18 +73,22 @@ def steps(jaxpr: Any, platform: str) -> Iterator[Step]:
     numbers = itertools.count()
     jaxpr = inner(jaxpr)
     inputs = [next(numbers) for _ in jaxpr.invars]
-    yield from _read(jaxpr, inputs, ((), False, 1, ()), platform, numbers)
+    yield from _steps_of(jaxpr, inputs, ((), False, 1, ()), platform, numbers)
 
 
-def _read(
-    jaxpr, inputs, context, platform, numbers
+def _steps_of(
+    jaxpr: Any,
+    inputs: Sequence[int],
+    context: tuple[tuple[str, ...], bool, int, tuple[core.JaxprEqn, ...]],
+    platform: str,
+    numbers: Iterator[int],
 ) -> Generator[Step, None, list[int]]:
     """Yields the steps of one jaxpr; returns the numbers of its results."""
     scopes, backward, runs, calls = context
     env = dict(zip(jaxpr.invars, inputs, strict=True))
     env |= {var: next(numbers) for var in jaxpr.constvars}
 
-    def number(atom):
+    def number(atom: Any) -> int:
         return -1 if isinstance(atom, core.Literal) else env[atom]
 
     for eqn in jaxpr.eqns:
@@ -98,7 +102,7 @@ def _read(
                 reads = [next(numbers) for _ in sub.invars]
             ends.append(
                 (
-                    yield from _read(
+                    yield from _steps_of(
                         sub,
                         reads,
                         (names, transposed, runs * times, (*calls, eqn)),
@@ -123,7 +127,9 @@ def _read(
     return [number(atom) for atom in jaxpr.outvars]
 
 
-def _opened(eqn, operands, platform) -> list[tuple[Any, list[int], int]]:
+def _opened(
+    eqn: core.JaxprEqn, operands: list[int], platform: str
+) -> list[tuple[Any, list[int], int]]:
     """The jaxprs that an equation runs, what each reads, and how often it runs."""
     name, params = eqn.primitive.name, eqn.params
     if name == "cond":
@@ -159,7 +165,7 @@ def _opened(eqn, operands, platform) -> list[tuple[Any, list[int], int]]:
     return [(v, operands, times) for v in jaxprs if is_jaxpr(v)]
 
 
-def _names(eqn) -> tuple[list[str], bool, int | None]:
+def _names(eqn: core.JaxprEqn) -> tuple[list[str], bool, int | None]:
     """The scopes of an equation, whether it was transposed, and its tag."""
     names, transposed, tag = [], False, None
     for entry in eqn.source_info.name_stack.stack:

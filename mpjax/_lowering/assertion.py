@@ -42,9 +42,7 @@ def shortfall(
     """
     products, narrow = list(products), jnp.dtype(dtype).name
     flops = sum(p.flops for p in products)
-    # If nothing runs, nothing runs natively, and what was removed says why.
-    running = [p for p in products if p.flops or not flops]
-    offenders = [p for p in running if not _counts(p, narrow)]
+    offenders = _offenders(products, narrow)
     share = 1 - sum(p.flops for p in offenders) / flops if flops else 0.0
     if share >= at_least:
         return None
@@ -52,28 +50,47 @@ def shortfall(
         f"{share:.1%} of the {si_number(flops)}FLOP of a program run natively in "
         f"{narrow} or narrower on {target}, {at_least:.1%} should:"
     )
+    if not offenders:
+        return f"{title} it has no matrix product and no convolution."
+    relevant = [f for f in findings if f.kind in ("promotion", "dequantized")]
+    reasons = [(p, *_why(p, target, narrow, relevant)) for p in offenders]
+    return "\n".join([_table(reasons, flops, title), *_promoted(relevant)])
+
+
+def _offenders(products: Sequence[LoweredProduct], dtype: str) -> list[LoweredProduct]:
+    """The products that run, and not natively in the dtype or a narrower one.
+
+    If nothing runs, nothing runs natively, and what was removed says why.
+    """
+    running = [p for p in products if p.flops] or products
+    return [p for p in running if not _counts(p, dtype)]
+
+
+def _table(
+    reasons: Iterable[tuple[LoweredProduct, str, str]], flops: int, title: str
+) -> str:
+    """Lays products out with the reasons why they do not count, and the remedies."""
     groups: dict[tuple, tuple[int, ...]] = {}
-    own = [f for f in findings if f.kind in ("promotion", "dequantized")]
-    for p in offenders:
-        t, (why, remedy) = p.traced, _why(p, target, narrow, own)
-        key = t.path or t.where or "-", t.where.split(" in ")[0] or None, why, remedy
+    for p, why, remedy in reasons:
+        path, line = p.traced.path or p.traced.where or "-", p.traced.where
+        key = path, line.split(" in ")[0] or None, why, remedy
         groups[key] = (sum(groups.get(key, ())) + p.flops,)
     largest = sorted(fold_layers(groups).items(), key=lambda item: -item[1][0])
     rows = [
         (path, f"{work / max(flops, 1):6.1%}", why, line)
         for (path, line, why, _), (work,) in largest
     ]
-    if not rows:
-        return f"{title} it has no matrix product and no convolution."
-    lines = [render(rows, _COLUMNS, title, WIDTH), "What to do:"]
-    lines += dict.fromkeys(f"- {remedy}" for (*_, remedy), _ in largest)
-    for f in own:
-        if f.kind == "promotion" and not f.backward:
-            lines.append(
-                f"- At {f.where or f.path} ({f.path}): {short_dtypes(f.detail)}. "
-                f"{f.remedy}"
-            )
-    return "\n".join(lines)
+    remedies = dict.fromkeys(f"- {remedy}" for (*_, remedy), _ in largest)
+    return "\n".join([render(rows, _COLUMNS, title, WIDTH), "What to do:", *remedies])
+
+
+def _promoted(findings: Iterable[Finding]) -> list[str]:
+    """The promotions of the forward pass, each with its remedy."""
+    return [
+        f"- At {f.where or f.path} ({f.path}): {short_dtypes(f.detail)}. {f.remedy}"
+        for f in findings
+        if f.kind == "promotion" and not f.backward
+    ]
 
 
 def _counts(p: LoweredProduct, dtype: str) -> bool:

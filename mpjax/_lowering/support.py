@@ -120,7 +120,7 @@ def _train(x: Array, w: Array, recipe: Recipe) -> tuple[Array, Array]:
     numbers = (((1,), (0,)), ((), ()))
     scales = jnp.ones(3) if recipe.stateful else None
 
-    def loss(x, w):
+    def loss(x: Array, w: Array) -> Array:
         out = scaled_dot_general(x, w, numbers, recipe=recipe, scales=scales)
         return jnp.sum(out.astype(jnp.float32) ** 2)
 
