@@ -19,13 +19,13 @@ from jaxprs import dots, equations
 import mpjax
 import mpjax.linen
 import mpjax.nnx
-from mpjax.nnx import Scaling, mixed_precision
+from mpjax.nnx import ScalingStat, mixed_precision
 
 BF16 = jnp.dtype(jnp.bfloat16)
 E4M3, E5M2 = jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e5m2)
 MATMUL = (((1,), (0,)), ((), ()))
 CURRENT, DELAYED = mpjax.current_scaling(), mpjax.delayed_scaling(4)
-WRT = nnx.DiffState(0, nnx.Any(nnx.Param, Scaling))
+WRT = nnx.DiffState(0, nnx.Any(nnx.Param, ScalingStat))
 
 
 def normal(seed, *shape):
@@ -44,7 +44,7 @@ def scales(state):
     """What stands in place of the scales, as {path: [lhs, rhs, grad]}."""
     return {
         "/".join(map(str, path)).removesuffix("_scaling"): variable.get_value().scale
-        for path, variable in nnx.to_flat_state(nnx.state(state, Scaling))
+        for path, variable in nnx.to_flat_state(nnx.state(state, ScalingStat))
     }
 
 
@@ -463,7 +463,7 @@ class Stack(nnx.Module):
 
 def test_stacked_layers_have_stacked_states():
     model = mixed_precision(Stack(rngs()), rule(DELAYED, attention=True))
-    states = nnx.to_flat_state(nnx.state(model, Scaling))
+    states = nnx.to_flat_state(nnx.state(model, ScalingStat))
     assert len(list(states)) == 8  # with those of layers whose kernels tell nothing
     for _, variable in states:
         assert variable.get_value().history.shape == (3, 3, 4)
@@ -504,7 +504,7 @@ class Again(nnx.Module):
 
 @pytest.mark.parametrize("carries", [False, True])
 def test_steps_that_share_a_layer_observe_a_sum_unless_states_are_carried(carries):
-    carried = nnx.StateAxes({Scaling: nnx.Carry, ...: None})
+    carried = nnx.StateAxes({ScalingStat: nnx.Carry, ...: None})
     model = mixed_precision(Again(carried if carries else None), rule(DELAYED))
     _, grads = loss_and_gradients(model, normal(2, 4, 16))
     top = amax(model.dense.kernel[...])
@@ -609,7 +609,7 @@ def test_examples_under_vmap_observe_one_maximum():
 
 def test_jax_grad_of_split_states():
     model, x = mixed_precision(Twice(rngs()), rule(DELAYED)), normal(0, 4, 16)
-    graph, params, scaling, rest = nnx.split(model, nnx.Param, Scaling, ...)
+    graph, params, scaling, rest = nnx.split(model, nnx.Param, ScalingStat, ...)
 
     @jax.jit
     def gradients(params, scaling, rest):
@@ -687,7 +687,7 @@ def test_a_second_call_keeps_states_of_the_same_recipe():
 def test_abstract_models_have_abstract_states():
     abstract = nnx.eval_shape(lambda: Stack(rngs()))
     model = mixed_precision(abstract, rule(DELAYED))
-    for _, variable in nnx.to_flat_state(nnx.state(model, Scaling)):
+    for _, variable in nnx.to_flat_state(nnx.state(model, ScalingStat)):
         assert isinstance(variable.get_value().scale, jax.ShapeDtypeStruct)
     inside = nnx.eval_shape(lambda: mixed_precision(Stack(rngs()), rule(DELAYED)))
     assert nnx.split(inside)[0] == nnx.split(model)[0]
@@ -775,7 +775,7 @@ def test_microbatches_observe_what_one_batch_does():
 
     @nnx.jit
     def observe(model, x):
-        wrt = nnx.DiffState(0, Scaling)
+        wrt = nnx.DiffState(0, ScalingStat)
         return nnx.grad(lambda model: jnp.sum(model(x) ** 3), argnums=wrt)(model)
 
     mpjax.nnx.update_scaling(model, observe(model, x))  # rounds all rows alike
@@ -815,12 +815,14 @@ def test_multi_steps_enter_what_one_large_batch_does():
 
 
 def test_a_loss_scale_that_changes_beside_the_optimizer():
+    """States are rescaled in the model before it is differentiated."""
     model, optimizer = trainer()
     make_step([])(model, optimizer, normal(0, 4, 16))
     make_step([])(model, optimizer, normal(0, 4, 16))
     before = model.linear.kernel_scaling.get_value()
-    other = mpjax.static_loss_scaling(optax.sgd(0.1), 8 * before.loss_scale)
-    mpjax.nnx.rescale_scaling(model, other.init(jnp.ones(2)))
+    tx = mpjax.static_loss_scaling(optax.sgd(0.1), 8 * before.loss_scale)
+    other = mpjax.nnx.Optimizer(model, tx)
+    mpjax.nnx.value_and_grad(lambda model: jnp.sum(model.linear.kernel), other)(model)
     after = model.linear.kernel_scaling.get_value()
     np.testing.assert_array_equal(after.scale, before.scale * jnp.array([1.0, 1.0, 8]))
     np.testing.assert_array_equal(after.history, before.history)
