@@ -107,7 +107,7 @@ def in_nnx(rule):
     model = nnx.eval_shape(lambda: NNXTransformer(rngs=nnx.Rngs(0)))
     if rule is not None:
         model = mpjax.nnx.mixed_precision(model, rule)
-    trained = nnx.Any(nnx.Param, mpjax.nnx.Scaling)
+    trained = nnx.Any(nnx.Param, mpjax.nnx.ScalingStat)
     graph, variables, others = nnx.split(model, trained, ...)
 
     def loss(variables, others, x):

@@ -49,8 +49,9 @@ from mpjax._recipes.scalings import DelayedScaling as DelayedScaling
 from mpjax._recipes.scalings import Scaling as Scaling
 from mpjax._recipes.state import ScalingState as ScalingState
 from mpjax._scaling_states import export as _export
-from mpjax._scaling_states.calibrate import calibrate_scaling as calibrate_scaling
-from mpjax._scaling_states.update import rescale_scaling as rescale_scaling
+from mpjax._scaling_states.calibrate import calibrate as calibrate
+from mpjax._scaling_states.optimizer import apply_updates as apply_updates
+from mpjax._scaling_states.optimizer import scaled as scaled
 from mpjax._scaling_states.update import update_scaling as update_scaling
 from mpjax._scaling_states.weights import drop_weights as drop_weights
 from mpjax._scaling_states.weights import keep_weights as keep_weights

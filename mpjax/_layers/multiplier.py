@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
+from mpjax._layers.kept_weights import checked_copy
 from mpjax._layers.sizes import convolution_size, dot_size, einsum_size
 from mpjax._products.conv import observed_conv_general_dilated
 from mpjax._products.dot_general import observed_dot_general
@@ -32,7 +33,8 @@ class Multiplier:
       path: of the layer, for errors.
       recipe: formats and scalings.
       min_size: what sums over less, or gives fewer features, is left to ``lax``.
-      read: the state of a product, by its name; of a stateful recipe.
+      read: the state of a product, by its name, with the weight that a kept copy may
+        serve for; of a stateful recipe.
       write: takes the scales that the product hands on, for its next use.
       served: is given the names of the products that used the recipe.
     """
@@ -40,7 +42,7 @@ class Multiplier:
     path: str
     recipe: Recipe
     min_size: int
-    read: Callable[[str], ScalingState] = field(compare=False)
+    read: Callable[[str, Array | None], ScalingState] = field(compare=False)
     write: Callable[[str, Array], None] = field(compare=False)
     served: set[str] = field(compare=False)
 
@@ -66,13 +68,14 @@ class Multiplier:
             return lax.dot_general(lhs, rhs, dimension_numbers, **options)
         return self._observe(
             name,
-            lambda recipe, scales, weight: observed_dot_general(
+            rhs,
+            lambda recipe, scales, copy: observed_dot_general(
                 lhs,
                 rhs,
                 scales,
                 dimension_numbers,
                 recipe=recipe,
-                quantized_rhs=weight,
+                quantized_rhs=copy,
                 **options,
             ),
         )
@@ -85,6 +88,7 @@ class Multiplier:
             return jnp.einsum(subscripts, lhs, rhs, **options)
         return self._observe(
             name,
+            None,
             lambda recipe, scales, _: observed_einsum(
                 subscripts, lhs, rhs, scales, recipe=recipe, **options
             ),
@@ -110,6 +114,7 @@ class Multiplier:
             )
         return self._observe(
             "kernel",
+            None,
             lambda recipe, scales, _: observed_conv_general_dilated(
                 lhs, rhs, scales, *args, recipe=recipe, **kwargs
             ),
@@ -157,15 +162,18 @@ class Multiplier:
     def _is_small(self, size: tuple[int, int]) -> bool:
         return min(size) < self.min_size
 
-    def _observe(self, name: str, product: Callable) -> Array:
+    def _observe(self, name: str, weight: Array | None, product: Callable) -> Array:
+        """A product under the recipe; of ``weight`` it may read a kept copy."""
         self.served.add(name)
         if not self.recipe.stateful:
             return product(self.recipe, None, None)[0]
-        state = self.read(name)
-        weight = None if state.weight is None else state.weight.values
+        state = self.read(name, weight)
+        copy = None
+        if state.weight is not None and weight is not None:
+            copy = checked_copy(self.path, weight, state.weight.values)
         # A rule or a state may promise that scales are known.
         recipe = self.recipe if self.recipe.calibrated else state.recipe
-        out, later = product(recipe, state.scale, weight)
+        out, later = product(recipe, state.scale, copy)
         self.write(name, later)
         return out
 

@@ -46,6 +46,7 @@ def _from_state_dict(fields: tuple[str, ...], node: Any, state: dict[str, Any]) 
     return replace(node, **read)
 
 
+# Once, by the first of the two front ends that imports this file.
 for _kind, _fields in (
     (QArray, ("qvalue", "scale")),
     (WeightCopy, ("values", "amax")),

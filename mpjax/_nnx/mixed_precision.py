@@ -24,8 +24,8 @@ from mpjax._nnx.classes import (
 from mpjax._nnx.layers import is_inside, layers_by_path
 from mpjax._nnx.parameters import cast_stored, own_params
 from mpjax._nnx.recipes import served_product_names
-from mpjax._nnx.scaling import Scaling
-from mpjax._nnx.states import set_states
+from mpjax._nnx.scaling import ScalingStat
+from mpjax._nnx.states import keep_copies, set_states
 from mpjax._policies.lookup import Decision, Matcher
 from mpjax._policies.policy import Policy, spelled_like
 from mpjax._policies.rule import Rules, read_rules
@@ -57,7 +57,7 @@ def mixed_precision(model: M, rules: Rules) -> M:
 
     Under a rule with a recipe Linear, Einsum and convolution layers, the projections of
     attention, ``Embed.attend`` and modules with a ``dot_general`` that is stock or None
-    multiply in its formats. Delayed scaling adds `Scaling` variables to them, which
+    multiply in its formats. Delayed scaling adds `ScalingStat` variables to them, which
     `update_scaling` keeps.
 
     Of a model that has policies already, the new rules replace all of the old ones.
@@ -118,6 +118,7 @@ def mixed_precision(model: M, rules: Rules) -> M:
             if not isinstance(node, nnx.WeightNorm | nnx.SpectralNorm):
                 _set_dtype(path, node, policy)
                 set_type(node, decision)
+    keep_copies(model, modules, served)
     return model
 
 
@@ -137,7 +138,7 @@ def _check(path: str, module) -> None:
             f"put mpjax.Rule({path!r}, None) first among the rules here."
         )
     if isinstance(module, nnx.WeightNorm):
-        states = nnx.to_flat_state(nnx.state(module.layer_instance, Scaling))
+        states = nnx.to_flat_state(nnx.state(module.layer_instance, ScalingStat))
         if any(module.variable_filter(*state) for state in states):
             raise ValueError(
                 f"Module {path!r} (WeightNorm) normalizes all variables of what is in "

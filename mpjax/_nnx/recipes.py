@@ -24,6 +24,7 @@ from mpjax._layers.multiplier import (
 )
 from mpjax._layers.served import body_of, hooks_of, served_layer
 from mpjax._nnx.attention import attention, is_stock_attention
+from mpjax._nnx.scope_names import running_path
 from mpjax._policies.lookup import Decision
 from mpjax._recipes.state import ScalingState
 from mpjax._typing import Array
@@ -103,18 +104,32 @@ def served_product_names(
     return names
 
 
+def may_read_copy(module: nnx.Pytree, name: str) -> bool:
+    """Whether a product of a module multiplies with a kept copy of its parameter."""
+    if isinstance(module, nnx.Embed):
+        return name == "embedding"
+    return name == "kernel" and hasattr(module, "dot_general")
+
+
 def _products(module: Any) -> Multiplier:
     decision = type(module)._mpjax_decision
+    path = running_path() or type(module).__name__
 
-    def read(name: str) -> ScalingState:
-        state = vars(module).get(f"{name}_scaling")
-        # Without one, taken off the model by nnx.pop say, the current amax counts.
-        return decision.recipe.init() if state is None else state.get_value()
-
-    def write(name: str, scales: Array) -> None:
+    def read(name: str, weight: Array | None) -> ScalingState:
+        del weight
         state = vars(module).get(f"{name}_scaling")
         if state is None:
-            return
+            raise ValueError(
+                f"Module {path!r} ({type(module).__name__}) has delayed scaling and "
+                f"finds no state {name}_scaling. Make the model with "
+                "mpjax.nnx.mixed_precision, which gives it one, and keep its "
+                "mpjax.nnx.ScalingStat variables on it, in nnx.merge, nnx.clone and "
+                "nnx.pop too; or give it a rule with mpjax.current_scaling()."
+            )
+        return state.get_value()
+
+    def write(name: str, scales: Array) -> None:
+        state = vars(module)[f"{name}_scaling"]
         try:
             state.set_value(replace(state.get_value(), scale=scales))
         except TraceContextError:
@@ -122,9 +137,8 @@ def _products(module: Any) -> Multiplier:
             # nothing may be handed on through: amaxes add up, which is safe.
             pass
 
-    name = type(module).__name__
     recipe, min_size = decision.recipe, decision.min_size
-    return Multiplier(name, recipe, min_size, read, write, set())
+    return Multiplier(path, recipe, min_size, read, write, set())
 
 
 def _run_body(body: Callable, layer: Any, *args, **kwargs):

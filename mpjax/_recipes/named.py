@@ -21,6 +21,7 @@ def current_scaling(
     *,
     power_of_two: bool = True,
     delayed_weights: bool = False,
+    keep_weights: bool = False,
 ) -> Recipe:
     """One scale a tensor, from its own amax. Stateless: the recipe to begin with.
 
@@ -31,13 +32,16 @@ def current_scaling(
         compiler needs fewer passes over bfloat16.
       delayed_weights: scale the second operand by the amax that it had a step before. A
         weight changes little in a step, and no pass over it has to come before its
-        quantization. The recipe then has a state, as `delayed_scaling` has, and
-        `calibrate_scaling` and `keep_weights` serve it. In attention the second
-        operands are keys and values, which change with the batch: a rule with
-        ``attention=True`` refuses it.
+        quantization. The recipe then has a state, as `delayed_scaling` has. In
+        attention the second operands are keys and values, which change with the batch:
+        a rule with ``attention=True`` refuses it.
+      keep_weights: with delayed weights: as of `delayed_scaling`.
 
     Returns:
       A recipe.
+
+    Raises:
+      ValueError: weights are to be kept, and are not delayed or not in fp8.
 
     Example:
       >>> import mpjax
@@ -54,6 +58,7 @@ def current_scaling(
         operand,
         weights if delayed_weights else operand,
         CurrentScaling(grad_dtype, rounding),
+        keep_weights=keep_weights,
     )
 
 
@@ -65,11 +70,13 @@ def delayed_scaling(
     dtype: DType = jnp.float8_e4m3fn,
     grad_dtype: DType = jnp.float8_e5m2,
     power_of_two: bool = True,
+    keep_weights: bool = False,
 ) -> Recipe:
     """One scale a tensor, from the amaxes of earlier steps.
 
-    The fastest recipe, since no reduction has to end before a quantization begins, and
-    the only one with a state::
+    The fastest recipe, since no reduction has to end before a quantization begins. It
+    has a state. That of a model is kept by `mpjax.scaled` or `mpjax.nnx.Optimizer`; of
+    products that are called by themselves::
 
         state = recipe.init()                                    # one a layer
         def loss_fn(params, scales):
@@ -86,9 +93,16 @@ def delayed_scaling(
       grad_dtype: the format of the output gradient.
       power_of_two: round scales up to powers of two. Scaling is exact then, and a
         compiler needs fewer passes over bfloat16.
+      keep_weights: the states of layers hold their weights in 8 bits, quantized where
+        the optimizer has just computed them, in the same pass over memory. A step then
+        reads a byte per element. Dense layers and projections of attention multiply
+        with these copies; see `keep_weights`.
 
     Returns:
       A recipe.
+
+    Raises:
+      ValueError: weights are to be kept, and are not in fp8.
 
     Example:
       >>> import jax, jax.numpy as jnp, mpjax
@@ -107,7 +121,8 @@ def delayed_scaling(
     rounding = _rounding(power_of_two)
     options = (history_length, algorithm, margin)
     operand = DelayedScaling(dtype, rounding, *options)
-    return Recipe(operand, operand, DelayedScaling(grad_dtype, rounding, *options))
+    grad = DelayedScaling(grad_dtype, rounding, *options)
+    return Recipe(operand, operand, grad, keep_weights=keep_weights)
 
 
 def per_channel_scaling(

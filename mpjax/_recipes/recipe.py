@@ -35,8 +35,10 @@ class Recipe:
         own dtype. ``dataclasses.replace(recipe, quantized=("out", "lhs_grad"))`` keeps
         the weight gradient in high precision.
       calibrated: of delayed scaling: a promise that ``update`` has been called, so that
-        no product has to wait for the current amax; see `calibrate_scaling`. A scale
-        that is still unknown, of a tensor that was all zeros, is then 1 for a step.
+        no product has to wait for the current amax; see `calibrate`. A scale that is
+        still unknown, of a tensor that was all zeros, is then 1 for a step.
+      keep_weights: whether the states of layers hold their weights in 8 bits, written
+        where the optimizer writes the weights; see `keep_weights`.
 
     Raises:
       TypeError: one of the three is no ``Scaling``.
@@ -59,6 +61,7 @@ class Recipe:
     grad: Scaling
     quantized: tuple[ProductName, ...] = PRODUCTS
     calibrated: bool = False
+    keep_weights: bool = False
 
     def __post_init__(self):
         for name, scaling in self._scalings():
@@ -80,6 +83,12 @@ class Recipe:
             raise ValueError(
                 "The delayed scalings of a recipe share one history_length, got "
                 f"{sorted(lengths)}."
+            )
+        kept = isinstance(self.rhs, DelayedScaling)
+        if self.keep_weights and not (kept and format_info(self.rhs.dtype).is_float8):
+            raise ValueError(
+                "keep_weights keeps weights in fp8 by scales of the step before: rhs "
+                f"has a delayed scaling in fp8, got {self.rhs} {self.rhs.dtype.name}."
             )
         sizes = {s.size for _, s in self._scalings() if isinstance(s, BlockScaling)}
         if len(sizes) > 1:
@@ -209,10 +218,10 @@ class Recipe:
         last = state.loss_scale
         ratio = jnp.where(last > 0, loss_scale / jnp.where(last > 0, last, 1.0), 1.0)
         scale = jnp.clip(state.scale * for_grad(ratio), 2.0**-126, 2.0**126)
+        # An array of its own for each state, which may be donated with the optimizer's.
+        coming = jnp.array(jnp.broadcast_to(loss_scale, last.shape), last.dtype)
         return dataclasses.replace(
-            state,
-            scale=jnp.where(state.scale > 0, scale, 0.0),
-            loss_scale=jnp.broadcast_to(loss_scale, last.shape).astype(last.dtype),
+            state, scale=jnp.where(state.scale > 0, scale, 0.0), loss_scale=coming
         )
 
     def agrees_with(self, other: "Recipe") -> bool:

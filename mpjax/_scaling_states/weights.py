@@ -65,7 +65,7 @@ def keep_weights(states: ArrayTree, params: ArrayTree) -> ArrayTree:
 
     def keep(path, state: ScalingState) -> ScalingState:
         nonlocal found
-        kernel, scaling = _at(params, path), state.recipe.rhs
+        kernel, scaling = parameter_at(params, path), state.recipe.rhs
         if kernel is None or not isinstance(scaling, DelayedScaling):
             return state
         if not format_info(scaling.dtype).is_float8:
@@ -157,26 +157,22 @@ def refreshed_copy(state: ScalingState, kernel: Array) -> ScalingState:
     return replace(state, weight=copy(state.scale[..., 1], kernel))
 
 
-def copy_weights(states: ArrayTree, params: ArrayTree | None) -> ArrayTree:
-    """The states with copies of new parameters, where they keep some.
+def copied(state: ScalingState, params: ArrayTree | None, path) -> ScalingState:
+    """The state with a copy of its new parameter, where it keeps one.
 
     Raises:
-      ValueError: a parameter is missing.
+      ValueError: the parameter is missing.
     """
-
-    def copy(path, state: ScalingState) -> ScalingState:
-        if state.weight is None:
-            return state
-        kernel = None if params is None else _at(params, path)
-        if kernel is None:
-            raise ValueError(
-                f"The scaling state of {keystr(path)} keeps a copy of a parameter and "
-                "would keep an old one: call update_scaling(states, observed, "
-                "opt_state, params) with the new parameters."
-            )
-        return refreshed_copy(state, kernel)
-
-    return jax.tree_util.tree_map_with_path(copy, states, is_leaf=_is_scaling_state)
+    if state.weight is None:
+        return state
+    kernel = None if params is None else parameter_at(params, path)
+    if kernel is None:
+        raise ValueError(
+            f"The scaling state of {keystr(path)} keeps a copy of a parameter and "
+            "would keep an old one: call update_scaling(states, observed, "
+            "opt_state, params) with the new parameters."
+        )
+    return refreshed_copy(state, kernel)
 
 
 def seen_by_copy(state: ScalingState, seen: ScalingState) -> ScalingState:
@@ -186,15 +182,26 @@ def seen_by_copy(state: ScalingState, seen: ScalingState) -> ScalingState:
     return replace(seen, scale=seen.scale.at[..., 1].set(state.weight.amax))
 
 
-def _at(tree: ArrayTree, path) -> Array | None:
-    """The parameter at the path of a state; boxes of partitioning are opened."""
-    for key in path:
-        name = getattr(key, "key", None)
+def parameter_at(params: ArrayTree, path) -> Array | None:
+    """The parameter that a state belongs to, or None; boxes of partitioning are opened.
+
+    It is at the path of the state. In the variables of a Linen model, it is at that
+    path with the collection ``"params"`` in place of the states'.
+    """
+    names = [getattr(key, "key", None) for key in path]
+    others = [[*names[:i], "params", *names[i + 1 :]] for i in range(len(names))]
+    found = (_at(params, names) for names in [names, *others])
+    return next((kernel for kernel in found if kernel is not None), None)
+
+
+def _at(tree: ArrayTree, names: list) -> Array | None:
+    for name in names:
         if not hasattr(tree, "keys") or name not in tree:
             return None
         tree = tree[name]
-    leaves = jax.tree.leaves(tree)
-    return leaves[0] if len(leaves) == 1 else None
+    leaves = jax.tree.leaves(tree, is_leaf=_is_scaling_state)
+    single = len(leaves) == 1 and not _is_scaling_state(leaves[0])
+    return leaves[0] if single else None
 
 
 def _is_scaling_state(node) -> bool:

@@ -86,7 +86,7 @@ def trace(front_end, make, rule):
         jaxpr = jax.make_jaxpr(model.apply)(variables, X)
         return dots(jaxpr), list(variables.get("scaling", {}))
     model = mpjax.nnx.mixed_precision(make(), rule)
-    states = nnx.to_flat_state(nnx.state(model, mpjax.nnx.Scaling))
+    states = nnx.to_flat_state(nnx.state(model, mpjax.nnx.ScalingStat))
     jaxpr = jax.make_jaxpr(nnx.merge(*nnx.split(model)))(X)
     return dots(jaxpr), [path[-1].removesuffix("_scaling") for path, _ in states]
 

@@ -24,7 +24,7 @@ from nnx_models import Foreign, RoutedBlock, Twice, rngs
 
 import mpjax
 import mpjax.nnx
-from mpjax.nnx import Scaling, mixed_precision
+from mpjax.nnx import ScalingStat, mixed_precision
 
 
 class Stack(nnx.Module):
@@ -50,7 +50,7 @@ class Stack(nnx.Module):
 
 def test_stacked_layers_have_stacked_states():
     model = mixed_precision(Stack(rngs()), rule(DELAYED, attention=True))
-    states = nnx.to_flat_state(nnx.state(model, Scaling))
+    states = nnx.to_flat_state(nnx.state(model, ScalingStat))
     assert len(list(states)) == 8  # with those of layers whose kernels tell nothing
     for _, variable in states:
         assert variable.get_value().history.shape == (3, 3, 4)
@@ -164,7 +164,7 @@ def test_examples_under_vmap_observe_one_maximum():
 
 def test_jax_grad_of_split_states():
     model, x = mixed_precision(Twice(rngs()), rule(DELAYED)), normal(0, 4, 16)
-    graph, params, scaling, rest = nnx.split(model, nnx.Param, Scaling, ...)
+    graph, params, scaling, rest = nnx.split(model, nnx.Param, ScalingStat, ...)
 
     @jax.jit
     def gradients(params, scaling, rest):
@@ -242,7 +242,7 @@ def test_a_second_call_keeps_states_of_the_same_recipe():
 def test_abstract_models_have_abstract_states():
     abstract = nnx.eval_shape(lambda: Stack(rngs()))
     model = mixed_precision(abstract, rule(DELAYED))
-    for _, variable in nnx.to_flat_state(nnx.state(model, Scaling)):
+    for _, variable in nnx.to_flat_state(nnx.state(model, ScalingStat)):
         assert isinstance(variable.get_value().scale, jax.ShapeDtypeStruct)
     inside = nnx.eval_shape(lambda: mixed_precision(Stack(rngs()), rule(DELAYED)))
     assert nnx.split(inside)[0] == nnx.split(model)[0]

@@ -359,7 +359,7 @@ class Again(nnx.Module):
         return loop(self.dense, x)
 
 
-CARRIED = nnx.StateAxes({mpjax.nnx.Scaling: nnx.Carry, ...: None})
+CARRIED = nnx.StateAxes({mpjax.nnx.ScalingStat: nnx.Carry, ...: None})
 
 
 class Head(nnx.Module):
