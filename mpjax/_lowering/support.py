@@ -17,6 +17,7 @@ from mpjax._recipes.named import (
     block_scaling,
     current_scaling,
     delayed_scaling,
+    delayed_weight_scaling,
     mx_scaling,
     per_channel_scaling,
 )
@@ -25,6 +26,7 @@ from mpjax._recipes.recipe import Recipe
 RECIPES: dict[str, Recipe] = {
     "current_scaling()": current_scaling(),
     "delayed_scaling()": delayed_scaling(),
+    "delayed_weight_scaling()": delayed_weight_scaling(),
     "per_channel_scaling()": per_channel_scaling(),
     "block_scaling()": block_scaling(),
     "mx_scaling()": mx_scaling(),

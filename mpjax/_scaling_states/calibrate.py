@@ -6,8 +6,8 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from mpjax._recipes.scalings import DelayedScaling
-from mpjax._recipes.state import ScalingState
+from mpjax._recipes.recipe import OPERANDS
+from mpjax._recipes.state import GRAD, TENSORS, ScalingState
 from mpjax._scaling_states.update import found_states, is_state
 from mpjax._typing import ArrayTree
 
@@ -67,9 +67,11 @@ def _has_seen_operands(state: ScalingState) -> bool:
     """
     if isinstance(state.scale, Tracer):
         return True
-    recipe, read = state.recipe, {"out": (0, 1), "lhs_grad": (1,), "rhs_grad": (0,)}
-    operands = {i for product in recipe.quantized for i in read[product]}
+    recipe = state.recipe
+    read = {tensor for product in recipe.quantized for tensor in OPERANDS[product]}
     delayed = [
-        i for i in operands if isinstance((recipe.lhs, recipe.rhs)[i], DelayedScaling)
+        i
+        for i, tensor in enumerate(TENSORS)
+        if tensor in read - {"grad"} and recipe.scalings[tensor].is_delayed
     ]
-    return bool((np.asarray(state.scale)[..., delayed or [2]] > 0).all())
+    return bool((np.asarray(state.scale)[..., delayed or [GRAD]] > 0).all())

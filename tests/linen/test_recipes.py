@@ -20,7 +20,7 @@ from mpjax.linen import MixedPrecision
 BF16 = jnp.dtype(jnp.bfloat16)
 E4M3, E5M2 = jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e5m2)
 MATMUL = (((1,), (0,)), ((), ()))
-DELAYED = mpjax.delayed_scaling(4)
+DELAYED = mpjax.delayed_scaling(history_length=4)
 
 
 def normal(seed, *shape):
@@ -548,7 +548,7 @@ def test_microbatches_observe_what_one_batch_does():
     jax.tree.map(np.testing.assert_array_equal, merged, observe(x))
 
 
-EXACT = mpjax.delayed_scaling(4, power_of_two=True)
+EXACT = mpjax.delayed_scaling(history_length=4, rounding="up")
 
 
 def integers(seed, *shape):
@@ -871,7 +871,7 @@ def test_a_loss_scale_that_changes_beside_the_optimizer():
 def test_an_overflow_in_one_step_is_over_in_the_next(bad):
     """PEERS 4: one bad step neither freezes the scale nor hides from the check."""
     x = normal(0, 4, 16)
-    model = MixedPrecision(Overflow(), rule(mpjax.delayed_scaling(1024)))
+    model = MixedPrecision(Overflow(), rule(mpjax.delayed_scaling(history_length=1024)))
     variables = model.init(jax.random.key(0), x, jnp.float32(1))
     tx = mpjax.static_loss_scaling(optax.sgd(0.0), 1.0)
     params, scaling = variables["params"], variables["scaling"]
@@ -891,7 +891,7 @@ def test_a_recipe_belongs_to_a_model_and_not_to_the_process():
     """PEERS 8 and 10: models of the same shapes, interleaved, each run as told."""
     x = normal(0, 16, 32)
     rules = {
-        "current": rule(mpjax.current_scaling(power_of_two=False)),
+        "current": rule(mpjax.current_scaling(rounding="exact")),
         "mx": rule(mpjax.mx_scaling()),
         "none": "mixed_bfloat16",
     }

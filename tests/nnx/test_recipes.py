@@ -24,7 +24,7 @@ from mpjax.nnx import Scaling, mixed_precision
 BF16 = jnp.dtype(jnp.bfloat16)
 E4M3, E5M2 = jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e5m2)
 MATMUL = (((1,), (0,)), ((), ()))
-CURRENT, DELAYED = mpjax.current_scaling(), mpjax.delayed_scaling(4)
+CURRENT, DELAYED = mpjax.current_scaling(), mpjax.delayed_scaling(history_length=4)
 WRT = nnx.DiffState(0, nnx.Any(nnx.Param, Scaling))
 
 
@@ -678,7 +678,7 @@ def test_a_second_call_keeps_states_of_the_same_recipe():
     alone = mixed_precision(model, [mpjax.Rule("linear", None), "mixed_bfloat16"])
     assert type(alone.linear) is type(model.linear)
     np.testing.assert_array_equal(*(scales(m)["linear/kernel"] for m in (model, alone)))
-    other = mixed_precision(model, rule(mpjax.delayed_scaling(8)))
+    other = mixed_precision(model, rule(mpjax.delayed_scaling(history_length=8)))
     assert other.linear.kernel_scaling.history.shape == (3, 8)
     assert not np.any(scales(other)["linear/kernel"])
     assert not scales(mixed_precision(model, "mixed_bfloat16"))
@@ -787,7 +787,7 @@ def test_microbatches_observe_what_one_batch_does():
 def test_multi_steps_enter_what_one_large_batch_does():
     x = jax.random.randint(jax.random.key(0), (8, 16), -4, 5).astype(jnp.float32)
     x *= jnp.array([1, 8, 4, 2, 1, 1, 4, 2])[:, None]
-    recipe = mpjax.delayed_scaling(4, power_of_two=True)
+    recipe = mpjax.delayed_scaling(history_length=4, rounding="up")
 
     @nnx.jit
     def step(model, optimizer, x):

@@ -19,9 +19,9 @@ from mpjax._recipes import named
 NHWC = ("NHWC", "HWIO", "NHWC")
 RECIPES = {
     "current": named.current_scaling(),
-    "delayed": named.delayed_scaling(16),
+    "delayed": named.delayed_scaling(history_length=16),
     "channel": named.per_channel_scaling(),
-    "channel exact": named.per_channel_scaling(power_of_two=False),
+    "channel exact": named.per_channel_scaling(rounding="exact"),
     "int8": named.current_scaling("int8", "int8"),
 }
 CASES = {

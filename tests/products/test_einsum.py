@@ -125,7 +125,7 @@ def test_what_it_does_not_do_is_said(subscripts, message):
 @pytest.mark.parametrize(
     "recipe",
     [
-        named.current_scaling(power_of_two=True),
+        named.current_scaling(rounding="up"),
         named.mx_scaling(),
         dataclasses.replace(named.current_scaling(), quantized=()),
     ],

@@ -17,7 +17,7 @@ from mpjax._products.dot_general import observed_dot_general
 from mpjax._products.einsum import observed_einsum
 from mpjax._recipes.named import current_scaling, delayed_scaling
 
-RECIPE = delayed_scaling(16)
+RECIPE = delayed_scaling(history_length=16)
 SCALES, W = jnp.zeros(3), 3 * jnp.ones((4, 4))
 # Of amax 1 to 6, and the gradient of each output is ten times that.
 X = jnp.arange(1.0, 7.0)[:, None, None] * jnp.ones((6, 2, 4))

@@ -10,12 +10,12 @@ from mpjax._recipes import named
 MATMUL = (((1,), (0,)), ((), ()))
 RECIPES = {
     "current": named.current_scaling(),
-    "current exact": named.current_scaling(power_of_two=False),
-    "delayed": named.delayed_scaling(16),
-    "delayed weights": named.current_scaling(delayed_weights=True),
+    "current exact": named.current_scaling(rounding="exact"),
+    "delayed": named.delayed_scaling(history_length=16),
+    "delayed weights": named.delayed_weight_scaling(),
     "channel": named.per_channel_scaling(),
     "block": named.block_scaling(size=16),
-    "block exact": named.block_scaling(size=16, power_of_two=False),
+    "block exact": named.block_scaling(size=16, rounding="exact"),
     "mx": named.mx_scaling(),
     "mx floor": named.mx_scaling(rounding="floor"),
     "mx fp6": named.mx_scaling("float6_e2m3fn", "float6_e3m2fn"),
