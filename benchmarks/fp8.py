@@ -135,12 +135,12 @@ def with_qwix(qwix):
 
 
 DELAYED = mpjax.delayed_scaling()
-CURRENT = mpjax.current_scaling(delayed_weights=True)
+CURRENT = mpjax.delayed_weight_scaling()
 WAYS = {
     "bf16": with_rule(None),
     "bf16, operands materialized": by_hand(dot_general=materialized),
     "mpjax current": with_rule(mpjax.current_scaling()),
-    "mpjax current, exact": with_rule(mpjax.current_scaling(power_of_two=False)),
+    "mpjax current, exact": with_rule(mpjax.current_scaling(rounding="exact")),
     "mpjax current, delayed weights": with_rule(CURRENT),
     "mpjax current, weights kept": with_rule(CURRENT),
     "mpjax delayed": with_rule(DELAYED),

@@ -39,6 +39,7 @@ from mpjax._products.einsum import observed_einsum as observed_einsum
 from mpjax._recipes.named import block_scaling as block_scaling
 from mpjax._recipes.named import current_scaling as current_scaling
 from mpjax._recipes.named import delayed_scaling as delayed_scaling
+from mpjax._recipes.named import delayed_weight_scaling as delayed_weight_scaling
 from mpjax._recipes.named import mx_scaling as mx_scaling
 from mpjax._recipes.named import per_channel_scaling as per_channel_scaling
 from mpjax._recipes.recipe import Recipe as Recipe
@@ -46,7 +47,6 @@ from mpjax._recipes.scalings import BlockScaling as BlockScaling
 from mpjax._recipes.scalings import ChannelScaling as ChannelScaling
 from mpjax._recipes.scalings import CurrentScaling as CurrentScaling
 from mpjax._recipes.scalings import DelayedScaling as DelayedScaling
-from mpjax._recipes.scalings import Scaling as Scaling
 from mpjax._recipes.state import ScalingState as ScalingState
 from mpjax._scaling_states import export as _export
 from mpjax._scaling_states.calibrate import calibrate as calibrate

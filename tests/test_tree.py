@@ -77,7 +77,7 @@ def test_select_tree_refuses_what_it_would_have_to_convert():
 
 def test_quantized_arrays_and_scaling_states_are_no_arrays_to_cast():
     q = mpjax.quantize(jnp.ones((4, 8)), jnp.float8_e4m3fn)
-    state = mpjax.delayed_scaling(4).init()
+    state = mpjax.delayed_scaling(history_length=4).init()
     tree = mpjax.cast_floating({"q": q, "state": state, "w": jnp.ones(2)}, jnp.bfloat16)
     assert tree["q"] is q and tree["state"] is state
     assert tree["w"].dtype == jnp.bfloat16

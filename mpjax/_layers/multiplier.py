@@ -16,7 +16,6 @@ from mpjax._products.einsum import observed_einsum
 from mpjax._products.multiply import DimensionNumbers
 from mpjax._products.xla_cpu import conv_general_dilated
 from mpjax._recipes.recipe import Recipe
-from mpjax._recipes.scalings import BlockScaling
 from mpjax._recipes.state import ScalingState
 from mpjax._typing import Array, DType
 
@@ -197,10 +196,7 @@ def unserved_attention(path: str, kind: type) -> ValueError:
 
 def check_convolution(path: str, recipe: Recipe) -> None:
     """Raises ValueError where no convolution can be scaled so."""
-    if any(
-        isinstance(scaling, BlockScaling)
-        for scaling in (recipe.lhs, recipe.rhs, recipe.grad)
-    ):
+    if not recipe.serves_convolutions:
         raise ValueError(
             f"Module {path!r} is a convolution, which cannot be scaled by block. Give "
             "it a rule of its own, before the one that matches it, with "

@@ -97,7 +97,8 @@ def _check_no_states(tree):
     if any(map(is_state, jax.tree.leaves(tree, is_leaf=is_state))):
         raise ValueError(
             "Loss scaling does not unscale what scaling states observe. Put it inside: "
-            "mpjax.scaled(mpjax.dynamic_loss_scaling(...)), or give it parameters alone."
+            "mpjax.scaled(mpjax.dynamic_loss_scaling(...)), or give it parameters "
+            "alone."
         )
 
 

@@ -17,6 +17,7 @@ from mpjax._recipes.named import (
     block_scaling,
     current_scaling,
     delayed_scaling,
+    delayed_weight_scaling,
     mx_scaling,
     per_channel_scaling,
 )
@@ -26,6 +27,7 @@ from mpjax._typing import Array
 RECIPES: dict[str, Recipe] = {
     "current_scaling()": current_scaling(),
     "delayed_scaling()": delayed_scaling(),
+    "delayed_weight_scaling()": delayed_weight_scaling(),
     "per_channel_scaling()": per_channel_scaling(),
     "block_scaling()": block_scaling(),
     "mx_scaling()": mx_scaling(),

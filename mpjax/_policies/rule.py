@@ -8,7 +8,6 @@ from typing import TypeAlias
 from mpjax._policies.policy import Policy, get_policy, is_spelled_out
 from mpjax._policies.presets import PRESETS, full_name
 from mpjax._recipes.recipe import Recipe
-from mpjax._recipes.scalings import DelayedScaling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,11 +115,7 @@ class Rule:
                 f"and {self} has none: add recipe=mpjax.current_scaling()."
             )
         if self.attention and self.recipe is not None:
-            delayed = [
-                isinstance(scaling, DelayedScaling)
-                for scaling in (self.recipe.lhs, self.recipe.rhs)
-            ]
-            if delayed == [False, True]:
+            if self.recipe.rhs.is_delayed and not self.recipe.lhs.is_delayed:
                 raise ValueError(
                     "With attention=True keys and values are second operands, which "
                     f"the recipe {str(self.recipe)!r} scales as weights, by the batch "

@@ -14,8 +14,7 @@ from mpjax._numerics.qarray import Operand, QArray, dequantize
 from mpjax._products.observations import check_scales, observed_amaxes, split_scales
 from mpjax._products.operands import check_operand, check_result, quantize_operand
 from mpjax._products.residuals import first_order, protect_from_remat
-from mpjax._recipes.recipe import Recipe
-from mpjax._recipes.scalings import BlockScaling, ChannelScaling
+from mpjax._recipes.recipe import OPERANDS, Recipe
 from mpjax._typing import Array, DType
 
 
@@ -142,12 +141,11 @@ def observed_conv_general_dilated(
     """
     lhs, rhs = check_operand("lhs", lhs), check_operand("rhs", rhs)
     check_scales(recipe, scales)
-    for name in ("lhs", "rhs", "grad"):
-        if isinstance(getattr(recipe, name), BlockScaling):
-            raise ValueError(
-                "A convolution is scaled by tensor or by channel, got "
-                f"{getattr(recipe, name)} for {name}; give it a recipe of its own."
-            )
+    if not recipe.serves_convolutions:
+        raise ValueError(
+            f"A convolution is scaled by tensor or by channel, got {str(recipe)!r}; "
+            "give it a recipe of its own."
+        )
     if not isinstance(padding, str):
         padding = tuple((low, high) for low, high in padding)
     numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
@@ -220,13 +218,10 @@ class _Conv:
         """Of f32 that hold quantized values, or of operands in high precision."""
         precision = self.precision
         if product in self.recipe.quantized:
-            names = {"out": ("lhs", "rhs"), "lhs_grad": ("grad", "rhs")}
-            pair = names.get(product, ("lhs", "grad"))
-            scalings = [getattr(self.recipe, name) for name in pair]
+            scalings = [self.recipe.scalings[name] for name in OPERANDS[product]]
             # A fraction times a scale that is no power of two fills all of f32.
             filled = any(
-                isinstance(s, ChannelScaling) and s.rounding == "exact"
-                for s in scalings
+                not s.is_per_tensor and s.rounding == "exact" for s in scalings
             )
             precision = lax.Precision.HIGHEST if filled else lax.Precision.DEFAULT
         return lax.conv_general_dilated(

@@ -8,14 +8,13 @@ import jax.numpy as jnp
 from mpjax._mesh import match_varying
 from mpjax._numerics.qarray import Operand, QArray
 from mpjax._numerics.scales import (
-    amax_to_scale,
     block_amax,
     check_block,
     quantize_with_scale,
     round_scale_up,
 )
 from mpjax._products.residuals import _named
-from mpjax._recipes.scalings import DelayedScaling, Scaling
+from mpjax._recipes.abstract import Scaling
 from mpjax._typing import Array, DType
 
 
@@ -85,7 +84,7 @@ def quantize_operand(
         if block in forms:
             continue
         amax = block_amax(x, block, compute_dtype=kind)
-        if isinstance(scaling, DelayedScaling):
+        if scaling.is_delayed:
             assert scale is not None  # check_scales
             # That of a gradient follows the loss scale, which may be any number.
             scale = round_scale_up(scale) if powers else scale
@@ -94,12 +93,12 @@ def quantize_operand(
             unknown = 1.0 if calibrated else scaling.scale(amax)
             block_scale = jnp.where(known > 0, known, unknown)
         else:
-            block_scale = amax_to_scale(amax, scaling.dtype, scaling.rounding)
+            block_scale = scaling.scale(amax)
         q = QArray(
             quantize_with_scale(
                 x, block_scale, scaling.dtype, block, compute_dtype=kind
             ),
-            block_scale.astype(getattr(scaling, "scale_dtype", jnp.float32)),
+            block_scale.astype(scaling.scale_dtype),
             block,
             scaling.rounding,
         )

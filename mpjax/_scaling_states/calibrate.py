@@ -13,8 +13,8 @@ from jax.sharding import NamedSharding
 
 from mpjax._loss_scaling.loss import value_and_grad
 from mpjax._loss_scaling.state import LossScalingState, loss_scale
-from mpjax._recipes.scalings import DelayedScaling
-from mpjax._recipes.state import ScalingState
+from mpjax._recipes.recipe import OPERANDS
+from mpjax._recipes.state import GRAD, TENSORS, ScalingState
 from mpjax._scaling_states.update import (
     Step,
     by_path,
@@ -172,9 +172,11 @@ def _has_seen_operands(state: ScalingState) -> bool:
     """
     if isinstance(state.scale, Tracer):
         return True
-    recipe, read = state.recipe, {"out": (0, 1), "lhs_grad": (1,), "rhs_grad": (0,)}
-    operands = {i for product in recipe.quantized for i in read[product]}
+    recipe = state.recipe
+    read = {tensor for product in recipe.quantized for tensor in OPERANDS[product]}
     delayed = [
-        i for i in operands if isinstance((recipe.lhs, recipe.rhs)[i], DelayedScaling)
+        i
+        for i, tensor in enumerate(TENSORS)
+        if tensor in read - {"grad"} and recipe.scalings[tensor].is_delayed
     ]
-    return bool((np.asarray(state.scale)[..., delayed or [2]] > 0).all())
+    return bool((np.asarray(state.scale)[..., delayed or [GRAD]] > 0).all())

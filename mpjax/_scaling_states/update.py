@@ -12,7 +12,7 @@ import optax
 from jax.tree_util import keystr
 
 from mpjax._loss_scaling.state import LossScalingState, last_step_finite, loss_scale
-from mpjax._recipes.state import ScalingState
+from mpjax._recipes.state import GRAD, ScalingState
 from mpjax._scaling_states.weights import copied, seen_by_copy
 from mpjax._tree import select_tree
 from mpjax._typing import Array, ArrayTree
@@ -168,7 +168,7 @@ def _accumulated(
       made: bool[], whether the step is made.
     """
     recipe, last = state.recipe, state.loss_scale[..., None]
-    unit = jnp.where(jnp.arange(3) == 2, last, 1.0)
+    unit = jnp.where(jnp.arange(3) == GRAD, last, 1.0)
     known = jnp.isfinite(seen) & (last > 0)
     amaxes = jnp.where(known, seen / jnp.where(known, unit, 1.0), 0.0)
     amaxes = jnp.maximum(amaxes, state.history[..., -1])

@@ -11,8 +11,7 @@ from mpjax._mesh import varying_axes
 from mpjax._numerics.formats import format_info
 from mpjax._numerics.qarray import QArray
 from mpjax._numerics.scales import block_amax, quantize_with_scale, round_scale_up
-from mpjax._recipes.scalings import DelayedScaling
-from mpjax._recipes.state import ScalingState, WeightCopy
+from mpjax._recipes.state import RHS, ScalingState, WeightCopy
 from mpjax._typing import Array, ArrayTree
 
 
@@ -66,7 +65,7 @@ def keep_weights(states: ArrayTree, params: ArrayTree) -> ArrayTree:
     def keep(path, state: ScalingState) -> ScalingState:
         nonlocal found
         kernel, scaling = parameter_at(params, path), state.recipe.rhs
-        if kernel is None or not isinstance(scaling, DelayedScaling):
+        if kernel is None or not scaling.is_delayed:
             return state
         if not format_info(scaling.dtype).is_float8:
             raise ValueError(
@@ -128,7 +127,6 @@ def with_copy(state: ScalingState, kernel: Array, path=()) -> ScalingState:
 def refreshed_copy(state: ScalingState, kernel: Array) -> ScalingState:
     """The copy of a new kernel, by the scale that the state has now."""
     scaling = state.recipe.rhs
-    assert isinstance(scaling, DelayedScaling)
 
     def amax_of(kernel, block, scale):
         amax = block_amax(kernel, block).reshape(())
@@ -154,7 +152,7 @@ def refreshed_copy(state: ScalingState, kernel: Array) -> ScalingState:
 
     for _ in state.scale.shape[:-1]:
         copy = jax.vmap(copy)
-    return replace(state, weight=copy(state.scale[..., 1], kernel))
+    return replace(state, weight=copy(state.scale[..., RHS], kernel))
 
 
 def copied(state: ScalingState, params: ArrayTree | None, path) -> ScalingState:
@@ -179,7 +177,7 @@ def seen_by_copy(state: ScalingState, seen: ScalingState) -> ScalingState:
     """What was observed, with the amax of a weight that only its copy was read of."""
     if state.weight is None:
         return seen
-    return replace(seen, scale=seen.scale.at[..., 1].set(state.weight.amax))
+    return replace(seen, scale=seen.scale.at[..., RHS].set(state.weight.amax))
 
 
 def parameter_at(params: ArrayTree, path) -> Array | None:

@@ -95,7 +95,7 @@ def trace(front_end, make, rule):
 @pytest.mark.parametrize("front_end", ["linen", "nnx"])
 def test_a_row_serves_a_layer_of_another_author(front_end, way, monkeypatch):
     make = TOYS[way][front_end]
-    rule = mpjax.Rule(".*", "mixed_bfloat16", mpjax.delayed_scaling(4))
+    rule = mpjax.Rule(".*", "mixed_bfloat16", mpjax.delayed_scaling(history_length=4))
     with pytest.raises(ValueError, match="serves no product"):
         trace(front_end, make, rule)
 

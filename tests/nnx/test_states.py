@@ -233,7 +233,7 @@ def test_a_second_call_keeps_states_of_the_same_recipe():
     alone = mixed_precision(model, [mpjax.Rule("dense", None), "mixed_bfloat16"])
     assert type(alone.dense) is type(model.dense)
     np.testing.assert_array_equal(*(scales(m)["dense/kernel"] for m in (model, alone)))
-    other = mixed_precision(model, rule(mpjax.delayed_scaling(8)))
+    other = mixed_precision(model, rule(mpjax.delayed_scaling(history_length=8)))
     assert other.dense.kernel_scaling.history.shape == (3, 8)
     assert not np.any(scales(other)["dense/kernel"])
     assert not scales(mixed_precision(model, "mixed_bfloat16"))

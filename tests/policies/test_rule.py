@@ -46,7 +46,7 @@ def test_module_types(module_type, matching):
             lambda: mpjax.Rule(
                 "a",
                 "bf16",
-                mpjax.current_scaling(delayed_weights=True),
+                mpjax.delayed_weight_scaling(),
                 attention=True,
             ),
             ValueError,

@@ -15,9 +15,9 @@ import mpjax
 NHWC = ("NHWC", "HWIO", "NHWC")
 RECIPES = {
     "current": mpjax.current_scaling(),
-    "delayed": mpjax.delayed_scaling(16),
+    "delayed": mpjax.delayed_scaling(history_length=16),
     "channel": mpjax.per_channel_scaling(),
-    "channel exact": mpjax.per_channel_scaling(power_of_two=False),
+    "channel exact": mpjax.per_channel_scaling(rounding="exact"),
     "int8": mpjax.current_scaling("int8", "int8"),
 }
 CASES = {

@@ -48,7 +48,7 @@ def test_scales_of_the_state_are_used():
 
 
 def test_an_overflow_in_one_step_is_over_in_the_next():
-    recipe = mpjax.delayed_scaling(1024)
+    recipe = mpjax.delayed_scaling(history_length=1024)
     lhs, rhs = normal(0, 6, 40), normal(1, 40, 24)
 
     @jax.jit

@@ -123,7 +123,7 @@ def test_what_it_does_not_do_is_said(subscripts, message):
 @pytest.mark.parametrize(
     "recipe",
     [
-        mpjax.current_scaling(power_of_two=True),
+        mpjax.current_scaling(rounding="up"),
         mpjax.mx_scaling(),
         dataclasses.replace(mpjax.current_scaling(), quantized=()),
     ],

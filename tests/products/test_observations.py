@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 import mpjax
 from mpjax._layers.multiplier import Multiplier
 
-RECIPE = mpjax.delayed_scaling(16)
+RECIPE = mpjax.delayed_scaling(history_length=16)
 SCALES, W = jnp.zeros(3), 3 * jnp.ones((4, 4))
 # Of amax 1 to 6, and the gradient of each output is ten times that.
 X = jnp.arange(1.0, 7.0)[:, None, None] * jnp.ones((6, 2, 4))

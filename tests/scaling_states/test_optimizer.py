@@ -37,7 +37,7 @@ class Model(nn.Module):
 
 @functools.cache
 def setup(keep=False, policy="mixed_float16"):
-    recipe = mpjax.delayed_scaling(4, keep_weights=keep)
+    recipe = mpjax.delayed_scaling(history_length=4, keep_weights=keep)
     model = mpjax.linen.MixedPrecision(Model(), mpjax.Rule(".*", policy, recipe))
     return model, jax.jit(model.init)(jax.random.key(0), X)
 

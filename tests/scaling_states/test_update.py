@@ -94,7 +94,7 @@ def test_an_overflow_in_one_step_is_over_in_the_next(front_end, bad):
     x = normal(0, 4, 16)
     trainer = front_end(
         "overflow",
-        rule(mpjax.delayed_scaling(1024), cast_inputs=False),
+        rule(mpjax.delayed_scaling(history_length=1024), cast_inputs=False),
         *(x, jnp.float32(1)),
         tx=mpjax.static_loss_scaling(optax.sgd(0.0), 1.0),
         loss=square,
@@ -172,7 +172,7 @@ def test_a_loss_scale_that_changes_beside_the_optimizer(front_end):
 
 # Microbatches of one step of the optimizer.
 
-EXACT = mpjax.delayed_scaling(4, power_of_two=True)
+EXACT = mpjax.delayed_scaling(history_length=4, rounding="up")
 
 
 def integers(seed, *shape):

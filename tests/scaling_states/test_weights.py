@@ -20,7 +20,7 @@ import mpjax.linen
 import mpjax.nnx
 from mpjax._scaling_states.calibrate import promise
 
-DELAYED = mpjax.delayed_scaling(4)
+DELAYED = mpjax.delayed_scaling(history_length=4)
 RULE = mpjax.Rule(".*", "mixed_bfloat16", DELAYED)
 TX = optax.sgd(0.5)
 X = np.random.default_rng(0).normal(size=(16, 24)).astype(np.float32)
@@ -100,7 +100,7 @@ def test_a_copy_is_the_parameter_in_8_bits_by_the_delayed_scale():
 @pytest.mark.parametrize("keep", [False, True])
 def test_current_scaling_with_weights_of_a_step_ago(keep):
     """Activations and gradients have no state; a weight has the amax of one step."""
-    recipe = mpjax.current_scaling(delayed_weights=True)
+    recipe = mpjax.delayed_weight_scaling()
     rule = mpjax.Rule(".*", "mixed_bfloat16", recipe)
     model, variables = linen_model(2, rule)
     params, scaling = variables["params"], variables["scaling"]
@@ -281,7 +281,7 @@ def test_what_no_gradient_reaches_is_not_calibrated(keeps):
         (dataclasses.replace(DELAYED, quantized=("out",)), [1, 1, 0]),
         (dataclasses.replace(DELAYED, quantized=("lhs_grad",)), [0, 1, 1]),
         (dataclasses.replace(DELAYED, quantized=("rhs_grad",)), [1, 0, 1]),
-        (mpjax.current_scaling(delayed_weights=True), [0, 1, 0]),
+        (mpjax.delayed_weight_scaling(), [0, 1, 0]),
         (dataclasses.replace(mpjax.current_scaling(), grad=DELAYED.grad), [0, 0, 1]),
     ],
 )
@@ -405,7 +405,7 @@ def test_a_copy_has_scales_of_the_recipe():
     old = dataclasses.replace(DELAYED.init(), scale=jnp.full(3, 0.003))
     kept = mpjax.keep_weights({"kernel": old}, {"kernel": jnp.ones((24, 8))})
     assert kept["kernel"].weight.values.scale == 2.0**-8
-    int8 = mpjax.delayed_scaling(4, dtype="int8").init()
+    int8 = mpjax.delayed_scaling(history_length=4, dtype="int8").init()
     with pytest.raises(ValueError, match="keeps weights in fp8, got int8"):
         mpjax.keep_weights({"kernel": int8}, {"kernel": jnp.ones((24, 8))})
 

@@ -19,7 +19,7 @@ import mpjax.linen
 import mpjax.nnx
 
 BF16 = jnp.dtype(jnp.bfloat16)
-CURRENT, DELAYED = mpjax.current_scaling(), mpjax.delayed_scaling(4)
+CURRENT, DELAYED = mpjax.current_scaling(), mpjax.delayed_scaling(history_length=4)
 WRT = nnx.DiffState(0, nnx.Any(nnx.Param, mpjax.nnx.ScalingStat))
 
 
