@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import half
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
@@ -15,10 +16,6 @@ import mpjax.lowering
 Struct = jax.ShapeDtypeStruct
 BF16, F32, E4M3 = jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn
 census = mpjax.lowering.census
-
-
-def half(*shape):
-    return Struct(shape, BF16)
 
 
 def loop(x):

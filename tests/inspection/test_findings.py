@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flawed_model import Model, forward
 from flax import nnx
+from helpers import half
 from jax import lax
 
 import mpjax.linen
@@ -20,10 +21,6 @@ from mpjax._inspection import findings as findings_table
 Struct = jax.ShapeDtypeStruct
 BF16, F32, E4M3 = jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn
 census = mpjax.lowering.census
-
-
-def half(*shape):
-    return Struct(shape, BF16)
 
 
 def findings(model):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import half
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
@@ -17,10 +18,6 @@ from mpjax._inspection.tracing import trace
 Struct = jax.ShapeDtypeStruct
 BF16, F32 = jnp.bfloat16, jnp.float32
 census = mpjax.lowering.census
-
-
-def half(*shape):
-    return Struct(shape, BF16)
 
 
 def test_weak_types_stay_weak():

@@ -22,7 +22,7 @@ POLICIES = ["mixed_bfloat16", "mixed_float16", "float32"]
 @pytest.mark.parametrize("cls", [Jitted, Compact])
 def test_interleaved_policies_do_not_meet_in_caches(cls):
     # One class, jitted inside: Flax would reuse the first trace for the others.
-    variables = cls().init(KEY, X)
+    variables = jax.eval_shape(cls().init, KEY, X)
     for policy in [*POLICIES, *reversed(POLICIES)]:
         model = MixedPrecision(cls(), policy)
         jaxpr = jax.make_jaxpr(model.apply)(variables, X)
@@ -49,7 +49,7 @@ class TwoDecorated(nn.Module):
 @pytest.mark.parametrize("bare_first", [True, False])
 def test_a_jitted_method_follows_the_policy_of_its_program(cls, bare_first):
     # Flax makes the key of nn.jit before an interceptor sees the method.
-    variables = cls().init(KEY, X)
+    variables = jax.eval_shape(cls().init, KEY, X)
     models = {p: MixedPrecision(cls(), p) for p in POLICIES}
     models = {"bare": cls(), **models} if bare_first else {**models, "bare": cls()}
     for policy, model in [*models.items(), *models.items()]:
@@ -62,19 +62,21 @@ def test_a_jitted_method_follows_the_policy_of_its_program(cls, bare_first):
 def test_jitted_methods_of_one_class_follow_their_own_rules():
     rules = [mpjax.Rule("second(/.*)?", "float32"), "mixed_float16"]
     model = MixedPrecision(TwoDecorated(), rules)
-    jaxpr = jax.make_jaxpr(model.apply)(TwoDecorated().init(KEY, X), X)
+    variables = jax.eval_shape(TwoDecorated().init, KEY, X)
+    jaxpr = jax.make_jaxpr(model.apply)(variables, X)
     assert [d.lhs.name for d in dots(jaxpr)] == ["float16", "float32"]
 
 
 def test_jitted_layers_of_one_class_follow_their_own_rules():
     rules = [mpjax.Rule("JitBlock_0(/.*)?", "float32"), "mixed_float16"]
     model = MixedPrecision(Jitted(), rules)
-    jaxpr = jax.make_jaxpr(model.apply)(model.init(KEY, X), X)
+    variables = jax.eval_shape(model.init, KEY, X)
+    jaxpr = jax.make_jaxpr(model.apply)(variables, X)
     assert [d.lhs.name for d in dots(jaxpr)] == ["float16"] * 3 + ["float32"] * 2
 
 
 def test_threads_do_not_share_a_policy():
-    variables = Compact().init(KEY, X)
+    variables = jax.eval_shape(Compact().init, KEY, X)
     found = {}
 
     def trace(policy):
@@ -156,7 +158,7 @@ class SetupPlain(nn.Module):
 def test_no_policy_outlives_its_run(inner, nested):
     name = {"b": BF16, "h": np.dtype(np.float16)}
     outer = np.dtype(np.float32)
-    variables = InTurn(inner(), "-").init(KEY, X)
+    variables = jax.eval_shape(InTurn(inner(), "-").init, KEY, X)
     for order in ("b-b-", "-bh-", "hb-h", "b-hb"):
         model = InTurn(inner(), tuple(order))
         if nested:

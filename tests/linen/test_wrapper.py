@@ -57,19 +57,24 @@ def promotion(request):
         yield
 
 
+@functools.cache
+def initial_variables(cls):
+    """Of the bare model, of it wrapped, and of it stored in bfloat16; compiled once."""
+    models = cls(), *(MixedPrecision(cls(), p) for p in ("mixed_bfloat16", "bfloat16"))
+    return jax.jit(lambda *args: [model.init(*args) for model in models])(RNGS, X)
+
+
 @pytest.mark.parametrize("cls", MODELS)
 def test_same_variables_as_the_bare_model(cls):
-    bare, wrapped = cls(), MixedPrecision(cls(), "mixed_bfloat16")
-    variables = bare.init(RNGS, X)
-    assert_trees_equal(wrapped.init(RNGS, X), variables)
-    half = MixedPrecision(cls(), "bfloat16").init(RNGS, X)
+    variables, wrapped, half = initial_variables(cls)
+    assert_trees_equal(wrapped, variables)
     assert_trees_equal(half["params"], mpjax.cast_floating(variables["params"], BF16))
     assert_trees_equal(half.get("batch_stats", {}), variables.get("batch_stats", {}))
 
 
 @pytest.mark.parametrize("cls", MODELS)
 def test_same_numbers_and_dots_as_the_model_written_by_hand(cls):
-    variables = cls().init(RNGS, X)
+    variables, *_ = initial_variables(cls)
     by_hand, wrapped = cls(BF16), MixedPrecision(cls(), "mixed_bfloat16")
     expected, actual = (jax.jit(functools.partial(run, m)) for m in (by_hand, wrapped))
     assert_trees_equal(actual(variables), expected(variables))
@@ -85,7 +90,7 @@ def test_same_numbers_and_dots_as_the_model_written_by_hand(cls):
 
 @pytest.mark.parametrize("cls", [Compact, ResidualCNN, Scanned])
 def test_program_costs_no_more_than_by_hand(cls):
-    variables = cls().init(RNGS, X)
+    variables, *_ = initial_variables(cls)
     costs = []
     for model in (cls(BF16), MixedPrecision(cls(), "mixed_bfloat16")):
         step = jax.jit(functools.partial(gradient, model)).lower(variables).compile()
@@ -98,7 +103,7 @@ def test_program_costs_no_more_than_by_hand(cls):
 
 @pytest.mark.parametrize("cls", [Compact, ResidualCNN, OwnParams])
 def test_float32_policy_is_the_bare_model(cls):
-    variables = cls().init(RNGS, X)
+    variables, *_ = initial_variables(cls)
     actual = run(MixedPrecision(cls(), "float32"), variables)
     assert_trees_equal(actual, run(cls(), variables))
 

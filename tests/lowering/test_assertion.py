@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flawed_model import Model, forward
+from helpers import half
 
 import mpjax
 import mpjax.linen
@@ -116,10 +117,6 @@ def test_a_convolution_is_native_fp8_in_the_forward_pass(target, name):
 
 Struct = jax.ShapeDtypeStruct
 BF16, F32, E4M3 = jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn
-
-
-def half(*shape):
-    return Struct(shape, BF16)
 
 
 @pytest.mark.parametrize("target", ["v7x", "h100"])

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
+from helpers import half
 from jax import lax
 
 import mpjax.lowering
@@ -17,10 +18,6 @@ Struct = jax.ShapeDtypeStruct
 BF16, F32 = jnp.bfloat16, jnp.float32
 Preset = lax.DotAlgorithmPreset
 report = mpjax.lowering.report
-
-
-def half(*shape):
-    return Struct(shape, BF16)
 
 
 def full(*shape):

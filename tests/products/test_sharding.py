@@ -16,15 +16,6 @@ from scaled_products import RECIPES, start
 import mpjax
 
 MATMUL = (((1,), (0,)), ((), ()))
-LINEAR = normal(2, 8, 16)
-
-
-def linear_loss(recipe, x, w, scales, out_sharding=None):
-    """Its output gradient does not depend on the product, so neither do amaxes."""
-    out = mpjax.scaled_dot_general(
-        x, w, MATMUL, recipe=recipe, scales=scales, out_sharding=out_sharding
-    )
-    return out
 
 
 @pytest.mark.parametrize("name", ["current", "delayed", "channel", "block"])
@@ -46,7 +37,9 @@ def test_sharded_operands_give_what_one_device_gives(name, x_spec, w_spec, axis_
     out_sharding = NamedSharding(mesh, P("d", None)) if contracted else None
 
     def loss(x, w, scales, out_sharding=None):
-        out = linear_loss(recipe, x, w, scales, out_sharding)
+        out = mpjax.scaled_dot_general(
+            x, w, MATMUL, recipe=recipe, scales=scales, out_sharding=out_sharding
+        )
         return jnp.sum(out * out)
 
     step = jax.jit(jax.value_and_grad(loss, (0, 1, 2)), static_argnums=3)

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from helpers import assert_trees_equal, normal
 
 import mpjax
 import mpjax.linen
@@ -22,21 +23,12 @@ RULE = mpjax.Rule(".*", "mixed_float16", DELAYED)
 LAYOUTS = [jax.export.DisabledSafetyCheck.custom_call("LayoutConstraint")]
 
 
-def normal(seed, *shape):
-    return jax.random.normal(jax.random.key(seed), shape)
-
-
 def stored(function, *args, **kwargs):
     """The function, written to bytes and read again, and what was read."""
     exported = jax.export.export(jax.jit(function), disabled_checks=LAYOUTS)(*args)
     read = jax.export.deserialize(exported.serialize(**kwargs))
     assert (read.in_tree, read.out_tree) == (exported.in_tree, exported.out_tree)
     return read.call
-
-
-def assert_equal(actual, expected):
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -69,7 +61,7 @@ def test_a_batch_of_any_size(recipe):
     call = stored(jax.grad(loss), variables, x)
     for n in (1, 5):
         x = normal(n, n, 8)
-        assert_equal(call(variables, x), jax.jit(jax.grad(loss))(variables, x))
+        assert_trees_equal(call(variables, x), jax.jit(jax.grad(loss))(variables, x))
 
 
 def test_a_train_step():
@@ -96,7 +88,7 @@ def test_a_train_step():
         expected, loss = run(*expected, x)
         actual, same = read(*actual, x)
         assert loss == same
-    assert_equal(actual, expected)
+    assert_trees_equal(actual, expected)
     assert np.all(actual[1]["kernel"].scale > 0)
 
 
@@ -111,12 +103,12 @@ def test_a_forward_pass_and_its_gradient():
         return nnx.merge(graph, copy)(x)
 
     read = stored(forward, pure, x, vjp_order=1)
-    assert_equal(read(pure, x), jax.jit(forward)(pure, x))
+    assert_trees_equal(read(pure, x), jax.jit(forward)(pure, x))
     actual, expected = (
         jax.jit(jax.grad(lambda pure, f=f: jnp.sum(f(pure, x) ** 2)))(pure)
         for f in (read, forward)
     )
-    assert_equal(actual, expected)
+    assert_trees_equal(actual, expected)
     assert np.all(actual["kernel_scaling"].scale > 0)
 
 
@@ -127,7 +119,7 @@ def test_quantized_weights():
         return mpjax.dequantize(weights) @ x
 
     read, x = stored(forward, weights, normal(1, 8)), normal(1, 8)
-    assert_equal(read(weights, x), jax.jit(forward)(weights, x))
+    assert_trees_equal(read(weights, x), jax.jit(forward)(weights, x))
     other = mpjax.quantize(normal(0, 6, 8), E4M3, block=(1, 8))
     with pytest.raises(ValueError, match="pytree"):
         read(other, x)
@@ -147,7 +139,7 @@ MIXED = mpjax.Recipe(
 )
 def test_recipes_are_written_as_they_are(recipe):
     state = recipe.init()
-    assert_equal(stored(lambda state: state, state)(state), state)
+    assert_trees_equal(stored(lambda state: state, state)(state), state)
 
 
 def serialized():

@@ -282,9 +282,7 @@ def linen_states(**kwargs):
     """A trainer of one layer after no step, its states and what it observes."""
     x = normal(0, 4, 16)
     trainer = LinenTrainer("dense", rule(DELAYED), x, **kwargs)
-    states = trainer.variables["scaling"]
-    observed = trainer._gradients(trainer.variables, trainer.opt_state, x)[2]
-    return trainer, states, observed
+    return trainer, trainer.variables["scaling"], trainer.gradient_trees(x)[2]
 
 
 def test_update_scaling_wants_the_gradient_of_the_states():
@@ -340,9 +338,10 @@ def test_what_a_step_observed_knows_its_loss_scale():
     for scale in (2.0**6, 2.0**14, 2.0**-3):
         tx = mpjax.static_loss_scaling(optax.sgd(0.0), scale)
         trainer = LinenTrainer("dense", rule(DELAYED), x, tx=tx, loss=jnp.mean)
-        given = {**trainer.variables, "scaling": scaling}
-        _, grads, observed = trainer._gradients(given, trainer.opt_state, x)
-        _, opt_state = tx.update(grads, trainer.opt_state, given["params"])
+        trainer.variables = {**trainer.variables, "scaling": scaling}
+        _, grads, observed = trainer.gradient_trees(x)
+        params = trainer.variables["params"]
+        _, opt_state = tx.update(grads, trainer.opt_state, params)
         named = mpjax.update_scaling(scaling, observed, opt_state)
         unnamed = mpjax.update_scaling(scaling, observed)
         jax.tree.map(np.testing.assert_array_equal, named, unnamed)

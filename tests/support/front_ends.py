@@ -98,7 +98,8 @@ class LinenTrainer:
     def __init__(self, model, rules, *inputs, tx=None, loss=weigh):
         model = linen_models.NAMED[model]() if isinstance(model, str) else model
         self.model, self.loss = mpjax.linen.MixedPrecision(model, rules), loss
-        variables = self.model.init(jax.random.key(0), *inputs)
+        # Compiled, so that nothing is computed but the variables.
+        variables = jax.jit(self.model.init)(jax.random.key(0), *inputs)
         self.variables = {"scaling": {}, **variables}
         self.tx = optax.sgd(0.0) if tx is None else tx
         self.opt_state, self.traces = self.tx.init(variables["params"]), 0
@@ -132,9 +133,13 @@ class LinenTrainer:
         given = {name: tree for name, tree in self.variables.items() if tree}
         return self.model.apply(given, *inputs)
 
+    def gradient_trees(self, *inputs):
+        """The loss and its gradients, as trees of variables."""
+        return self._gradients(self.variables, self.opt_state, *inputs)
+
     def gradients(self, *inputs):
         """The loss, its gradients for parameters and for states; nothing changes."""
-        loss, grads, seen = self._gradients(self.variables, self.opt_state, *inputs)
+        loss, grads, seen = self.gradient_trees(*inputs)
         return loss, by_path(grads), scales(seen)
 
     def step(self, *inputs):

@@ -11,6 +11,11 @@ def normal(seed, *shape, dtype=jnp.float32):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
+def half(*shape):
+    """The shape of an array in bfloat16, for what is traced alone."""
+    return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
+
 def assert_trees_equal(actual, expected):
     """One structure, the same dtypes, and equal numbers."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
