@@ -27,12 +27,12 @@ def says_dtype(value: Any) -> bool:
         return False
 
 
-def is_of_flax(definition: Any, *apis: str) -> bool:
+def is_of_flax(definition: Any, api: str | None = None) -> bool:
     """Whether Flax defines this class or function.
 
     Args:
       definition: a class or a function.
-      *apis: ``"linen"`` or ``"nnx"``; either if not given.
+      api: ``"linen"`` or ``"nnx"``; None: either.
 
     Example:
       >>> import flax.linen as nn
@@ -40,12 +40,15 @@ def is_of_flax(definition: Any, *apis: str) -> bool:
       (True, False, False)
     """
     module = getattr(definition, "__module__", None) or ""
-    return module.startswith(tuple(f"flax.{api}" for api in apis or ("linen", "nnx")))
+    return module.startswith(f"flax.{api}" if api else ("flax.linen", "flax.nnx"))
 
 
 def any_complex(args: Iterable[Any]) -> bool:
     """Whether there is a complex array among the arguments of a method."""
-    return any(getattr(getattr(arg, "dtype", None), "kind", "") == "c" for arg in args)
+    for arg in args:  # a loop, as each method of a model asks
+        if getattr(getattr(arg, "dtype", None), "kind", "") == "c":
+            return True
+    return False
 
 
 def complex_error(
