@@ -145,9 +145,9 @@ def promise(states: ArrayTree) -> ArrayTree:
     found = found_states(states, ScalingState)
     if not any(map(_has_seen_operands, found)):
         raise ValueError(
-            "Scaling states are calibrated by a gradient that reaches them, and none of "
-            f"these {len(found)} has seen one. Pass the loss that is trained, and inputs "
-            "that are finite and not all zeros."
+            "Scaling states are calibrated by a gradient that reaches them, and none "
+            f"of these {len(found)} has seen one. Pass the loss that is trained, and "
+            "inputs that are finite and not all zeros."
         )
 
     def mark(leaf):

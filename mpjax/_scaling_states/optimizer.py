@@ -80,7 +80,8 @@ def scaled(
       >>> variables = model.init(jax.random.key(0), x)
       >>> tx = mpjax.scaled(optax.sgd(0.1))
       >>> opt_state = tx.init(variables)
-      >>> grads = jax.grad(lambda variables: model.apply(variables, x).mean())(variables)
+      >>> loss_fn = lambda variables: model.apply(variables, x).mean()
+      >>> grads = jax.grad(loss_fn)(variables)
       >>> updates, opt_state = tx.update(grads, opt_state, variables)
       >>> variables = mpjax.apply_updates(variables, updates)
       >>> print(f"{variables['scaling']['kernel'].scale[0]:.5f}")  # 1 / 448, rounded up
@@ -124,8 +125,8 @@ def apply_updates(params: ArrayTree, updates: ArrayTree) -> ArrayTree:
 
     Args:
       params: a tree of arrays and of ``ScalingState``.
-      updates: what the ``update`` of a `scaled` optimizer has returned for the tree. For
-        a tree without states, that of any optimizer.
+      updates: what the ``update`` of a `scaled` optimizer has returned for the tree;
+        for a tree without states, that of any optimizer.
 
     Returns:
       The tree for the next step. Arrays are those of ``optax.apply_updates``.
