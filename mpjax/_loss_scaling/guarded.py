@@ -96,9 +96,9 @@ def _check_no_states(tree):
     is_state = functools.partial(is_instance, ScalingState)
     if any(map(is_state, jax.tree.leaves(tree, is_leaf=is_state))):
         raise ValueError(
-            "Loss scaling does not unscale what scaling states observe. Put it inside: "
-            "mpjax.scaled(mpjax.dynamic_loss_scaling(...)), or give it parameters "
-            "alone."
+            "Loss scaling does not unscale what scaling states observe. Put it "
+            "inside: mpjax.scaled(mpjax.dynamic_loss_scaling(...)), or give it "
+            "parameters alone."
         )
 
 

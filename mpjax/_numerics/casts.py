@@ -44,7 +44,7 @@ def saturating_cast(x: Array, dtype: DType) -> Array:
 
     Example:
       >>> import jax.numpy as jnp, mpjax
-      >>> mpjax.saturating_cast(jnp.array([0.3, 1e6]), jnp.float8_e4m3fn)
+      >>> mpjax.numerics.saturating_cast(jnp.array([0.3, 1e6]), jnp.float8_e4m3fn)
       Array([0.3125, 448], dtype=float8_e4m3fn)
     """
     x, dtype = _floating("saturating_cast", x), jnp.dtype(dtype)
@@ -81,9 +81,10 @@ def round_to_format(x: Array, dtype: DType) -> Array:
     Example:
       >>> import jax, jax.numpy as jnp, mpjax
       >>> x = jnp.array([0.3, 1e6])
-      >>> mpjax.round_to_format(x, jnp.float8_e4m3fn)
+      >>> to_e4m3 = lambda x: mpjax.numerics.round_to_format(x, jnp.float8_e4m3fn)
+      >>> to_e4m3(x)
       Array([3.125e-01, 4.480e+02], dtype=float32)
-      >>> jax.grad(lambda x: mpjax.round_to_format(x, jnp.float8_e4m3fn).sum())(x)
+      >>> jax.grad(lambda x: to_e4m3(x).sum())(x)
       Array([1., 0.], dtype=float32)
     """
     x, fmt = _floating("round_to_format", x), format_info(dtype)
@@ -128,7 +129,7 @@ def stochastic_round(x: Array, dtype: DType, key: Array) -> Array:
     Example:
       >>> import jax, jax.numpy as jnp, mpjax
       >>> x = jnp.full(10_000, 1.001)
-      >>> y = mpjax.stochastic_round(x, jnp.bfloat16, jax.random.key(0))
+      >>> y = mpjax.numerics.stochastic_round(x, jnp.bfloat16, jax.random.key(0))
       >>> bool(abs(y.astype(jnp.float32).mean() - 1.001) < 1e-4)  # nearest gives 1.0
       True
 

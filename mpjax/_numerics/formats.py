@@ -39,7 +39,7 @@ class Format:
 
     Example:
       >>> import jax.numpy as jnp, mpjax
-      >>> fmt = mpjax.format_info(jnp.float8_e5m2)
+      >>> fmt = mpjax.numerics.format_info(jnp.float8_e5m2)
       >>> fmt.bits, fmt.max, fmt.has_inf, fmt.short_name
       (8, 57344.0, True, 'f8_e5m2')
 
@@ -193,7 +193,7 @@ def format_info(dtype: DType) -> Format:
 
     Example:
       >>> import jax.numpy as jnp, mpjax
-      >>> mpjax.format_info(jnp.float8_e4m3fn).max
+      >>> mpjax.numerics.format_info(jnp.float8_e4m3fn).max
       448.0
     """
     name = jnp.dtype(dtype).name

@@ -40,7 +40,7 @@ def block_amax(
     Example:
       >>> import jax.numpy as jnp, mpjax
       >>> x = jnp.array([[1.0, -2.0, 3.0], [4.0, 5.0, -6.0]])
-      >>> mpjax.block_amax(x, (1, 2))
+      >>> mpjax.numerics.block_amax(x, (1, 2))
       Array([[2., 3.],
              [5., 6.]], dtype=float32)
     """
@@ -112,7 +112,7 @@ def amax_to_scale(amax: Array, dtype: DType, rounding: Rounding = "exact") -> Ar
     Example:
       >>> import jax.numpy as jnp, mpjax
       >>> amax = jnp.array([896.0, 900.0, 0.0])
-      >>> mpjax.amax_to_scale(amax, jnp.float8_e4m3fn, "up")
+      >>> mpjax.numerics.amax_to_scale(amax, jnp.float8_e4m3fn, "up")
       Array([2., 4., 1.], dtype=float32)
 
     References:
@@ -159,7 +159,8 @@ def quantize_with_scale(
 
     Example:
       >>> import jax.numpy as jnp, mpjax
-      >>> mpjax.quantize_with_scale(jnp.array([1.0, 5.0]), jnp.array(0.01), jnp.int8)
+      >>> x, scale = jnp.array([1.0, 5.0]), jnp.array(0.01)
+      >>> mpjax.numerics.quantize_with_scale(x, scale, jnp.int8)
       Array([100, 127], dtype=int8)
     """
     block = check_block(block, x.shape)

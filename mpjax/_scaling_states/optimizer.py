@@ -125,8 +125,8 @@ def apply_updates(params: ArrayTree, updates: ArrayTree) -> ArrayTree:
 
     Args:
       params: a tree of arrays and of ``ScalingState``.
-      updates: what the ``update`` of a `scaled` optimizer has returned for the tree.
-        For a tree without states, that of any optimizer.
+      updates: what the ``update`` of a `scaled` optimizer has returned for the tree;
+        for a tree without states, that of any optimizer.
 
     Returns:
       The tree for the next step. Arrays are those of ``optax.apply_updates``.

@@ -93,7 +93,7 @@ def test_a_format_is_one_row(monkeypatch):
     monkeypatch.setitem(formats.FORMATS, "int2", row)
     x = jnp.array([[-9.0, -1.2, -0.5, 0.4, 0.6, 9.0]])
     # int2 holds -2, -1, 0 and 1.
-    cast = mpjax.saturating_cast(x, "int2")
+    cast = mpjax.numerics.saturating_cast(x, "int2")
     assert cast.dtype == row.dtype
     np.testing.assert_array_equal(
         cast.astype(jnp.float32), [[-2.0, -1.0, 0.0, 0.0, 1.0, 1.0]]
