@@ -3,7 +3,7 @@
 The front ends are ``mpjax.linen`` and ``mpjax.nnx``, to be imported by these names.
 """
 
-from mpjax import numerics
+from mpjax import numerics as numerics
 from mpjax._loss_scaling.loss import scale_loss, value_and_grad
 from mpjax._loss_scaling.state import (
     LossScalingState,

@@ -158,11 +158,3 @@ def test_files_are_short():
     assert max(lengths.values()) <= LONGEST
     code = sorted(n for file, n in lengths.items() if not file.endswith("__init__"))
     assert code[len(code) // 2] <= 130, "the median file"
-
-
-def test_every_public_name_is_documented():
-    for name, value in vars(mpjax).items():
-        if not name.startswith("_") and callable(value):
-            doc = value.__doc__ or ""
-            documented = "Example:" in doc or "Attributes:" in doc
-            assert documented or doc.count("\n") == 0 < len(doc), name

@@ -166,12 +166,12 @@ class MixedPrecision(nn.Module):
     @nn.nowrap
     def apply(
         self,
-        variables,
-        *args,
-        method=None,
+        variables: Any,
+        *args: Any,
+        method: Any = None,
         mutable: Any = False,
         capture_intermediates: Any = False,
-        **kwargs,
+        **kwargs: Any,
     ):
         """As ``nn.Module.apply``; ``method`` may be one of the wrapped module."""
         # A layer passes its scales to its next use in its variable, which is no result.
@@ -194,7 +194,12 @@ class MixedPrecision(nn.Module):
 
     @nn.nowrap
     def init_with_output(
-        self, rngs, *args, method=None, capture_intermediates: Any = False, **kwargs
+        self,
+        rngs: Any,
+        *args: Any,
+        method: Any = None,
+        capture_intermediates: Any = False,
+        **kwargs: Any,
     ):
         """As ``nn.Module.init_with_output``; ``method`` may be the module's."""
         capture = _of_the_model(capture_intermediates)

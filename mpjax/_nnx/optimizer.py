@@ -47,7 +47,7 @@ class Optimizer(nnx.Optimizer):
       >>> import jax.numpy as jnp, mpjax, mpjax.nnx, optax
       >>> rule = mpjax.Rule(".*", "mixed_float16", mpjax.delayed_scaling())
       >>> model = mpjax.nnx.mixed_precision(nnx.Linear(16, 8, rngs=nnx.Rngs(0)), rule)
-      >>> tx = mpjax.dynamic_loss_scaling(optax.adamw(3e-4))
+      >>> tx = mpjax.dynamic_loss_scaling(optax.sgd(3e-4))
       >>> optimizer = mpjax.nnx.Optimizer(model, tx)
       >>> @nnx.jit
       ... def train_step(model, optimizer, x):

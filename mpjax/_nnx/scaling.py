@@ -122,6 +122,15 @@ def keep_weights(model: nnx.Module) -> None:
 
     Raises:
       ValueError: no layer of the model has delayed scaling.
+
+    Example:
+      >>> from flax import nnx
+      >>> import mpjax, mpjax.nnx
+      >>> rule = mpjax.Rule(".*", "mixed_bfloat16", mpjax.delayed_scaling())
+      >>> model = mpjax.nnx.mixed_precision(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), rule)
+      >>> mpjax.nnx.keep_weights(model)
+      >>> model.kernel_scaling.weight.values.qvalue.dtype.name
+      'float8_e4m3fn'
     """
     states = scaling_stats(model)
     write_states(model, weights.keep_weights(values(states), kernels(model)))
@@ -135,6 +144,19 @@ def drop_weights(model: nnx.Module) -> None:
 
     Args:
       model: from ``mixed_precision``.
+
+    Raises:
+      ValueError: the model has no states of delayed scaling.
+
+    Example:
+      >>> from flax import nnx
+      >>> import mpjax, mpjax.nnx
+      >>> rule = mpjax.Rule(".*", "mixed_bfloat16", mpjax.delayed_scaling())
+      >>> model = mpjax.nnx.mixed_precision(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), rule)
+      >>> mpjax.nnx.keep_weights(model)
+      >>> mpjax.nnx.drop_weights(model)
+      >>> print(model.kernel_scaling.weight)
+      None
     """
     states = scaling_stats(model)
     write_states(model, weights.drop_weights(values(states)))

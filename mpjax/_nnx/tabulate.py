@@ -22,6 +22,9 @@ def tabulate(model: nnx.Module) -> str:
       its own. The model is not run: of a layer whose kernel another module reads and
       multiplies with, the recipe is shown and not used; ``mpjax.lowering`` sees that.
 
+    Raises:
+      TypeError: ``model`` is not an NNX module.
+
     Example:
       >>> from flax import nnx
       >>> import mpjax.nnx
@@ -32,6 +35,11 @@ def tabulate(model: nnx.Module) -> str:
        ───────────────────────────────────────────────────────────────
                Linear   p=f32,c=bf16,o=f32   -        f32          15
     """
+    if not isinstance(model, nnx.Module):
+        raise TypeError(
+            "mpjax.nnx.tabulate takes a flax.nnx.Module, got one of type "
+            f"{type(model).__name__}. For a Linen module use mpjax.linen.tabulate."
+        )
     rows = []
     for path, nodes in layers_by_path(model).items():
         values = [p.get_raw_value() for node in nodes for _, p in own_params(node)]

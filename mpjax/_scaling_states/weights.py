@@ -94,6 +94,9 @@ def drop_weights(states: ArrayTree) -> ArrayTree:
     Returns:
       The tree with states that keep no weights; the same scales and histories.
 
+    Raises:
+      ValueError: there is no ``ScalingState`` in the tree.
+
     Example:
       >>> import jax.numpy as jnp, mpjax
       >>> params = {"kernel": jnp.ones((2, 3))}
@@ -102,10 +105,15 @@ def drop_weights(states: ArrayTree) -> ArrayTree:
       >>> print(states["kernel"].weight)
       None
     """
-    return jax.tree.map(
-        lambda leaf: replace(leaf, weight=None) if _is_scaling_state(leaf) else leaf,
-        states,
-        is_leaf=_is_scaling_state,
+    leaves, structure = jax.tree.flatten(states, is_leaf=_is_scaling_state)
+    if not any(map(_is_scaling_state, leaves)):
+        raise ValueError(
+            "drop_weights takes a tree with scaling states, such as the variables of a "
+            f"model under delayed scaling; got a {type(states).__name__} without any."
+        )
+    return structure.unflatten(
+        replace(leaf, weight=None) if _is_scaling_state(leaf) else leaf
+        for leaf in leaves
     )
 
 
