@@ -15,7 +15,8 @@
 
 `support.py` compares the answers of ``Recipe.is_supported`` with those of compilers.
 
-May import: `_inspection`, `_recipes`.
+May import: `_inspection`, `_products`, `_recipes`, `_numerics`, `_printing`,
+`_hardware`, `_typing`.
 
 To add a verdict: `Verdict` and `_verdict` in `verdicts.py`.
 """
