@@ -30,15 +30,11 @@ from mpjax._policies.policy import half_dtype as half_dtype
 from mpjax._policies.presets import expand_rules as expand_rules
 from mpjax._policies.rule import Rule as Rule
 from mpjax._products.conv import (
-    observed_conv_general_dilated as observed_conv_general_dilated,
-)
-from mpjax._products.conv import (
     scaled_conv_general_dilated as scaled_conv_general_dilated,
 )
-from mpjax._products.dot_general import observed_dot_general as observed_dot_general
 from mpjax._products.dot_general import scaled_dot_general as scaled_dot_general
 from mpjax._products.einsum import einsum as einsum
-from mpjax._products.einsum import observed_einsum as observed_einsum
+from mpjax._products.observations import split_scales as split_scales
 from mpjax._recipes.named import block_scaling as block_scaling
 from mpjax._recipes.named import current_scaling as current_scaling
 from mpjax._recipes.named import delayed_scaling as delayed_scaling

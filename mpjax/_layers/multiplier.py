@@ -9,10 +9,11 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from mpjax._products.conv import observed_conv_general_dilated
-from mpjax._products.dot_general import observed_dot_general
-from mpjax._products.einsum import observed_einsum
+from mpjax._products.conv import scaled_conv_general_dilated
+from mpjax._products.dot_general import scaled_dot_general
+from mpjax._products.einsum import einsum
 from mpjax._products.multiply import DimensionNumbers
+from mpjax._products.observations import split_scales
 from mpjax._products.xla_cpu import conv_general_dilated
 from mpjax._recipes.recipe import Recipe
 from mpjax._recipes.state import ScalingState
@@ -69,12 +70,12 @@ class Multiplier:
             return lax.dot_general(lhs, rhs, dimension_numbers, **options)
         return self._observe(
             name,
-            lambda recipe, scales, weight: observed_dot_general(
+            lambda recipe, scales, weight: scaled_dot_general(
                 lhs,
                 rhs,
-                scales,
                 dimension_numbers,
                 recipe=recipe,
+                scales=scales,
                 quantized_rhs=weight,
                 **options,
             ),
@@ -88,8 +89,8 @@ class Multiplier:
             return jnp.einsum(subscripts, lhs, rhs, **options)
         return self._observe(
             name,
-            lambda recipe, scales, _: observed_einsum(
-                subscripts, lhs, rhs, scales, recipe=recipe, **options
+            lambda recipe, scales, _: einsum(
+                subscripts, lhs, rhs, recipe=recipe, scales=scales, **options
             ),
         )
 
@@ -113,8 +114,8 @@ class Multiplier:
             )
         return self._observe(
             "kernel",
-            lambda recipe, scales, _: observed_conv_general_dilated(
-                lhs, rhs, scales, *args, recipe=recipe, **kwargs
+            lambda recipe, scales, _: scaled_conv_general_dilated(
+                lhs, rhs, *args, recipe=recipe, scales=scales, **kwargs
             ),
         )
 
@@ -163,14 +164,14 @@ class Multiplier:
     def _observe(self, name: str, product: Callable) -> Array:
         self.served.add(name)
         if not self.recipe.stateful:
-            return product(self.recipe, None, None)[0]
+            return product(self.recipe, None, None)
         state = self.read(name)
         weight = None if state.weight is None else state.weight.values
         # A rule or a state may promise that scales are known.
         recipe = self.recipe if self.recipe.calibrated else state.recipe
-        out, later = product(recipe, state.scale, weight)
+        now, later = split_scales(state.scale)
         self.write(name, later)
-        return out
+        return product(recipe, now, weight)
 
 
 def unserved(path: str, kind: type, why: str) -> ValueError:

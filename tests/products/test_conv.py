@@ -11,9 +11,9 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from mpjax._products.conv import (
-    observed_conv_general_dilated,
     scaled_conv_general_dilated,
 )
+from mpjax._products.observations import split_scales
 from mpjax._recipes import named
 
 NHWC = ("NHWC", "HWIO", "NHWC")
@@ -136,12 +136,12 @@ def test_calls_in_a_row_observe_the_maximum():
     x, w = jnp.ones((1, 3, 8)), 2 * jnp.ones((3, 3, 1))
 
     def loss(scales):
-        y, scales = observed_conv_general_dilated(
-            x, w, scales, (1,), "SAME", recipe=recipe
-        )
-        y, scales = observed_conv_general_dilated(
-            y, w, scales, (1,), "SAME", recipe=recipe
-        )
+        y = x
+        for _ in range(2):
+            now, scales = split_scales(scales)
+            y = scaled_conv_general_dilated(
+                y, w, (1,), "SAME", recipe=recipe, scales=now
+            )
         return y.sum()
 
     np.testing.assert_allclose(jax.grad(loss)(jnp.zeros(3)), [6, 2, 6], rtol=1e-6)

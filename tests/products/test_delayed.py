@@ -10,7 +10,8 @@ from helpers import normal
 from jax import lax
 from scaled_products import value_and_gradients
 
-from mpjax._products.dot_general import observed_dot_general, scaled_dot_general
+from mpjax._products.dot_general import scaled_dot_general
+from mpjax._products.observations import split_scales
 from mpjax._recipes import named
 
 MATMUL = (((1,), (0,)), ((), ()))
@@ -74,10 +75,9 @@ def test_calls_in_a_row_observe_the_exact_maximum():
 
     def loss(scales, x, observed):
         for _ in range(3):
-            if observed:
-                x, scales = observed_dot_general(x, rhs, scales, MATMUL, recipe=recipe)
-            else:
-                x = scaled_dot_general(x, rhs, MATMUL, recipe=recipe, scales=scales)
+            now, later = split_scales(scales) if observed else (scales, scales)
+            x = scaled_dot_general(x, rhs, MATMUL, recipe=recipe, scales=now)
+            scales = later
         return x.sum()
 
     gradient = jax.jit(jax.grad(loss), static_argnums=2)
@@ -94,8 +94,9 @@ def test_scales_in_the_carry_of_a_scan_observe_the_maximum():
 
     def loss(scales):
         def body(scales, x):
-            out, scales = observed_dot_general(x, rhs, scales, MATMUL, recipe=recipe)
-            return scales, out.sum()
+            now, later = split_scales(scales)
+            out = scaled_dot_general(x, rhs, MATMUL, recipe=recipe, scales=now)
+            return later, out.sum()
 
         return lax.scan(body, scales, xs)[1].sum()
 

@@ -10,7 +10,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mpjax._numerics.qarray import quantize
-from mpjax._products.einsum import einsum, observed_einsum
+from mpjax._products.einsum import einsum
+from mpjax._products.observations import split_scales
 from mpjax._recipes import named
 
 RECIPE = named.current_scaling()
@@ -65,13 +66,14 @@ def test_the_operands_keep_their_roles():
         np.testing.assert_array_equal(seen, [2, 3, 1])
 
 
-def test_scales_are_handed_on():
+def test_calls_that_split_scales_observe_the_maximum():
     recipe = named.delayed_scaling()
     x, y = 2 * jnp.ones((4, 8)), 3 * jnp.ones((8, 5))
 
     def loss(scales):
-        one, scales = observed_einsum("ij,jk", x, y, scales, recipe=recipe)
-        two, scales = observed_einsum("ij,jk", x / 2, y, scales, recipe=recipe)
+        now, later = split_scales(scales)
+        one = einsum("ij,jk", x, y, recipe=recipe, scales=now)
+        two = einsum("ij,jk", x / 2, y, recipe=recipe, scales=later)
         return one.sum() + two.sum()
 
     np.testing.assert_array_equal(jax.grad(loss)(jnp.zeros(3)), [2, 3, 1])
