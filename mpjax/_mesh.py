@@ -3,10 +3,10 @@
 import jax
 from jax import lax
 
-from mpjax._typing import Array
+from mpjax._typing import Array, ArrayTree, AxisName
 
 
-def match_varying(*operands):
+def match_varying(*operands: ArrayTree) -> tuple:
     """Within ``shard_map``, marks all operands as varying where any of them does.
 
     The sum over devices of the gradient of a replicated weight is then the transpose of
@@ -22,6 +22,6 @@ def match_varying(*operands):
     return jax.tree.map(mark, operands)
 
 
-def varying_axes(x: Array) -> frozenset:
+def varying_axes(x: Array) -> frozenset[AxisName]:
     """The manual mesh axes over which an array differs between devices."""
     return jax.typeof(x).manual_axis_type.varying

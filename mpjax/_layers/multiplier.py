@@ -10,10 +10,11 @@ from jax import lax
 
 from mpjax._layers.kept_weights import checked_copy
 from mpjax._layers.sizes import convolution_size, dot_size, einsum_size
-from mpjax._products.conv import observed_conv_general_dilated
-from mpjax._products.dot_general import observed_dot_general
-from mpjax._products.einsum import observed_einsum
+from mpjax._products.conv import scaled_conv_general_dilated
+from mpjax._products.dot_general import scaled_dot_general
+from mpjax._products.einsum import einsum
 from mpjax._products.multiply import DimensionNumbers
+from mpjax._products.observations import split_scales
 from mpjax._products.xla_cpu import conv_general_dilated
 from mpjax._recipes.recipe import Recipe
 from mpjax._recipes.state import ScalingState
@@ -68,12 +69,12 @@ class Multiplier:
         return self._observe(
             name,
             rhs,
-            lambda recipe, scales, copy: observed_dot_general(
+            lambda recipe, scales, copy: scaled_dot_general(
                 lhs,
                 rhs,
-                scales,
                 dimension_numbers,
                 recipe=recipe,
+                scales=scales,
                 quantized_rhs=copy,
                 **options,
             ),
@@ -88,8 +89,8 @@ class Multiplier:
         return self._observe(
             name,
             None,
-            lambda recipe, scales, _: observed_einsum(
-                subscripts, lhs, rhs, scales, recipe=recipe, **options
+            lambda recipe, scales, _: einsum(
+                subscripts, lhs, rhs, recipe=recipe, scales=scales, **options
             ),
         )
 
@@ -114,8 +115,8 @@ class Multiplier:
         return self._observe(
             "kernel",
             None,
-            lambda recipe, scales, _: observed_conv_general_dilated(
-                lhs, rhs, scales, *args, recipe=recipe, **kwargs
+            lambda recipe, scales, _: scaled_conv_general_dilated(
+                lhs, rhs, *args, recipe=recipe, scales=scales, **kwargs
             ),
         )
 
@@ -165,16 +166,16 @@ class Multiplier:
         """A product under the recipe; of ``weight`` it may read a kept copy."""
         self.served.add(name)
         if not self.recipe.stateful:
-            return product(self.recipe, None, None)[0]
+            return product(self.recipe, None, None)
         state = self.read(name, weight)
         copy = None
         if state.weight is not None and weight is not None:
             copy = checked_copy(self.path, weight, state.weight.values)
         # A rule or a state may promise that scales are known.
         recipe = self.recipe if self.recipe.calibrated else state.recipe
-        out, later = product(recipe, state.scale, copy)
+        now, later = split_scales(state.scale)
         self.write(name, later)
-        return out
+        return product(recipe, now, copy)
 
 
 def unserved(path: str, kind: type, why: str) -> ValueError:

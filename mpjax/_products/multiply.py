@@ -3,11 +3,12 @@
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mpjax._mesh import varying_axes
 from mpjax._numerics.formats import format_info, holds_scales
@@ -16,9 +17,11 @@ from mpjax._numerics.scales import expand_scale
 from mpjax._products.xla_cpu import dot_general, dot_general_on_cpu
 from mpjax._typing import Array, DType
 
+# ((lc, rc), (lb, rb)): the contracted axes of lhs and of rhs, then those of the batch.
 DimensionNumbers: TypeAlias = tuple[
     tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]
 ]
+_Sharding: TypeAlias = NamedSharding | PartitionSpec | None
 
 
 def multiply(
@@ -27,8 +30,8 @@ def multiply(
     dimension_numbers: DimensionNumbers,
     *,
     dtype: DType,
-    precision: Any = None,
-    out_sharding: Any = None,
+    precision: lax.PrecisionLike = None,
+    out_sharding: _Sharding = None,
 ) -> Array:
     """``lax.dot_general`` of operands that are both quantized, or both not.
 
@@ -55,7 +58,7 @@ def multiply(
     elif _is_blocked(lhs, lc) or _is_blocked(rhs, rc):
         out = _multiply_blocked(lhs, rhs, dimension_numbers, out_sharding)
     else:
-        return _scaled(lhs, rhs, dimension_numbers, dtype, out_sharding)
+        return _multiply_scaled(lhs, rhs, dimension_numbers, dtype, out_sharding)
     return out.astype(dtype)
 
 
@@ -67,8 +70,13 @@ def _powers_of_two(*operands: QArray) -> bool:
     return all(q.rounding != "exact" for q in operands)
 
 
-def _multiply_blocked(lhs, rhs, dimension_numbers, out_sharding) -> Array:
-    """f32, of operands whose scales change along the contraction."""
+def _multiply_blocked(
+    lhs: QArray,
+    rhs: QArray,
+    dimension_numbers: DimensionNumbers,
+    out_sharding: _Sharding,
+) -> Array:
+    """The f32 product of operands whose scales change along the contraction."""
     # Values times powers of two are exact in bfloat16, so every single product is.
     exact = _powers_of_two(lhs, rhs)
     wide = jnp.bfloat16 if exact else jnp.float32
@@ -89,8 +97,8 @@ def _multiply_blocked(lhs, rhs, dimension_numbers, out_sharding) -> Array:
     pair = list(lc).index(max(lc)), list(rc).index(max(rc))
     if not (
         pair[0] == pair[1]
-        and _is_mx_operand(lhs, lc)
-        and _is_mx_operand(rhs, rc)
+        and _suits_block_scaled_unit(lhs, lc)
+        and _suits_block_scaled_unit(rhs, rc)
         and _has_block_scaled_products()
     ):
         return emulate(lhs, rhs)
@@ -119,7 +127,7 @@ def _has_block_scaled_products() -> bool:
     return all(int(major) >= 10 for major in majors if major.isdigit())
 
 
-def _is_mx_operand(q: QArray, contracting: Sequence[int]) -> bool:
+def _suits_block_scaled_unit(q: QArray, contracting: Sequence[int]) -> bool:
     """Whether a GPU's block-scaled product takes it, on the device that it is on."""
     kind = jax.typeof(q.qvalue)
     sharded = not kind.sharding.mesh.empty and kind.sharding.mesh.explicit_axes
@@ -135,8 +143,10 @@ def _is_mx_operand(q: QArray, contracting: Sequence[int]) -> bool:
     )
 
 
-def _rows(q: QArray, batch: Sequence[int], contracting: Sequence[int]):
-    """Values and scales as [batch, free, contracted], and what was merged to that."""
+def _rows(
+    q: QArray, batch: Sequence[int], contracting: Sequence[int]
+) -> tuple[Array, Array, list[int], list[int]]:
+    """Values and scales as [batch, free, contracted], and the sizes merged in those."""
     free = [i for i in range(q.qvalue.ndim) if i not in (*batch, *contracting)]
     order = (*batch, *free, *contracting)
     batch_shape = [q.shape[i] for i in batch]
@@ -150,8 +160,14 @@ def _rows(q: QArray, batch: Sequence[int], contracting: Sequence[int]):
     return values, scales, batch_shape, free_shape
 
 
-def _scaled(lhs, rhs, dimension_numbers, dtype, out_sharding) -> Array:
-    """Of operands whose scales do not change along the contraction.
+def _multiply_scaled(
+    lhs: QArray,
+    rhs: QArray,
+    dimension_numbers: DimensionNumbers,
+    dtype: DType,
+    out_sharding: _Sharding,
+) -> Array:
+    """The product of operands whose scales do not change along the contraction.
 
     fp8 operands go into the product as they are where a device may have units for them;
     on a CPU, and where formats of other kinds meet, as bfloat16, which holds all their
@@ -196,8 +212,10 @@ def _scaled(lhs, rhs, dimension_numbers, dtype, out_sharding) -> Array:
     return wide(lhs, rhs)
 
 
-def _scale_output(out: Array, lhs: QArray, rhs: QArray, dimension_numbers) -> Array:
-    """Multiplies by both scales: numbers for each batch and free index, or one."""
+def _scale_output(
+    out: Array, lhs: QArray, rhs: QArray, dimension_numbers: DimensionNumbers
+) -> Array:
+    """Multiplies by both scales: one for each batch and free index, or one for all."""
     (lc, rc), (lb, rb) = dimension_numbers
     lhs_free = lhs.qvalue.ndim - len(lb) - len(lc)
     rhs_free = rhs.qvalue.ndim - len(rb) - len(rc)
@@ -215,7 +233,10 @@ def _scale_output(out: Array, lhs: QArray, rhs: QArray, dimension_numbers) -> Ar
     return out * lhs_scale.astype(out.dtype) * rhs_scale.astype(out.dtype)
 
 
-def _batch_then_free(q: QArray, batch, contracting) -> Array:
+def _batch_then_free(
+    q: QArray, batch: Sequence[int], contracting: Sequence[int]
+) -> Array:
+    """The scales, f32[batch..., free...]."""
     scale = expand_scale(q.scale, q.shape, q.block)
     free = [i for i in range(scale.ndim) if i not in (*batch, *contracting)]
     scale = lax.squeeze(scale, contracting) if contracting else scale
