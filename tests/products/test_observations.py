@@ -90,8 +90,8 @@ def test_scales_that_do_not_fit_are_refused(product, scales, error, message):
 
 def test_scales_go_with_a_recipe_that_has_a_use_for_them():
     with pytest.raises(ValueError, match=r"'current .* no use for scales; leave"):
-        mpjax.einsum("ij,jk", X[0], W, recipe=current_scaling(), scales=SCALES)
-    for recipe in (current_scaling, "current"):
+        mpjax.einsum("ij,jk", X[0], W, recipe=mpjax.current_scaling(), scales=SCALES)
+    for recipe in (mpjax.current_scaling, "current"):
         with pytest.raises(TypeError, match=r"recipe is what mpjax.current_scaling\("):
             mpjax.einsum("ij,jk", X[0], W, recipe=recipe)
 
