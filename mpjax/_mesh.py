@@ -15,7 +15,7 @@ def match_varying(*operands: ArrayTree) -> tuple:
     leaves = jax.tree.leaves(operands)
     axes = frozenset().union(*(varying_axes(leaf) for leaf in leaves))
 
-    def mark(x):
+    def mark(x: Array) -> Array:
         missing = tuple(sorted(axes - varying_axes(x), key=str))
         return lax.pcast(x, missing, to="varying") if missing else x
 

@@ -13,29 +13,28 @@ from mpjax._layers.sizes import convolution_size, dot_size, einsum_size
 from mpjax._products.conv import scaled_conv_general_dilated
 from mpjax._products.dot_general import scaled_dot_general
 from mpjax._products.einsum import einsum
-from mpjax._products.multiply import DimensionNumbers
 from mpjax._products.observations import split_scales
 from mpjax._products.xla_cpu import conv_general_dilated
 from mpjax._recipes.recipe import Recipe
 from mpjax._recipes.state import ScalingState
-from mpjax._typing import Array, DType
+from mpjax._typing import Array, DimensionNumbers, DType
 
 _CONVOLUTION = inspect.signature(lax.conv_general_dilated)
 
 
 @dataclass(frozen=True)
 class Multiplier:
-    """Replaces the functions of ``lax`` and ``jnp`` that a layer multiplies with.
+    """The functions that a layer multiplies with, in place of ``lax`` and ``jnp``.
 
-    Equal ones hash equal, so that a layer which has one is the same to a cache.
+    Equal ones hash equal, so that a cache takes two layers that have them for the same.
 
     Attributes:
       path: of the layer, for errors.
       recipe: formats and scalings.
       min_size: what sums over less, or gives fewer features, is left to ``lax``.
-      read: the state of a product, by its name, with the weight that a kept copy may
-        serve for; of a stateful recipe.
-      write: takes the scales that the product hands on, for its next use.
+      read: the state of a product, by its name, and by the weight that a kept copy may
+        be of; of a stateful recipe.
+      write: takes the scales that are left of a split, for the next use of the product.
       served: is given the names of the products that used the recipe.
     """
 

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -152,24 +153,27 @@ def stochastic_round(x: Array, dtype: DType, key: Array) -> Array:
 
 
 @saturating_cast.defjvp
-def _(dtype, primals, tangents):
+def _(dtype: DType, primals: tuple, tangents: tuple) -> tuple[Array, Any]:
     out = saturating_cast(primals[0], dtype)
     return out, _straight_through(primals[0], tangents[0], dtype, out.dtype)
 
 
 @round_to_format.defjvp
-def _(dtype, primals, tangents):
+def _(dtype: DType, primals: tuple, tangents: tuple) -> tuple[Array, Any]:
     out = round_to_format(primals[0], dtype)
     return out, _straight_through(primals[0], tangents[0], dtype, out.dtype)
 
 
 @stochastic_round.defjvp
-def _(dtype, primals, tangents):
+def _(dtype: DType, primals: tuple, tangents: tuple) -> tuple[Array, Any]:
     out = stochastic_round(primals[0], dtype, primals[1])
     return out, _straight_through(primals[0], tangents[0], dtype, out.dtype)
 
 
-def _straight_through(x, tangent, dtype, out_dtype):
+def _straight_through(
+    x: Array, tangent: Array, dtype: DType, out_dtype: DType
+) -> Array | np.ndarray:
+    """The tangent inside the range of a format, and 0 outside."""
     if not jnp.issubdtype(out_dtype, jnp.floating):
         return np.zeros(x.shape, jax.dtypes.float0)  # integers have no derivative
     tangent = tangent.astype(out_dtype)
@@ -181,7 +185,7 @@ def _straight_through(x, tangent, dtype, out_dtype):
     return tangent * inside.astype(out_dtype)
 
 
-def _floating(name: str, x) -> Array:
+def _floating(name: str, x: jax.typing.ArrayLike) -> Array:
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(
@@ -237,7 +241,7 @@ def _magic(x: Array, fmt: Format) -> Array:
 def _to_format(x: Array, fmt: Format) -> Array:
     """Saturates and casts; on a CPU by arithmetic, XLA's fp8 casts being slow there."""
 
-    def cast(x):
+    def cast(x: Array) -> Array:
         x = _saturate(x, fmt)
         if not fmt.has_zero:
             return _to_power_of_two(x, fmt)

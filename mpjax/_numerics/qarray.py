@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -119,11 +119,11 @@ def _quantize(
     return QArray(qvalue, scale.astype(scale_dtype), block, rounding)
 
 
-def _quantize_forward(x, *static):
+def _quantize_forward(x: Any, *static: Any) -> tuple[QArray, None]:
     return _quantize(x.value, *static), None
 
 
-def _no_gradient(*args):
+def _no_gradient(*args: Any) -> tuple[None]:
     """A cotangent of 8 bits would come out as zeros and a few huge numbers."""
     cotangents = jax.tree.leaves(args[-1])
     if all(isinstance(leaf, SymbolicZero) for leaf in cotangents):

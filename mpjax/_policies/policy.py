@@ -229,7 +229,8 @@ def spelled_like(given: DType, dtype: np.dtype) -> DType:
     return dtype if isinstance(given, np.dtype) else getattr(jnp, dtype.name)
 
 
-def _floating_dtype(dtype) -> np.dtype:
+def _floating_dtype(dtype: DType) -> np.dtype:
+    """The dtype of a policy, or a ValueError."""
     if isinstance(dtype, str):
         return parse_dtype(dtype)
     try:

@@ -120,12 +120,18 @@ def differentiable_product(
     return product.multiply(lhs_operand, rhs_operand)
 
 
-def _forward(product: ScaledProduct, lhs, rhs, scales, quantized_rhs):
+def _forward(
+    product: ScaledProduct,
+    lhs: Array,
+    rhs: Array,
+    scales: Array | None,
+    quantized_rhs: QArray | None,
+) -> tuple[Array, tuple]:
     lhs, rhs = first_order((lhs, rhs))
-    (lhs, kept_lhs), seen_lhs = product.quantize(
+    (lhs_operand, kept_lhs), seen_lhs = product.quantize(
         "lhs", lhs, ["out", "rhs_grad"], scales
     )
-    (rhs, kept_rhs), seen_rhs = product.quantize_rhs(
+    (rhs_operand, kept_rhs), seen_rhs = product.quantize_rhs(
         rhs, ["out", "lhs_grad"], scales, quantized_rhs
     )
     residuals = (
@@ -135,10 +141,12 @@ def _forward(product: ScaledProduct, lhs, rhs, scales, quantized_rhs):
         seen_rhs,
         scales,
     )
-    return product.multiply(lhs, rhs), residuals
+    return product.multiply(lhs_operand, rhs_operand), residuals
 
 
-def _backward(product: ScaledProduct, residuals, grad):
+def _backward(
+    product: ScaledProduct, residuals: tuple, grad: Array
+) -> tuple[Array, Array, Array | None, None]:
     lhs, rhs, seen_lhs, seen_rhs, scales = residuals
     (grad_for_lhs, grad_for_rhs), seen_grad = product.quantize(
         "grad", first_order(grad), ["lhs_grad", "rhs_grad"], scales

@@ -13,12 +13,12 @@ from mpjax._mesh import match_varying
 from mpjax._numerics.qarray import Operand, QArray
 from mpjax._numerics.scales import check_block
 from mpjax._products.differentiable import ScaledProduct, differentiable_product
-from mpjax._products.multiply import DimensionNumbers, multiply
+from mpjax._products.multiply import multiply
 from mpjax._products.observations import check_scales
 from mpjax._products.operands import check_operand, check_result
 from mpjax._recipes.recipe import ProductName, Recipe
 from mpjax._recipes.state import TensorName
-from mpjax._typing import Array, DType
+from mpjax._typing import Array, DimensionNumbers, DType
 
 
 def scaled_dot_general(

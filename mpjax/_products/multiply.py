@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import jax
@@ -15,12 +15,8 @@ from mpjax._numerics.formats import format_info, holds_scales
 from mpjax._numerics.qarray import Operand, QArray, dequantize
 from mpjax._numerics.scales import expand_scale
 from mpjax._products.xla_cpu import dot_general, dot_general_on_cpu
-from mpjax._typing import Array, DType
+from mpjax._typing import Array, DimensionNumbers, DType
 
-# ((lc, rc), (lb, rb)): the contracted axes of lhs and of rhs, then those of the batch.
-DimensionNumbers: TypeAlias = tuple[
-    tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]
-]
 _Sharding: TypeAlias = NamedSharding | PartitionSpec | None
 
 
@@ -81,7 +77,7 @@ def _multiply_blocked(
     exact = _powers_of_two(lhs, rhs)
     wide = jnp.bfloat16 if exact else jnp.float32
 
-    def emulate(lhs, rhs):
+    def emulate(lhs: QArray, rhs: QArray) -> Array:
         return dot_general(
             dequantize(lhs, wide),
             dequantize(rhs, wide),
@@ -105,10 +101,10 @@ def _multiply_blocked(
     others = [i for i in range(len(lc)) if i != pair[0]]
     lc, rc = ([c[i] for i in (*others, pair[0])] for c in (lc, rc))
 
-    def native(lhs, rhs):
-        (lhs, lhs_scale, batch, lhs_free) = _rows(lhs, lb, lc)
-        (rhs, rhs_scale, _, rhs_free) = _rows(rhs, rb, rc)
-        out = jax.nn.scaled_matmul(lhs, rhs, lhs_scale, rhs_scale)
+    def native(lhs: QArray, rhs: QArray) -> Array:
+        lhs_values, lhs_scale, batch, lhs_free = _rows(lhs, lb, lc)
+        rhs_values, rhs_scale, _, rhs_free = _rows(rhs, rb, rc)
+        out = jax.nn.scaled_matmul(lhs_values, rhs_values, lhs_scale, rhs_scale)
         return out.reshape(*batch, *lhs_free, *rhs_free)
 
     return lax.platform_dependent(lhs, rhs, cuda=native, default=emulate)
@@ -174,10 +170,10 @@ def _multiply_scaled(
     values.
     """
 
-    def scale(out, lhs, rhs):
+    def scale(out: Array, lhs: QArray, rhs: QArray) -> Array:
         return _scale_output(out, lhs, rhs, dimension_numbers).astype(dtype)
 
-    def narrow(lhs, rhs, accumulator=jnp.float32):
+    def narrow(lhs: QArray, rhs: QArray, accumulator: DType = jnp.float32) -> Array:
         out = lax.dot_general(
             lhs.qvalue,
             rhs.qvalue,
@@ -188,7 +184,7 @@ def _multiply_scaled(
         wide = accumulator == jnp.int32
         return scale(out.astype(jnp.float32) if wide else out, lhs, rhs)
 
-    def wide(lhs, rhs, multiply=dot_general):
+    def wide(lhs: QArray, rhs: QArray, multiply: Callable = dot_general) -> Array:
         out = multiply(
             lhs.qvalue.astype(jnp.bfloat16),
             rhs.qvalue.astype(jnp.bfloat16),

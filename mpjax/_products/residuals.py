@@ -1,5 +1,7 @@
 """What a forward pass saves for the backward pass."""
 
+from typing import NoReturn
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -53,7 +55,7 @@ def first_order(operands: ArrayTree) -> ArrayTree:
 
 
 @first_order.defjvp
-def _second_derivative(primals: tuple, tangents: tuple):
+def _second_derivative(primals: tuple, tangents: tuple) -> NoReturn:
     del primals, tangents
     raise TypeError(
         "A product under a recipe can be differentiated once, in reverse mode: it has "

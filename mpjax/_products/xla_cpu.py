@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mpjax._typing import Array, DType
+from mpjax._typing import Array, DimensionNumbers, DType
 
 # The newest jaxlib when this was written, 0.12.0.1, has the fault still.
 _FAULTY = jax.__version_info__ >= (0, 11, 2)
@@ -58,7 +58,7 @@ def _keep_apart(y: Array) -> Array:
 def dot_general(
     lhs: Array,
     rhs: Array,
-    dimension_numbers: Any,
+    dimension_numbers: DimensionNumbers,
     precision: lax.PrecisionLike = None,
     preferred_element_type: DType | None = None,
     *,
@@ -98,7 +98,7 @@ def dot_general(
 
 
 def dot_general_on_cpu(
-    lhs: Array, rhs: Array, dimension_numbers: Any, **options: Any
+    lhs: Array, rhs: Array, dimension_numbers: DimensionNumbers, **options: Any
 ) -> Array:
     """``lax.dot_general`` of bfloat16 into float32, in a form that a CPU can run.
 
@@ -125,7 +125,7 @@ def dot_general_on_cpu(
       >>> dot_general_on_cpu(x, w, dims, preferred_element_type=jnp.float32).shape
       (2, 3, 5)
     """
-    (lc, rc), (lb, rb) = dimension_numbers  # contracted axes, then those of the batch
+    (lc, rc), (lb, rb) = dimension_numbers
     lhs_free, rhs_free = _free(lhs, lc, lb), _free(rhs, rc, rb)
     if min(lc, default=lhs.ndim) < max(lhs_free, default=-1):
         lhs, (lb, _, lc) = _transposed(lhs, lb, lhs_free, lc)

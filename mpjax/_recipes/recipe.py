@@ -134,6 +134,9 @@ class Recipe:
         Args:
           loss_scale: that of the first step; 0 if it is not known.
 
+        Returns:
+          A state.
+
         Raises:
           ValueError: no scaling of this recipe is delayed, so there is no state.
 
@@ -158,7 +161,7 @@ class Recipe:
         observed: Array,
         loss_scale: Array | float | None = None,
     ) -> ScalingState:
-        """Enters the amaxes of one optimizer step; to be called once a step.
+        """Updates a state with the amaxes of one optimizer step. Call it once per step.
 
         The scale of the next step comes from the maximum of the history, or its last
         entry. An amax that is 0 or not finite tells nothing: it never enters the
@@ -168,8 +171,8 @@ class Recipe:
         Args:
           state: of the product.
           observed: f32[..., 3], the gradient with respect to ``state.scale``: the
-            amaxes of lhs, rhs and output gradient. Those of microbatches, or of several
-            uses of a layer, are to be merged by ``jnp.maximum``.
+            amaxes of lhs, rhs and output gradient. Merge those of microbatches, or of
+            several uses of a layer, by ``jnp.maximum`` (or `split_scales`).
           loss_scale: f32[], the loss scale of the step to come; None: the loss is not
             scaled. While that of the last step is not known, nothing is entered.
 
@@ -201,7 +204,7 @@ class Recipe:
         return self.rescale(entered, loss_scale)
 
     def rescale(self, state: ScalingState, loss_scale: Array | float) -> ScalingState:
-        """The state for a step with another loss scale; after a skipped step, say.
+        """The state for a step with another loss scale, as after a skipped step.
 
         Args:
           state: of the product.
