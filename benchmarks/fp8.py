@@ -15,9 +15,10 @@ pre-norm transformer layers: width 2048, 8192 hidden, 16 heads, 16 x 256 tokens 
 one), whose 12 products run in fp8; the six products of attention stay in bfloat16.
 ``--bias`` gives the layers biases.
 
-Delayed scaling is timed as it runs after `calibrate`, but for the row "not calibrated". "delayed weights" are scaled by their amaxes a step
-before; those "kept" the optimizer leaves behind in 8 bits, with `keep_weights`. "exact"
-are scales that are no powers of two.
+Delayed scaling is timed as it runs after `calibrate`, but for the row "not calibrated".
+"delayed weights" are scaled by their amaxes a step before; those "kept" the optimizer
+leaves behind in 8 bits, with ``keep_weights=True``. "exact" are scales that are no
+powers of two.
 """
 
 import collections
