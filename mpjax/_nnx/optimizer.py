@@ -1,6 +1,7 @@
 """An optimizer of a model's parameters that updates its scaling states as well."""
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -149,14 +150,16 @@ def value_and_grad(
 
     @functools.wraps(loss_fn)
     def loss_and_grads(*args, **kwargs):
+        # nnx.grad takes modules by their positions.
+        call = inspect.signature(loss_fn).bind(*args, **kwargs)
+        args, kwargs = call.args, call.kwargs
         opt_state = _arrays(optimizer)
         scales_loss = bool(found_states(opt_state, LossScalingState))
         if scales_loss:
             for place in places:
                 _rescale(args[place], loss_scale(opt_state))
 
-        @functools.wraps(loss_fn)
-        def scaled(*args, **kwargs):
+        def scaled(*args):
             loss, aux = loss_and_aux(loss_fn(*args, **kwargs), has_aux)
             if not scales_loss:
                 return loss, (loss, aux)
@@ -166,7 +169,7 @@ def value_and_grad(
         grad_fn = nnx.grad(
             scaled, argnums=states[0] if is_single else states, has_aux=True
         )
-        grads, (loss, aux) = grad_fn(*args, **kwargs)
+        grads, (loss, aux) = grad_fn(*args)
         if scales_loss:
             grads = with_loss_scale(grads, loss_scale(opt_state))
         return ((loss, aux) if has_aux else loss), grads
