@@ -1,6 +1,7 @@
 import dataclasses
 import inspect
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,12 +9,16 @@ import pytest
 import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jaxprs import dots
 
 import mpjax
+import mpjax.linen
+from mpjax._lowering import support
 
 E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
 ALL = [
     mpjax.current_scaling,
+    mpjax.delayed_weight_scaling,
     mpjax.delayed_scaling,
     mpjax.per_channel_scaling,
     mpjax.block_scaling,
@@ -288,3 +293,27 @@ def test_update_keeps_shapes_and_dtypes():
     for old, leaf in zip(jax.tree.leaves(state), jax.tree.leaves(new), strict=True):
         assert (old.shape, old.dtype) == (leaf.shape, leaf.dtype)
     assert reference.dtype("float8_e4m3fn") == recipe.lhs.dtype
+
+
+def test_a_new_recipe_is_one_function(monkeypatch):
+    """Used through a rule, and shown for every device by `python -m mpjax targets`."""
+
+    def forward_scaling(dtype=E4M3):
+        return dataclasses.replace(mpjax.current_scaling(dtype), quantized=("out",))
+
+    monkeypatch.setitem(support.RECIPES, "forward_scaling()", forward_scaling())
+    (row,) = (
+        line for line in support.matrix().splitlines() if "forward_scaling" in line
+    )
+    assert "yes" in row
+    assert forward_scaling().is_supported("h100")[0]
+    rule = mpjax.Rule(".*", "mixed_bfloat16", forward_scaling())
+    model = mpjax.linen.mixed_precision(nn.Dense(8), rule)
+    x = jnp.ones((4, 16))
+    params = model.init(jax.random.key(0), x)
+
+    def loss(params):
+        return model.apply(params, x).sum()
+
+    found = dots(jax.make_jaxpr(jax.grad(loss))(params))
+    assert {dot.lhs.name for dot in found} >= {"float8_e4m3fn", "bfloat16"}
