@@ -112,7 +112,7 @@ def test_training_is_that_of_a_loop_by_hand(kind, keep):
         assert_equal(pure(ours), pure(hand))
     assert_equal(jax.tree.leaves(pure(optimizer)), jax.tree.leaves(pure(other)))
     if "loss" in kind:
-        assert mpjax.skipped_steps(nnx.as_pure(optimizer.opt_state)) >= 4
+        assert mpjax.skipped_steps(nnx.as_pure(optimizer.opt_state)) >= 3
     state = ours.up.kernel_scaling.get_value()
     assert np.any(np.asarray(state.scale) > 0)
     assert (state.weight is not None) == keep
@@ -124,7 +124,7 @@ def test_training_is_that_of_a_loop_by_hand(kind, keep):
 def test_models_without_states_train_as_with_flax(recipe, scaled):
     rule = mpjax.Rule(".*", "mixed_bfloat16", recipe)
     ours, hand = (mpjax.nnx.mixed_precision(Net(nnx.Rngs(0)), rule) for _ in range(2))
-    tx = optax.adam(1e-2)
+    tx = optax.sgd(2.0**-4)  # exact, in whichever order a compiler multiplies
     other = nnx.Optimizer(hand, tx, wrt=nnx.Param)
     tx = mpjax.static_loss_scaling(tx, 2.0**6) if scaled else tx
     optimizer = mpjax.nnx.Optimizer(ours, tx)

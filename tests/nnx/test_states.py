@@ -125,7 +125,8 @@ def test_update_scaling_wants_the_gradient_of_the_states():
     without = nnx.grad(lambda model: weigh(model(x)))
     with pytest.raises(ValueError, match=r"lack that of 'dense/kernel_scaling'"):
         mpjax.nnx.update_scaling(delayed, without(delayed))
-    mpjax.nnx.update_scaling(current, without(current))  # which has nothing to update
+    with pytest.raises(ValueError, match="no states of delayed scaling to update"):
+        mpjax.nnx.update_scaling(current, without(current))
 
 
 @pytest.mark.parametrize("kind", [nnx.WeightNorm, nnx.SpectralNorm])
