@@ -1,4 +1,4 @@
-"""Which products each target multiplies natively: the tables of LOWERING.md."""
+"""Which products each target multiplies natively."""
 
 import functools
 
@@ -16,7 +16,7 @@ E4M3, E5M2, INT8 = jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.int8
 BF16, F16, F32 = jnp.bfloat16, jnp.float16, jnp.float32
 SIZE = 512
 TPUS = ["v4", "v5e", "v5p", "v6e", "v7x"]
-# The table of LOWERING.md: does the matrix unit multiply 8 bits? If not, what?
+# Does the matrix unit multiply 8 bits? If not, what?
 _F32 = dict.fromkeys(TPUS, "float32") | dict(v4="bfloat16")
 TPU_TABLE = {
     "e4m3": dict(v4="bfloat16", v5e="float32", v5p="float32", v6e="float32", v7x="yes"),
