@@ -41,7 +41,7 @@ class MixedPrecision(nn.Module):
 
     Note:
       Delayed scaling has its states in a collection ``"scaling"``. A loss is
-      differentiated with respect to it as well, and `mpjax.update_scaling` updates it.
+      differentiated with respect to it as well, and `mpjax.scaled` updates it.
       Of several uses of a layer in one call of ``apply`` the largest amax counts,
       through the transformations of Linen too. JAX adds up what is observed
 

@@ -58,7 +58,7 @@ def mixed_precision(model: M, rules: Rules) -> M:
     Under a rule with a recipe Linear, Einsum and convolution layers, the projections of
     attention, ``Embed.attend`` and modules with a ``dot_general`` that is stock or None
     multiply in its formats. Delayed scaling adds `ScalingStat` variables to them, which
-    `update_scaling` keeps.
+    `mpjax.nnx.Optimizer` updates.
 
     Of a model that has policies already, the new rules replace all of the old ones.
 

@@ -21,7 +21,9 @@ def keep_weights(states: ArrayTree, params: ArrayTree) -> ArrayTree:
     A weight is quantized where the optimizer has just computed it, in the same pass
     over memory, and the steps to come read a byte per element. Its scale is the delayed
     one. It is rounded from the parameter itself, without a cast to the compute dtype in
-    between. To be called once, before training or after parameters were replaced; from
+    between. Recipes with ``keep_weights=True`` make such states from the start, and
+    `mpjax.scaled` and `mpjax.nnx.Optimizer` renew the copies. In a loop of another kind
+    this is to be called once, before training or after parameters were replaced; from
     then on `update_scaling` takes the new parameters::
 
         scaling = mpjax.keep_weights(scaling, params)
@@ -34,9 +36,10 @@ def keep_weights(states: ArrayTree, params: ArrayTree) -> ArrayTree:
     ``SpectralNorm``. A kernel that other modules change before it multiplies is not to
     be kept.
 
-    A layer multiplies with the copy, whatever parameters it is given. Others (an EMA, a
-    teacher, a reference model) take states of `drop_weights`, and after any change
-    without `update_scaling` this is to be called again. The gradient with respect to
+    A layer compares a few elements of the copy with those of its weight: given other
+    parameters it raises, or returns NaN where it is traced. Others (an EMA, a teacher,
+    a reference model) take states of `drop_weights`, and after any change without
+    `update_scaling` this is to be called again. The gradient with respect to
     such states has zeros of the size of the copies: use it within the ``jit`` that
     computes it.
 

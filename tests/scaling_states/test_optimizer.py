@@ -24,6 +24,12 @@ FACTORS = np.ones(STEPS, np.float32)
 FACTORS[[6, 9]] = 1e30
 
 
+@pytest.fixture(autouse=True)
+def promotion_of_optax():
+    with jax.numpy_dtype_promotion("standard"):  # bias corrections, MultiSteps
+        yield
+
+
 class Block(nn.Module):
     @nn.compact
     def __call__(self, x, _=None):
@@ -99,7 +105,6 @@ def assert_equal(actual, expected):
 
 @pytest.mark.parametrize("keep", [False, True], ids=["", "keep"])
 @pytest.mark.parametrize("kind", ["", "loss", "multi", "loss multi"])
-@jax.numpy_dtype_promotion("standard")  # optax.MultiSteps mixes dtypes
 def test_training_is_that_of_a_loop_by_hand(kind, keep):
     model, variables = setup(keep)
     params, scaling = variables["params"], variables["scaling"]
@@ -162,7 +167,8 @@ def test_a_tree_without_states_is_optax():
     applied = mpjax.apply_updates(params, updates)
     assert_equal(applied, optax.apply_updates(params, updates))
     assert mpjax.apply_updates({"a": None}, {"a": None}) == {"a": None}
-    updates, _ = mpjax.scaled(optax.sgd(1.0)).update(grads, tx.init(params))
+    tx = mpjax.scaled(optax.sgd(1.0))
+    updates, _ = tx.update(grads, tx.init(params))
     assert_equal(updates, jax.tree.map(jnp.negative, grads))  # without params
 
 
