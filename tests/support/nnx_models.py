@@ -320,10 +320,15 @@ class RoutedBlock(nnx.Module):
 # What both front ends have under one name, for front_ends.
 
 
+def unchanged(run):
+    """A transformation that does nothing, and that can be pickled."""
+    return run
+
+
 class Twice(nnx.Module):
     """A layer that is called twice, the second time with four times its output."""
 
-    def __init__(self, rngs, transform=lambda run: run):
+    def __init__(self, rngs, transform=unchanged):
         self.dense = nnx.Linear(16, 16, use_bias=False, rngs=rngs)
         self.transform = transform
 
