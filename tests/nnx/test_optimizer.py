@@ -33,7 +33,7 @@ class Net(nnx.Module):
 
 
 def make(policy="mixed_float16", **options):
-    rule = mpjax.Rule(".*", policy, mpjax.delayed_scaling(4, **options))
+    rule = mpjax.Rule(".*", policy, mpjax.delayed_scaling(history_length=4, **options))
     return mpjax.nnx.mixed_precision(Net(nnx.Rngs(0)), rule)
 
 
@@ -188,7 +188,9 @@ def test_a_state_that_is_missing_raises_and_names_the_module():
 
 def test_copies_are_made_of_shapes_and_in_stacks():
     rule = mpjax.Rule(
-        ".*", "mixed_bfloat16", mpjax.delayed_scaling(4, keep_weights=True)
+        ".*",
+        "mixed_bfloat16",
+        mpjax.delayed_scaling(history_length=4, keep_weights=True),
     )
 
     @nnx.vmap(in_axes=0, out_axes=0)

@@ -27,7 +27,7 @@ class Model(nn.Module):
 
 
 def setup(keep, policy="mixed_bfloat16"):
-    recipe = mpjax.delayed_scaling(4, keep_weights=keep)
+    recipe = mpjax.delayed_scaling(history_length=4, keep_weights=keep)
     model = mpjax.linen.MixedPrecision(Model(), mpjax.Rule(".*", policy, recipe))
     variables = model.init(jax.random.key(0), X)
     stats = variables.pop("batch_stats")
@@ -159,7 +159,7 @@ def arrays(state):
 
 @pytest.mark.parametrize("keep", KEEP)
 def test_a_model_of_nnx_keeps_all_but_its_scaling_states(keep):
-    recipe = mpjax.delayed_scaling(4, keep_weights=keep)
+    recipe = mpjax.delayed_scaling(history_length=4, keep_weights=keep)
     rule = mpjax.Rule(".*", "mixed_float16", recipe)
     net = mpjax.nnx.mixed_precision(Net(nnx.Rngs(0)), rule)
     tx = mpjax.static_loss_scaling(optax.sgd(0.0), 2.0**10)

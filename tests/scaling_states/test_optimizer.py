@@ -185,7 +185,7 @@ jax.tree_util.register_pytree_with_keys(
 
 @pytest.mark.parametrize("kind", [dict, Named])
 def test_the_optimizer_inside_sees_no_states(kind):
-    state = mpjax.delayed_scaling(2).init()
+    state = mpjax.delayed_scaling(history_length=2).init()
     tree = kind(
         params=kind(a=jnp.ones(2), mixed=[jnp.ones(3), state]),
         scaling=kind(a=state, b=(state, state)),
