@@ -323,7 +323,7 @@ class RoutedBlock(nnx.Module):
 class Twice(nnx.Module):
     """A layer that is called twice, the second time with four times its output."""
 
-    def __init__(self, rngs, transform=lambda run: run):
+    def __init__(self, rngs, transform=None):
         self.dense = nnx.Linear(16, 16, use_bias=False, rngs=rngs)
         self.transform = transform
 
@@ -331,7 +331,8 @@ class Twice(nnx.Module):
         def run(dense, x):
             return dense(4 * dense(x))
 
-        return self.transform(run)(self.dense, x)
+        run = self.transform(run) if self.transform else run
+        return run(self.dense, x)
 
 
 class Overflow(nnx.Module):
