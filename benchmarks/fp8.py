@@ -15,15 +15,14 @@ pre-norm transformer layers: width 2048, 8192 hidden, 16 heads, 16 x 256 tokens 
 one), whose 12 products run in fp8; the six products of attention stay in bfloat16.
 ``--bias`` gives the layers biases.
 
-Delayed scaling is timed as it runs from its second step on, with `calibrate_scaling`,
-but for the row "not calibrated". "delayed weights" are scaled by their amaxes a step
-before; those "kept" the optimizer leaves behind in 8 bits, with `keep_weights`. "exact"
-are scales that are no powers of two.
+Delayed scaling is timed as it runs after `calibrate`, but for the row "not calibrated".
+"delayed weights" are scaled by their amaxes a step before; those "kept" the optimizer
+leaves behind in 8 bits, with `keep_weights`. "exact" are scales that are no powers of
+two.
 """
 
 import collections
 import dataclasses
-import functools
 import os
 import re
 import statistics
@@ -134,38 +133,30 @@ def with_qwix(qwix):
     return lambda make: qwix.quantize_model(make({"dtype": BF16}), provider)
 
 
-DELAYED = mpjax.delayed_scaling()
-CURRENT = mpjax.current_scaling(delayed_weights=True)
+def calibrated(recipe):
+    return with_rule(dataclasses.replace(recipe, calibrated=True))
+
+
+DELAYED_WEIGHTS = mpjax.delayed_weight_scaling
 WAYS = {
     "bf16": with_rule(None),
     "bf16, operands materialized": by_hand(dot_general=materialized),
     "mpjax current": with_rule(mpjax.current_scaling()),
-    "mpjax current, exact": with_rule(mpjax.current_scaling(power_of_two=False)),
-    "mpjax current, delayed weights": with_rule(CURRENT),
-    "mpjax current, weights kept": with_rule(CURRENT),
-    "mpjax delayed": with_rule(DELAYED),
-    "mpjax delayed, weights kept": with_rule(DELAYED),
-    "mpjax delayed, not calibrated": with_rule(DELAYED),
+    "mpjax current, exact": with_rule(mpjax.current_scaling(rounding="exact")),
+    "mpjax current, delayed weights": calibrated(DELAYED_WEIGHTS()),
+    "mpjax current, weights kept": calibrated(DELAYED_WEIGHTS(keep_weights=True)),
+    "mpjax delayed": calibrated(mpjax.delayed_scaling()),
+    "mpjax delayed, weights kept": calibrated(mpjax.delayed_scaling(keep_weights=True)),
+    "mpjax delayed, not calibrated": with_rule(mpjax.delayed_scaling()),
     "mpjax per channel": with_rule(mpjax.per_channel_scaling()),
     "Flax Fp8Direct": by_hand(dot_general_cls=nn.Fp8DirectDotGeneralOp),
 } | ({"qwix": with_qwix(qwix)} if qwix else {})
 
 
-def with_promises(name, params, others):
-    """The scaling states of a way after its first step."""
-    if "scaling" in others and "not calibrated" not in name:
-        others["scaling"] = mpjax.calibrate_scaling(others["scaling"])
-    if "kept" in name:
-        others["scaling"] = mpjax.keep_weights(others["scaling"], params)
-    return others
-
-
-def step_of(name, model, x):
+def step_of(model, x):
     """A train step and its arguments."""
     others = dict(jax.eval_shape(model.init, jax.random.key(0), x))
     params = others.pop("params")
-    promise = functools.partial(with_promises, name)
-    others = jax.eval_shape(promise, params, others)
 
     def step(params, others, state, x):
         def loss_fn(params, others):
@@ -239,7 +230,7 @@ def program_of(
 ) -> _aot.Program:
     """A train step in one of `WAYS`, compiled ahead of time."""
     model = WAYS[way](lambda options: Transformer(layers, bias, options))
-    step, args = step_of(way, model, jnp.zeros((*tokens, 2048), BF16))
+    step, args = step_of(model, jnp.zeros((*tokens, 2048), BF16))
     return _aot.compile_for(target, step, *args, donate_argnums=(0, 1, 2))
 
 
@@ -319,9 +310,8 @@ def timed(ways, rounds, path):
             arguments = params, variables, x
             if "scaling" in variables:  # time it with scales that are known
                 _, seen, _ = gradient(*arguments)
-                known = mpjax.update_scaling(variables["scaling"], seen["scaling"])
-                others = with_promises(name, params, {"scaling": known})
-                arguments = params, others, x
+                states = variables["scaling"], seen["scaling"], None, params
+                arguments = params, {"scaling": mpjax.update_scaling(*states)}, x
             jax.block_until_ready(gradient(*arguments))
             calls[name] = gradient, arguments
         times = collections.defaultdict(list)

@@ -201,14 +201,14 @@ def main() -> None:
             seconds = [b - a for a, b in zip(start, end, strict=True)]
             times = [f"{taken:.1f}" for taken in seconds]
             load = f"{os.getloadavg()[0]:.1f}"
-            count, native = f"{len(report.products)}", f"{report.native:.1%}"
+            count, native = f"{len(report.products)}", f"{report.native_share:.1%}"
             row = name, f"{size:.2g}", target, count, native, f"{census:.1f}"
             table.add_row(*row, *times, load)
             print(*row, *times, load, sep=" | ", flush=True)
             case = {"case": name, "target": target, "quick": args.quick}
             clocks = "wall", "trace_processor", "compiler_processor"
             figures = {"parameters": size, "products": len(report.products)}
-            figures |= {"native_share": round(report.native, 4)}
+            figures |= {"native_share": round(report.native_share, 4)}
             figures |= {"census_seconds": round(census, 2)}
             figures |= {
                 f"{clock}_seconds": round(taken, 2)

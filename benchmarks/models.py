@@ -48,7 +48,7 @@ from rich.table import Table
 import mpjax
 import mpjax.linen
 import mpjax.nnx
-from mpjax.lowering import Product, census
+from mpjax.lowering import TracedProduct, census
 
 POLICY = "mixed_bfloat16"
 # CanViT asserts that its coordinates are float32.
@@ -92,8 +92,8 @@ class Result:
 
     outputs: np.ndarray
     grads: np.ndarray
-    forward: tuple[Product, ...]
-    both: tuple[Product, ...]
+    forward: tuple[TracedProduct, ...]
+    both: tuple[TracedProduct, ...]
 
 
 def linen_program(module: nn.Module, policy, args, kwargs) -> Program:
@@ -210,11 +210,11 @@ def _error(values: np.ndarray, reference: np.ndarray) -> float:
     return float(f"{error:.3g}")
 
 
-def _is_low(product: Product) -> bool:
+def _is_low(product: TracedProduct) -> bool:
     return product.operands == "bfloat16"
 
 
-def _share(found: tuple[Product, ...]) -> float:
+def _share(found: tuple[TracedProduct, ...]) -> float:
     low = sum(p.flops for p in found if _is_low(p))
     return round(low / max(sum(p.flops for p in found), 1), 4)
 

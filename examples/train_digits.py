@@ -139,7 +139,7 @@ def main(args=None) -> list[tuple]:
     if args.epochs < 1:
         parser.error(f"--epochs is at least 1, got {args.epochs}")
     for policy in args.policy:
-        mpjax.expand_rules(policy)  # a misspelled one raises here, not minutes later
+        mpjax.get_policy(policy)  # a misspelled one raises here, not minutes later
 
     model = mpjax.nnx.mixed_precision(ResNet(rngs=nnx.Rngs(0)), args.policy[0])
     print(mpjax.nnx.tabulate(model))

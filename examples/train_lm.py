@@ -3,8 +3,8 @@
     python examples/train_lm.py --policy mixed_float16 --steps 1000
     python examples/train_lm.py --policy mixed_bfloat16 mixed_float8 --recipe delayed mx
 
-Mixed precision takes the three lines of `train` that mention mpjax; a recipe that
-remembers amaxes, a fourth. The model is an ordinary Flax model, the optimizer an
+Mixed precision takes the lines of `train` that mention mpjax, whatever the policy and
+the recipe. The model is an ordinary Flax model, the optimizer an
 ordinary optax optimizer. A float32 run from the same seed, with the same batches in the
 same order, stands beside the others.
 """
@@ -95,38 +95,33 @@ def train(name: str, rules, steps: int, seed: int) -> Run:
 
     # The lines; two are in `train_step`. Only float16 needs the loss scale, and the
     # others do not mind: multiplying by a power of two is exact. It may grow every 50
-    # steps, where 2000 are usual, for the plot to show what it does.
+    # steps, where 2000 are usual, for the plot to show what it does. A recipe with a
+    # state has it in the variables.
     model = mpjax.linen.MixedPrecision(Transformer(), rules)
     optimizer = mpjax.dynamic_loss_scaling(optimizer, growth_interval=50)
+    optimizer = mpjax.scaled(optimizer)
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
-    def train_step(params, scaling, opt_state, tokens):
-        def loss_fn(params, scaling):
-            variables = {"params": params, "scaling": scaling}
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def train_step(variables, opt_state, tokens):
+        def loss_fn(variables):
             logits: Any = model.apply(variables, tokens[:, :-1])
             return optax.softmax_cross_entropy_with_integer_labels(
                 logits, tokens[:, 1:]
             ).mean()
 
-        grad_fn = mpjax.value_and_grad(loss_fn, opt_state, argnums=(0, 1))
-        loss, (grads, observed) = grad_fn(params, scaling)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        # Only delayed scaling has a state; for the others this is empty.
-        scaling = mpjax.update_scaling(scaling, observed, opt_state)
-        return optax.apply_updates(params, updates), scaling, opt_state, loss
+        loss, grads = mpjax.value_and_grad(loss_fn, opt_state)(variables)
+        updates, opt_state = optimizer.update(grads, opt_state, variables)
+        return mpjax.apply_updates(variables, updates), opt_state, loss
 
     tokens = jnp.zeros((1, LENGTH), jnp.int32)
     variables = model.init(jax.random.key(seed), tokens)
-    params, scaling = variables["params"], variables.get("scaling", {})
-    opt_state = optimizer.init(params)
+    opt_state = optimizer.init(variables)
     run = Run(name)
     progress = tqdm.tqdm(batches(steps, seed), name, steps)
     for tokens in progress:
         start = time.perf_counter()
         run.scales.append(float(mpjax.loss_scale(opt_state)))
-        params, scaling, opt_state, loss = train_step(
-            params, scaling, opt_state, tokens
-        )
+        variables, opt_state, loss = train_step(variables, opt_state, tokens)
         run.losses.append(float(loss))
         run.seconds.append(time.perf_counter() - start)
         progress.set_postfix(loss=f"{loss:.3f}", scale=f"{run.scales[-1]:g}")
@@ -211,7 +206,7 @@ def main(args=None) -> list[Run]:
             for recipe in args.recipe:
                 every[f"{policy} {recipe}"] = mpjax.Rule(".*", policy, RECIPES[recipe])
         else:
-            mpjax.expand_rules(policy)  # a misspelled one raises here, not later
+            mpjax.get_policy(policy)  # a misspelled one raises here, not later
             every[policy] = policy
 
     model = mpjax.linen.MixedPrecision(Transformer(), [*every.values()][-1])

@@ -115,7 +115,7 @@ def table(reports: list) -> Table:
         result.add_row(
             report.target,
             policy,
-            f"{report.native:.1%}",
+            f"{report.native_share:.1%}",
             *(f"{share[unit]:.1%}" if unit in share else "-" for unit in units),
             f"{used / 1e9:.2f} GB",
             "-" if report.cycles is None else f"{report.cycles / 1e6:.2f}",

@@ -4,15 +4,19 @@ import argparse
 import sys
 
 from mpjax._lowering.compiler import LoweringError
-from mpjax._lowering.support import COMPILED, matrix, verify
+from mpjax._lowering.support import compiled_targets, matrix, verify
 
 
 def main(args: list[str] | None = None) -> int:
-    """Prints the table; returns 1 if a compiler disagrees with it, 2 if it is missing.
+    """Prints the table and, with ``--verify``, where compilers disagree with it.
 
     Args:
-      args: of the command line.
+      args: those of the command line by default.
+
+    Returns:
+      The exit status: 1 if a compiler disagrees, 2 if one is missing or fails.
     """
+    compiled = compiled_targets()
     parser = argparse.ArgumentParser(prog="python -m mpjax", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
     targets = commands.add_parser(
@@ -22,22 +26,22 @@ def main(args: list[str] | None = None) -> int:
         "--verify",
         nargs="*",
         metavar="TARGET",
-        choices=[*COMPILED, []],
-        help=f"ask the compilers of these targets, or of all: {', '.join(COMPILED)}",
+        choices=[*compiled, []],
+        help=f"ask the compilers of these targets, or of all: {', '.join(compiled)}",
     )
     options = parser.parse_args(args)
     print(matrix())
     if options.verify is None:
         return 0
     try:
-        return int(any([_differs(target) for target in options.verify or COMPILED]))
+        return int(any([_differs(target) for target in options.verify or compiled]))
     except (ImportError, LoweringError) as error:
         print(error, file=sys.stderr)
         return 2
 
 
 def _differs(target: str) -> bool:
-    """Prints what a compiler says; returns whether it is not what the table says."""
+    """Prints what a compiler says; returns whether it differs from the table."""
     cells = verify(target)
     wrong = [cell for cell in cells if cell.table != cell.compiled]
     print(f"{target}: {len(cells) - len(wrong)} of {len(cells)} cells as compiled")

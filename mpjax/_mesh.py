@@ -3,10 +3,10 @@
 import jax
 from jax import lax
 
-from mpjax._typing import Array
+from mpjax._typing import Array, ArrayTree, AxisName
 
 
-def match_varying(*operands):
+def match_varying(*operands: ArrayTree) -> tuple:
     """Within ``shard_map``, marks all operands as varying where any of them does.
 
     The sum over devices of the gradient of a replicated weight is then the transpose of
@@ -15,13 +15,13 @@ def match_varying(*operands):
     leaves = jax.tree.leaves(operands)
     axes = frozenset().union(*(varying_axes(leaf) for leaf in leaves))
 
-    def mark(x):
+    def mark(x: Array) -> Array:
         missing = tuple(sorted(axes - varying_axes(x), key=str))
         return lax.pcast(x, missing, to="varying") if missing else x
 
     return jax.tree.map(mark, operands)
 
 
-def varying_axes(x: Array) -> frozenset:
+def varying_axes(x: Array) -> frozenset[AxisName]:
     """The manual mesh axes over which an array differs between devices."""
     return jax.typeof(x).manual_axis_type.varying

@@ -1,7 +1,4 @@
-"""Casts, checks and selections over pytrees."""
-
-import functools
-import operator
+"""Casts and selections over pytrees."""
 
 import jax
 import jax.numpy as jnp
@@ -70,28 +67,6 @@ def _is_floating(leaf) -> bool:
     return isinstance(
         leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct
     ) and jnp.issubdtype(leaf.dtype, jnp.floating)
-
-
-def all_finite(tree: ArrayTree) -> Array:
-    """Whether no floating or complex leaf of a tree holds an inf or a NaN.
-
-    Args:
-      tree: any pytree of arrays; integer leaves and ``None`` are finite.
-
-    Returns:
-      bool[]. True for a tree without leaves.
-
-    Example:
-      >>> import jax.numpy as jnp, mpjax
-      >>> bool(mpjax.all_finite({"a": jnp.ones(2), "b": jnp.array(jnp.nan)}))
-      False
-    """
-    checks = [
-        jnp.all(jnp.isfinite(leaf))
-        for leaf in jax.tree.leaves(tree)
-        if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
-    ]
-    return functools.reduce(operator.and_, checks, jnp.array(True))
 
 
 def select_tree(pred: Array, on_true: ArrayTree, on_false: ArrayTree) -> ArrayTree:

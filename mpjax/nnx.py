@@ -1,10 +1,22 @@
 """Mixed precision for Flax NNX: ``import mpjax.nnx``."""
 
-from mpjax._nnx.mixed_precision import mixed_precision as mixed_precision
-from mpjax._nnx.scaling import Scaling as Scaling
-from mpjax._nnx.scaling import calibrate_scaling as calibrate_scaling
-from mpjax._nnx.scaling import drop_weights as drop_weights
-from mpjax._nnx.scaling import keep_weights as keep_weights
-from mpjax._nnx.scaling import rescale_scaling as rescale_scaling
-from mpjax._nnx.scaling import update_scaling as update_scaling
-from mpjax._nnx.tabulate import tabulate as tabulate
+from mpjax._layers import serialization as _serialization
+from mpjax._nnx.calibrate import calibrate
+from mpjax._nnx.mixed_precision import mixed_precision
+from mpjax._nnx.optimizer import Optimizer, value_and_grad
+from mpjax._nnx.scaling import ScalingStat, drop_weights, keep_weights, update_scaling
+from mpjax._nnx.tabulate import tabulate
+
+__all__ = [
+    "Optimizer",
+    "ScalingStat",
+    "calibrate",
+    "drop_weights",
+    "keep_weights",
+    "mixed_precision",
+    "tabulate",
+    "update_scaling",
+    "value_and_grad",
+]
+
+_serialization.register()  # states in flax.serialization

@@ -1,6 +1,7 @@
 """What devices multiply: measured facts.
 
-May import: the standard library.
+May import: nothing of mpjax.
 
-A target: a row of `TARGETS` in `targets.py`, and for a GPU its figures in `gpus/`.
+To add a target: a row of `TARGETS` in `targets.py`, and for a GPU its figures in
+`gpus/`.
 """

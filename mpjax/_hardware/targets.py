@@ -11,7 +11,7 @@ Platform: TypeAlias = Literal["cpu", "tpu", "cuda", "rocm"]
 
 E4M3, E5M2, INT8 = "float8_e4m3fn", "float8_e5m2", "int8"
 
-# Pairs of 8-bit formats a product of which may be native somewhere.
+# Pairs of 8-bit formats whose product is native on some target.
 PAIRS = ((E4M3, E4M3), (E5M2, E5M2), (E4M3, E5M2), (INT8, INT8))
 
 
@@ -21,16 +21,22 @@ class Target:
 
     Attributes:
       name: what it is called here.
-      platform: of XLA.
+      platform: XLA's name of its kind.
       native: pairs of 8-bit formats, in either order, that its matrix units multiply as
-        they are; all others are cast to a wider format first. None: not known.
+        they are; all others are cast to a wider format first. None if not known.
       block_scaled: whether its matrix units apply scales of the MX formats, blocks of
         32 float8 with a float8_e8m0fnu.
       aliases: other names of it.
       chip: of a TPU, its name in XLA.
-      axes: of a TPU, the dimensions of its network.
-      cores: of a TPU, devices of JAX a chip.
+      axes: of a TPU, the number of axes of the network between chips: 2 or 3.
+      cores: of a TPU, the number of JAX devices per chip.
       config: of a GPU, its figures as an XLA ``GpuTargetConfigProto`` in text form.
+
+    Example:
+      >>> import mpjax.lowering
+      >>> v5e = mpjax.lowering.get_target("v5e")
+      >>> v5e.platform, v5e.multiplies("int8", "int8"), v5e.block_scaled
+      ('tpu', True, False)
     """
 
     name: str
@@ -47,11 +53,15 @@ class Target:
         """Whether its matrix units multiply two formats without casting them.
 
         Args:
-          lhs: name of a dtype.
-          rhs: name of a dtype.
+          lhs: name of a dtype of 8 bits.
+          rhs: name of a dtype of 8 bits.
+
+        Returns:
+          Whether the pair, in either order, is among `native`.
 
         Raises:
-          ValueError: it is a GPU of the user's, and none here has its capability.
+          ValueError: it is a GPU given by its figures, and no GPU of the table has its
+            compute capability.
         """
         if self.native is None:
             raise ValueError(
@@ -61,14 +71,18 @@ class Target:
         return (lhs, rhs) in self.native or (rhs, lhs) in self.native
 
     def topology(self, devices: int, topology: str | None = None) -> tuple[str, dict]:
-        """The name and the options by which JAX describes some of these devices.
+        """Describes some of these devices to JAX.
 
         Args:
           devices: how many a program runs on.
-          topology: chips along each axis, "4x4" or "2x2x4"; found out if left out.
+          topology: chips along each axis, "4x4" or "2x2x4"; by default the smallest
+            that has enough.
+
+        Returns:
+          The name and the options of a topology in JAX.
 
         Raises:
-          ValueError: the topology is none, or too small.
+          ValueError: the topology has another number of axes, or is too small.
         """
         axes = 3 if self.platform == "cuda" else self.axes
         if topology is not None:
@@ -78,8 +92,8 @@ class Target:
                 raise ValueError(
                     f"A topology of {self.name} is {axes} numbers such as "
                     f"{'x'.join('2' * axes)!r}, here for {devices} devices of JAX, "
-                    f"{self.cores} a chip; got {topology!r}. Leave it out to have one "
-                    "found."
+                    f"{self.cores} per chip; got {topology!r}. Leave it out to have "
+                    "one found."
                 )
         if self.platform == "cuda":
             hosts = math.ceil(devices / 8)
@@ -103,9 +117,11 @@ class Target:
         return shape
 
 
-def _gpu(name: str, native=(), **options) -> Target:
+def _gpu(
+    name: str, native: tuple[tuple[str, str], ...], block_scaled: bool = False
+) -> Target:
     path = pathlib.Path(__file__).parent / "gpus" / f"{name}.txtpb"
-    return Target(name, "cuda", native, config=path.read_text(), **options)
+    return Target(name, "cuda", native, block_scaled, config=path.read_text())
 
 
 _E5M2_OR_INT8 = ((E5M2, E5M2), (INT8, INT8))
@@ -148,42 +164,46 @@ _ALL = (
     ),
 )
 TARGETS = {target.name: target for target in _ALL}
-_NAMES = TARGETS | {alias: target for target in _ALL for alias in target.aliases}
 _CAPABILITY = re.compile(r"cuda_compute_capability\s*\{([^}]*)\}")
 
 
 def _own_gpu(path: pathlib.Path) -> Target:
-    """One that multiplies what the GPU of the same capability does."""
+    """Reads the figures of a GPU, which multiplies what others of its capability do."""
     config = path.read_text()
     if "gpu_device_info" not in config or not (own := _capability(config)):
         raise ValueError(
             "Figures of a GPU have a gpu_device_info and a cuda_compute_capability, as "
-            f"mpjax/targets/h100.txtpb has; {path} has not."
+            f"mpjax/_hardware/gpus/h100.txtpb has; {path} has not."
         )
-    for known in _ALL:
+    for known in TARGETS.values():
         if known.platform == "cuda" and _capability(known.config) == own:
             return dataclasses.replace(known, name=path.stem, aliases=(), config=config)
     return Target(path.stem, "cuda", None, config=config)
 
 
 def _capability(config: str) -> dict[str, str]:
-    """Its major and minor number."""
+    """The major and the minor number of a GPU's compute capability."""
     found = _CAPABILITY.search(config)
     numbers = re.findall(r"(major|minor):\s*(\d+)", found[1]) if found else ()
     return {name: n for name, n in numbers if n != "0"}
 
 
 def get_target(target: "str | pathlib.Path | Target") -> Target:
-    """Finds a device.
+    """Finds a device by its name.
 
     Args:
-      target: a name such as "h100" or "tpu-v5e", in any case; the path of a file of
+      target: a name such as "h100" or "tpu-v5e", in upper or lower case, of those that
+        ``python -m mpjax targets`` lists; the path of a file of
         figures of another NVIDIA GPU, ending in ".txtpb" and laid out like those in
-        `mpjax/targets`; or a target, which is returned.
+        `mpjax/_hardware/gpus`; or a target, which is returned.
+
+    Returns:
+      Its row of the table; of a file, a row of its own.
 
     Raises:
       TypeError: it is neither a name nor a path nor a target.
-      ValueError: there is none of that name, or the file has no figures.
+      FileNotFoundError: there is no file of that path.
+      ValueError: there is no target of that name, or the file has no figures.
 
     Example:
       >>> import mpjax.lowering
@@ -200,10 +220,11 @@ def get_target(target: "str | pathlib.Path | Target") -> Target:
     path = pathlib.Path(target)
     if path.suffix == ".txtpb":
         return _own_gpu(path)
+    names = {name: t for t in TARGETS.values() for name in (t.name, *t.aliases)}
     name = str(target).lower()
-    if name not in _NAMES:
+    if name not in names:
         raise ValueError(
-            f"Known targets are {', '.join(_NAMES)}, or the path of a GPU's figures "
+            f"Known targets are {', '.join(names)}, or the path of a GPU's figures "
             f"ending in .txtpb; got {str(target)!r}."
         )
-    return _NAMES[name]
+    return names[name]

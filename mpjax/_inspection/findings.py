@@ -1,7 +1,12 @@
-"""What a census finds: kinds and remedies."""
+"""What a census finds: one table of kinds, each with its detector and its remedy."""
 
 import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, TypeAlias
+
+from mpjax._inspection import detectors
+from mpjax._inspection.promotions import promotions
+from mpjax._inspection.steps import Step
 
 Kind: TypeAlias = Literal[
     "promotion",
@@ -10,45 +15,115 @@ Kind: TypeAlias = Literal[
     "exponential",
     "statistics",
     "accumulation",
-    "round trip",
+    "round_trip",
 ]
-Found: TypeAlias = tuple[int, Kind, str]  # which step, and what happens there
-REMEDIES: dict[Kind, str] = {
-    "promotion": "Cast the float32 operand down, or the result at once; parameters "
-    "that a module reads itself follow its policy under MixedPrecision.",
-    "dequantized": "Multiply the 8-bit values and apply their scales to the result, "
-    "as mpjax.scaled_dot_general does.",
-    "reduction": "Sum in float32: jnp.sum(x, dtype=jnp.float32). In a backward pass it "
-    "is the gradient of what was broadcast, as a bias: add that in float32 if it "
-    "matters.",
-    "exponential": "Cast to float32 before exp or log, and back after the softmax.",
-    "statistics": "Compute means, variances and their roots in float32; policies with "
-    "a name do so for normalization layers.",
-    "accumulation": "Ask for the sum: preferred_element_type=jnp.float32, or int32.",
-    "round trip": "Leave the value in its dtype: both casts are for nothing.",
-}
+
+
+@dataclasses.dataclass(frozen=True)
+class FindingKind:
+    """One thing that a census looks for.
+
+    Attributes:
+      name: what findings of it are called.
+      meaning: what is found.
+      detect: yields the index of each step of a program where it is found, and what
+        happens there.
+      remedy: what to do about it.
+    """
+
+    name: Kind
+    meaning: str
+    detect: Callable[[Sequence[Step]], Iterator[tuple[int, str]]]
+    remedy: str
+
+
+_ALL = (
+    FindingKind(
+        "promotion",
+        "A 16-bit value becomes float32 and stays so, into a product or out of its "
+        "module, or is multiplied with float32. Routers are meant to: products with "
+        "few results, which end in a softmax or a choice.",
+        promotions,
+        "Cast the float32 operand down, or the result at once; parameters that a "
+        "module reads itself follow its policy under MixedPrecision.",
+    ),
+    FindingKind(
+        "dequantized",
+        "Values of float8, int8 or int4 are cast up before their product.",
+        detectors.dequantized,
+        "Multiply the 8-bit values and apply their scales to the result, as "
+        "mpjax.scaled_dot_general does.",
+    ),
+    FindingKind(
+        "reduction",
+        "A sum adds up in 16 bits: of an array, of segments, or over the steps of a "
+        "scan.",
+        detectors.reductions,
+        "Sum in float32: jnp.sum(x, dtype=jnp.float32). In a backward pass it is the "
+        "gradient of what was broadcast, as a bias: add that in float32 if it matters.",
+    ),
+    FindingKind(
+        "exponential",
+        "exp or log is computed in 16 bits.",
+        detectors.exponentials,
+        "Cast to float32 before exp or log, and back after the softmax.",
+    ),
+    FindingKind(
+        "statistics",
+        "A square root is computed in 16 bits, as of the variance in a norm.",
+        detectors.statistics,
+        "Compute means, variances and their roots in float32; policies with a name do "
+        "so for normalization layers.",
+    ),
+    FindingKind(
+        "accumulation",
+        "A product adds up in less than 32 bits. One of 16-bit operands with a 16-bit "
+        "result does not: matrix units add in float32 and round once.",
+        detectors.accumulations,
+        "Ask for the sum: preferred_element_type=jnp.float32, or int32.",
+    ),
+    FindingKind(
+        "round_trip",
+        "A value is cast to a wider dtype and back at once.",
+        detectors.round_trips,
+        "Leave the value in its dtype: neither cast changes it.",
+    ),
+)
+KINDS: dict[str, FindingKind] = {kind.name: kind for kind in _ALL}
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One thing that is probably not meant.
+    """One thing in a program that is probably not meant.
+
+    The kinds are:
+
+    - "promotion": a 16-bit value becomes float32 and stays so, into a product or out of
+      its module, or is multiplied with float32, unless it is for a router.
+    - "dequantized": values of float8, int8 or int4 are cast up before their product.
+    - "reduction": a sum adds up in 16 bits.
+    - "exponential": exp or log is computed in 16 bits.
+    - "statistics": a square root is computed in 16 bits, as in a norm.
+    - "accumulation": a product adds up in less than 32 bits.
+    - "round_trip": a value is cast to a wider dtype and back at once.
 
     Attributes:
-      kind: "promotion": a 16-bit stream becomes float32 and stays so, into a product or
-        out of the module, or is multiplied with it, except by a router: a product of
-        fewer numbers, which end in a softmax or a choice; "dequantized": float8, int8
-        or int4 values are cast up before a product; "reduction": a sum in 16 bits, a
-        segment's and one carried by a scan too; "exponential": exp or log in 16 bits;
-        "statistics": a root of a mean in 16 bits, as in a norm; "accumulation": a
-        product that adds up in less than 32 bits; "round trip": a cast to a wider
-        dtype and back at once. A product of 16-bit operands with a 16-bit result is
-        none of these: matrix units add in float32 and round once.
+      kind: one of these.
       path: the modules and scopes around it.
       where: "file:line in function" of the user's code.
       backward: whether it belongs to a backward pass.
       detail: what happens there.
       count: how many are alike.
       elements: of the largest array concerned.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, mpjax.lowering
+      >>> x = jax.ShapeDtypeStruct((64, 64), jnp.bfloat16)
+      >>> (finding,) = mpjax.lowering.census(jnp.exp, x).findings
+      >>> finding.kind, finding.detail, finding.elements
+      ('exponential', 'exp in bfloat16', 4096)
+      >>> finding.remedy
+      'Cast to float32 before exp or log, and back after the softmax.'
     """
 
     kind: Kind
@@ -62,4 +137,11 @@ class Finding:
     @property
     def remedy(self) -> str:
         """What to do about it."""
-        return REMEDIES[self.kind]
+        return KINDS[self.kind].remedy
+
+
+def suspicious_steps(program: Sequence[Step]) -> Iterator[tuple[int, Kind, str]]:
+    """Yields the index of each suspicious step, its kind, and what happens there."""
+    for kind in KINDS.values():
+        for index, detail in kind.detect(program):
+            yield index, kind.name, detail

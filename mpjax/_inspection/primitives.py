@@ -14,10 +14,11 @@ PRODUCTS = (
 )
 COMPOSITES = ("scaled_dot",)
 CALLBACKS = ("pure_callback", "io_callback", "debug_callback", "debug_print")
+CAST = "convert_element_type"
 # What changes only the layout or the dtype of its first operand.
 MOVES = (
     "broadcast_in_dim",
-    "convert_element_type",
+    CAST,
     "copy",
     "expand_dims",
     "optimization_barrier",
@@ -31,19 +32,24 @@ REMAT = ("checkpoint", "rematted_computation")
 # Their jaxprs say how two numbers become one.
 COMBINERS = ("reduce", "scatter", "select_and", "argmax", "argmin", "sort", "cum")
 
+# Near 0 expm1 and log1p keep all bits.
+EXPONENTIALS = ("exp", "exp2", "log", "cumlogsumexp")
+ROOTS = ("rsqrt", "sqrt")
+SUMS = ("reduce_sum", "cumsum", "reduce_prod", "cumprod", "psum", "psum_invariant")
+ENDS_A_STREAM = ("reduce_", "argm", "cum", "gather", "iota", "random", "sort")
+GATES = ("exp", "exp2", "logistic", "top_k", "argmax", "sort")
+
+
+def name_of(eqn: core.JaxprEqn) -> str:
+    """The name of an equation's primitive."""
+    return eqn.primitive.name
+
 
 def inner(jaxpr: Any) -> Any:
     """The jaxpr in a closed one."""
     return getattr(jaxpr, "jaxpr", jaxpr)
 
 
-def _is_jaxpr(value) -> bool:
+def is_jaxpr(value: Any) -> bool:
+    """Whether a parameter of an equation is a program."""
     return isinstance(value, core.Jaxpr | core.ClosedJaxpr)
-
-
-CAST = "convert_element_type"
-# Near 0 expm1 and log1p keep all bits.
-EXPONENTIALS = ("exp", "exp2", "log", "cumlogsumexp")
-SUMS = ("reduce_sum", "cumsum", "reduce_prod", "cumprod", "psum", "psum_invariant")
-ENDS_A_STREAM = ("reduce_", "argm", "cum", "gather", "iota", "random", "sort")
-GATES = (*EXPONENTIALS[:2], "logistic", "top_k", "argmax", "sort")

@@ -6,17 +6,18 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+from jax.extend import core
 
 from mpjax._inspection.primitives import PRODUCTS
 from mpjax._inspection.steps import Step, where
 from mpjax._printing.paths import fold_layers, relative_to
-from mpjax._printing.table import render
+from mpjax._printing.table import html_table, render
 from mpjax._printing.text import WIDTH, si_number
 
 
 @dataclasses.dataclass(frozen=True)
 class TracedProduct:
-    """One product in the text of a program; in a scan, all its runs.
+    """One matrix product or convolution that a program was traced to.
 
     Attributes:
       path: the modules and scopes around it, "Transformer/Block_0/Dense_0".
@@ -29,6 +30,13 @@ class TracedProduct:
       flops: floating-point operations of all its runs on all devices: twice the
         multiplications. Both branches of a conditional count, and a while loop counts
         once.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, mpjax.lowering
+      >>> x = jax.ShapeDtypeStruct((64, 64), jnp.bfloat16)
+      >>> (product,) = mpjax.lowering.census(jnp.dot, x, x).products
+      >>> product.primitive, product.signature, product.flops
+      ('dot_general', 'bfloat16 -> bfloat16', 524288)
     """
 
     path: str
@@ -42,12 +50,12 @@ class TracedProduct:
 
     @property
     def operands(self) -> str:
-        """The dtypes of both operands, once if they are equal."""
+        """Both dtypes of the operands, or the one if they are equal."""
         return self.lhs if self.lhs == self.rhs else f"{self.lhs} x {self.rhs}"
 
     @property
     def signature(self) -> str:
-        """The dtypes of operands and result."""
+        """Dtypes of the operands and the result, as "bfloat16 -> float32"."""
         return f"{self.operands} -> {self.out}"
 
 
@@ -67,7 +75,7 @@ def traced_product(step: Step) -> TracedProduct:
 
 
 def dtype_name(aval: Any) -> str:
-    """Of its dtype."""
+    """The name of an array's dtype."""
     return aval.dtype.name
 
 
@@ -76,10 +84,11 @@ def is_product(step: Step) -> bool:
     return step.eqn.primitive.name in PRODUCTS
 
 
-def flops(eqn) -> int:
-    """Twice the multiplications of real numbers of one run."""
-    lhs, rhs = (atom.aval.shape for atom in eqn.invars[:2])
-    out = math.prod(eqn.outvars[0].aval.shape)
+def flops(eqn: core.JaxprEqn) -> int:
+    """Counts twice the multiplications of real numbers in one run of a product."""
+    avals: list[Any] = [atom.aval for atom in (*eqn.invars[:2], eqn.outvars[0])]
+    lhs, rhs, result = (aval.shape for aval in avals)
+    out = math.prod(result)
     match eqn.primitive.name:
         case "conv_general_dilated":
             features = rhs[eqn.params["dimension_numbers"].rhs_spec[0]]
@@ -95,7 +104,7 @@ def flops(eqn) -> int:
             (contracted, _), _ = numbers.dot_dimension_numbers
             terms = math.prod(lhs[axis] for axis in contracted)
             if numbers.lhs_ragged_dimensions[0] in contracted:
-                out //= eqn.outvars[0].aval.shape[0]  # each group sums its own rows
+                out //= result[0]  # each group sums its own rows
         case _:
             (contracted, _), _ = eqn.params["dimension_numbers"]
             terms = math.prod(lhs[axis] for axis in contracted)
@@ -110,7 +119,7 @@ def products_table(
     title: str,
     above: str,
 ) -> str:
-    """The table of products that reports and censuses are printed as.
+    """Lays products out for a terminal, with one row for all layers of a stack.
 
     Args:
       products: the path, what else tells rows apart, and the operations of each.
@@ -121,10 +130,7 @@ def products_table(
     Returns:
       A table with a row for all that are alike, layers of a stack among them.
     """
-    groups: dict[tuple, tuple[int, ...]] = {}
-    for key, flops in products:
-        number, total = groups.get(key, (0, 0))
-        groups[key] = number + 1, total + flops
+    groups = _grouped(products)
     every = max(sum(flops for _, flops in groups.values()), 1)
     rows = [
         (
@@ -138,3 +144,31 @@ def products_table(
     ]
     title += f"\nPaths are below {above}" if above else ""
     return render(rows, (*columns, "n", "  FLOP", " share"), title, WIDTH)
+
+
+def products_html(
+    products: Iterable[tuple[tuple, int]], columns: Sequence[str], title: str
+) -> str:
+    """Lays products out for a notebook, with one row for all that are alike.
+
+    Args:
+      products: the path, what else tells rows apart, and the operations of each.
+      columns: the header of all but numbers.
+      title: the lines above.
+    """
+    groups = _grouped(products)
+    every = max(sum(flops for _, flops in groups.values()), 1)
+    rows = [
+        (*key, n, f"{si_number(flops)}FLOP", f"{flops / every:.1%}")
+        for key, (n, flops) in groups.items()
+    ]
+    return html_table(rows, (*columns, "n", "work", "share"), title)
+
+
+def _grouped(products: Iterable[tuple[tuple, int]]) -> dict[tuple, tuple[int, ...]]:
+    """Counts the products of each key, and adds up their operations."""
+    groups: dict[tuple, tuple[int, ...]] = {}
+    for key, flops in products:
+        number, total = groups.get(key, (0, 0))
+        groups[key] = number + 1, total + flops
+    return groups

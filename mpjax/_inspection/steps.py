@@ -1,14 +1,15 @@
 """Every equation of a traced program: where it stands, how often it runs, its operands.
 
-The only file of lowering reports that looks into jaxprs. `tests/test_census.py` fails
-loudly when a new JAX lays them out in another way.
+The only file of lowering reports that looks into jaxprs.
+`tests/inspection/test_census.py` fails loudly when a new JAX lays them out in another
+way.
 """
 
 import functools
 import itertools
 import math
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,26 +20,26 @@ from mpjax._inspection.primitives import (
     CAST,
     COMBINERS,
     REMAT,
-    _is_jaxpr,
     inner,
+    is_jaxpr,
+    name_of,
 )
-from mpjax._inspection.tags import _TAG
+from mpjax._inspection.tags import TAG
 
 
 class Step(NamedTuple):
-    """One equation as it is met when the program is read with all its calls opened.
+    """One equation of a program whose calls, loops and branches are all opened.
 
     Attributes:
       eqn: the equation.
       path: the names of the modules and scopes around it, joined by "/".
       backward: whether it belongs to a transposed, that is, a backward pass.
-      runs: how often it runs; a while loop counts once, a scan by its length.
+      runs: how often it runs on all devices; a scan counts by its length, a while loop
+        once.
       inputs: a number for each operand, the same for the same value; -1 for a literal.
       outputs: a number for each result.
-      tag: the number that `tag` gave it.
+      tag: the number of the product that it is, if `tags.tag` numbered the program.
       calls: the equations that it is inside of, outermost first.
-
-    Of its runs those of one device, `loops`, are what a compiled loop repeats.
     """
 
     eqn: core.JaxprEqn
@@ -52,17 +53,14 @@ class Step(NamedTuple):
 
     @property
     def loops(self) -> int:
-        lengths = [c.params["length"] for c in self.calls if _name(c) == "scan"]
+        """How often it runs on one device."""
+        lengths = [c.params["length"] for c in self.calls if name_of(c) == "scan"]
         return math.prod(lengths)
 
     @property
     def in_kernel(self) -> bool:
         """Whether it is written in Pallas."""
-        return any(_name(c) == "pallas_call" for c in self.calls)
-
-
-def _name(eqn) -> str:
-    return eqn.primitive.name
+        return any(name_of(c) == "pallas_call" for c in self.calls)
 
 
 def steps(jaxpr: Any, platform: str) -> Iterator[Step]:
@@ -75,18 +73,22 @@ def steps(jaxpr: Any, platform: str) -> Iterator[Step]:
     numbers = itertools.count()
     jaxpr = inner(jaxpr)
     inputs = [next(numbers) for _ in jaxpr.invars]
-    yield from _read(jaxpr, inputs, ((), False, 1, ()), platform, numbers)
+    yield from _steps_of(jaxpr, inputs, ((), False, 1, ()), platform, numbers)
 
 
-def _read(
-    jaxpr, inputs, context, platform, numbers
+def _steps_of(
+    jaxpr: Any,
+    inputs: Sequence[int],
+    context: tuple[tuple[str, ...], bool, int, tuple[core.JaxprEqn, ...]],
+    platform: str,
+    numbers: Iterator[int],
 ) -> Generator[Step, None, list[int]]:
     """Yields the steps of one jaxpr; returns the numbers of its results."""
     scopes, backward, runs, calls = context
     env = dict(zip(jaxpr.invars, inputs, strict=True))
     env |= {var: next(numbers) for var in jaxpr.constvars}
 
-    def number(atom):
+    def number(atom: Any) -> int:
         return -1 if isinstance(atom, core.Literal) else env[atom]
 
     for eqn in jaxpr.eqns:
@@ -100,7 +102,7 @@ def _read(
                 reads = [next(numbers) for _ in sub.invars]
             ends.append(
                 (
-                    yield from _read(
+                    yield from _steps_of(
                         sub,
                         reads,
                         (names, transposed, runs * times, (*calls, eqn)),
@@ -111,7 +113,7 @@ def _read(
             )
         path = "/".join(name for name, _ in itertools.groupby(names))
         # Of a while loop, the condition comes first and the body last.
-        one = len(ends) == 1 or (len(ends) == 2 and _name(eqn) == "while")
+        one = len(ends) == 1 or (len(ends) == 2 and name_of(eqn) == "while")
         one = one and len(ends[-1]) == len(eqn.outvars)
         results = [
             ends[-1][i] if one and ends[-1][i] >= 0 else next(numbers)
@@ -125,7 +127,9 @@ def _read(
     return [number(atom) for atom in jaxpr.outvars]
 
 
-def _opened(eqn, operands, platform) -> list[tuple[Any, list[int], int]]:
+def _opened(
+    eqn: core.JaxprEqn, operands: list[int], platform: str
+) -> list[tuple[Any, list[int], int]]:
     """The jaxprs that an equation runs, what each reads, and how often it runs."""
     name, params = eqn.primitive.name, eqn.params
     if name == "cond":
@@ -157,17 +161,17 @@ def _opened(eqn, operands, platform) -> list[tuple[Any, list[int], int]]:
         )
     elif name == "pallas_call":
         times = math.prod(n for n in params["grid_mapping"].grid if isinstance(n, int))
-    jaxprs = [v for v in jax.tree.leaves(list(params.values()), is_leaf=_is_jaxpr)]
-    return [(v, operands, times) for v in jaxprs if _is_jaxpr(v)]
+    jaxprs = [v for v in jax.tree.leaves(list(params.values()), is_leaf=is_jaxpr)]
+    return [(v, operands, times) for v in jaxprs if is_jaxpr(v)]
 
 
-def _names(eqn) -> tuple[list[str], bool, int | None]:
+def _names(eqn: core.JaxprEqn) -> tuple[list[str], bool, int | None]:
     """The scopes of an equation, whether it was transposed, and its tag."""
     names, transposed, tag = [], False, None
     for entry in eqn.source_info.name_stack.stack:
         if type(entry).__name__ == "Transform":
             transposed |= entry.name == "transpose"
-        elif found := _TAG.fullmatch(entry.name):
+        elif found := TAG.fullmatch(entry.name):
             tag = None if found[2] else int(found[1])
         elif entry.name not in REMAT:
             names.append(entry.name)
@@ -175,7 +179,7 @@ def _names(eqn) -> tuple[list[str], bool, int | None]:
 
 
 def _once(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Without a beginning that is said twice, as backward passes do."""
+    """Drops a repeated beginning, as names of backward passes have."""
     for n in range(1, len(names) // 2 + 1):
         if names[:n] == names[n : 2 * n]:
             return _once(names[n:])
@@ -184,7 +188,7 @@ def _once(names: tuple[str, ...]) -> tuple[str, ...]:
 
 @functools.cache
 def _libraries() -> tuple[str, ...]:
-    """Folders whose lines say how something is computed, not where it was asked for."""
+    """Folders of libraries, whose lines are not those of the user."""
     here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # mpjax
     packages = os.path.dirname(os.path.dirname(os.path.abspath(jax.__file__)))
     names = ("jax", "flax", "optax", "numpy", "haiku", "equinox")
@@ -203,19 +207,24 @@ def where(step: Step) -> str:
 
 
 def input_aval(step: Step, i: int = 0) -> Any:
+    """The shape and dtype of an operand."""
     return step.eqn.invars[i].aval
 
 
 def output_aval(step: Step) -> Any:
+    """The shape and dtype of the first result."""
     return step.eqn.outvars[0].aval
 
 
 def float_bits(aval: Any) -> int:
     """Bits of a floating-point value, 0 of any other."""
     dtype = getattr(aval, "dtype", None)
-    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-        return 0
-    return jnp.finfo(dtype).bits
+    return 0 if dtype is None else _float_bits(dtype)
+
+
+@functools.cache
+def _float_bits(dtype: Any) -> int:
+    return jnp.finfo(dtype).bits if jnp.issubdtype(dtype, jnp.floating) else 0
 
 
 def widens(step: Step, low: int, high: int) -> bool:

@@ -2,14 +2,15 @@
 
 import itertools
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from jax.extend import core
 
-from mpjax._inspection.primitives import MOVES, PRODUCTS, _is_jaxpr, inner
+from mpjax._inspection.primitives import MOVES, PRODUCTS, inner, is_jaxpr, name_of
 
-_TAG = re.compile(r"mpjax\.(\d+)(\.out)?")
-_TAGS = re.compile(rf"(?:^|[/(]){_TAG.pattern}(?=[/)]|$)")
+TAG = re.compile(r"mpjax\.(\d+)(\.out)?")
+_TAGS = re.compile(rf"(?:^|[/(]){TAG.pattern}(?=[/)]|$)")
 
 
 def tag(jaxpr: Any) -> Any:
@@ -17,36 +18,38 @@ def tag(jaxpr: Any) -> Any:
 
     XLA carries the scope of an operation through its rewrites into the program that it
     emits. What only moves or casts the result of a product gets the number as well, in
-    another form: a transpose that is merged with the product leaves its own name on it.
+    another form: if XLA merges a transpose with the product, the transpose's name is
+    the one that stays.
     """
     return _tagged(jaxpr, itertools.count())
 
 
-def _tagged(jaxpr, numbers):
-    eqns, followers = [], {}
+def _tagged(jaxpr: Any, numbers: Iterator[int]) -> Any:
+    eqns: list[core.JaxprEqn] = []
+    followers: dict[core.Var, int] = {}
     for eqn in inner(jaxpr).eqns:
         params = {key: _tagged_param(v, numbers) for key, v in eqn.params.items()}
         number, form = None, ""
-        if eqn.primitive.name in PRODUCTS:
+        if name_of(eqn) in PRODUCTS:
             number = next(numbers)
-        elif eqn.primitive.name in MOVES and eqn.invars:
-            number, form = followers.get(_key(eqn.invars[0])), ".out"
+        elif name_of(eqn) in MOVES and eqn.invars:
+            number, form = _number(eqn.invars[0], followers), ".out"
         source = eqn.source_info
         if number is not None:
             stack = source.name_stack.extend(f"mpjax.{number}{form}")
             source = source.replace(name_stack=stack)
-            followers |= {_key(var): number for var in eqn.outvars}
+            followers |= dict.fromkeys(eqn.outvars, number)
         eqns.append(eqn.replace(params=params, source_info=source))
     new = inner(jaxpr).replace(eqns=eqns)
     return new if inner(jaxpr) is jaxpr else jaxpr.replace(jaxpr=new)
 
 
-def _key(atom):
-    return None if isinstance(atom, core.Literal) else atom
+def _number(atom: Any, followers: dict[core.Var, int]) -> int | None:
+    return None if isinstance(atom, core.Literal) else followers.get(atom)
 
 
-def _tagged_param(value, numbers):
-    if _is_jaxpr(value):
+def _tagged_param(value: Any, numbers: Iterator[int]) -> Any:
+    if is_jaxpr(value):
         return _tagged(value, numbers)
     if isinstance(value, tuple | list):
         items = [_tagged_param(item, numbers) for item in value]
@@ -58,7 +61,7 @@ def _tagged_param(value, numbers):
 def tag_of(op_name: str) -> tuple[int | None, bool]:
     """The number of a product in the name of a compiled operation.
 
-    Without a scope around it a transformation wraps the number itself.
+    A transformation wraps the number itself if there is no scope around it.
 
     Returns:
       The number, and whether the operation is the product or what it was rewritten to,

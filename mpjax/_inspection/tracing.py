@@ -16,12 +16,12 @@ from mpjax._inspection.steps import steps
 
 @dataclasses.dataclass(frozen=True)
 class Traced:
-    """A program ready to be sent.
+    """A traced program, ready to be read or compiled.
 
     Attributes:
-      jaxpr: of the function of the leaves of its arguments that are arrays.
+      jaxpr: of the function, with the arrays among its arguments as inputs.
       args: their shapes, dtypes and shardings.
-      donated: the positions of those whose memory may be used again.
+      donated: the positions of the arguments whose memory may be reused.
     """
 
     jaxpr: Any
@@ -54,15 +54,21 @@ def trace(fn: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Traced:
       args: pytrees of arrays, ``jax.ShapeDtypeStruct`` or NNX modules; what else is in
         them is handed to the function as it is.
       kwargs: the same, by name.
+
+    Returns:
+      The program.
+
+    Raises:
+      ValueError: the function closes over values that another transformation traces.
     """
-    if "flax.nnx" in sys.modules:  # or none of the arguments is of it
+    if "flax.nnx" in sys.modules:  # or no argument can be a module
         from mpjax._nnx.functional import as_function_of_arrays
 
         fn, args, kwargs = as_function_of_arrays(fn, args, kwargs)
     leaves, tree = jax.tree.flatten((args, dict(kwargs)))
     arrays = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
 
-    def flat(*values):
+    def flat(*values: Any) -> Any:
         new = leaves.copy()
         for i, value in zip(arrays, values, strict=True):
             new[i] = value
@@ -88,7 +94,7 @@ def trace(fn: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Traced:
     invars = inner(jaxpr).invars
     donated = set()
     for eqn in inner(jaxpr).eqns if len(inner(jaxpr).eqns) == 1 else ():
-        # The function was jitted: what it says of its arguments holds.
+        # The function was jitted: its options for its arguments hold.
         if not {"donated_invars", "in_shardings"} <= eqn.params.keys():
             continue
         says = eqn.params["donated_invars"], eqn.params["in_shardings"]
@@ -106,7 +112,7 @@ def trace(fn: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Traced:
 
 
 def _meshes(jaxpr: Any) -> list[Any]:
-    """Those that a program names itself, of more than one device."""
+    """The meshes of more than one device that a program itself names."""
     found = []
     for step in steps(jaxpr, "tpu"):
         for eqn in (*step.calls, step.eqn):
@@ -115,13 +121,13 @@ def _meshes(jaxpr: Any) -> list[Any]:
     return [mesh for mesh in found if mesh is not None and mesh.size > 1]
 
 
-def _is_array(leaf) -> bool:
+def _is_array(leaf: Any) -> bool:
     # Classes of scalars, such as np.float32, have descriptors of these names.
     is_type = isinstance(leaf, type)
     return not is_type and hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
-def _struct(leaf) -> jax.ShapeDtypeStruct:
+def _struct(leaf: Any) -> jax.ShapeDtypeStruct:
     sharding = getattr(leaf, "sharding", None)
     sharding = sharding if isinstance(sharding, NamedSharding) else None
     dtype = leaf.dtype

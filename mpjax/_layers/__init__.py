@@ -1,6 +1,7 @@
 """What the layers of both front ends need.
 
-May import: `_products`, `_policies`, and Flax where it is common to both.
+May import: `_policies`, `_products`, `_recipes`, `_printing`, `_numerics`, `_tree`,
+`_typing`; Flax.
 
-A layer: its row in the table of layers.
+To add a layer: a row of `LAYERS` in `served.py`.
 """

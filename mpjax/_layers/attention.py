@@ -1,6 +1,6 @@
 """Attention with a float32 softmax between products of 16-bit operands."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -49,8 +49,8 @@ def dot_product_attention(
       is_causal: let no query see a later key.
       edit_weights: applied to the weights, [..., heads, q, k]: dropout, say.
       precision: of the products, as for ``jax.lax.dot_general``.
-      einsum: what multiplies; is told the ``name`` of the product, ``"query_key"`` or
-        ``"weights_value"``, as well.
+      einsum: multiplies; its argument ``name`` is that of the product, ``"query_key"``
+        or ``"weights_value"``.
 
     Returns:
       [..., q, heads, v] in the dtype of the query.
@@ -101,6 +101,46 @@ def dot_product_attention(
         precision=precision,
     )
     return output.reshape(*batch, queries, heads, value.shape[-1])
+
+
+def attend(
+    given: Mapping[str, Any],
+    collection: Any,
+    einsum: Callable[..., Array] = plain_einsum,
+) -> Array:
+    """Attention for the arguments of a front end's ``dot_product_attention``.
+
+    Args:
+      given: its arguments by name; query, key and value in the compute dtype.
+      collection: where its ``module``, if there is one, sows the attention weights.
+      einsum: multiplies, as for `dot_product_attention`.
+
+    Returns:
+      [..., q, heads, v] in the dtype of the query.
+    """
+
+    def edit(weights):
+        if given["module"] is not None:
+            given["module"].sow(collection, "attention_weights", weights)
+        return dropout(
+            weights,
+            given["dropout_rng"],
+            given["dropout_rate"],
+            given["broadcast_dropout"],
+            given["deterministic"],
+        )
+
+    return dot_product_attention(
+        given["query"],
+        given["key"],
+        given["value"],
+        given["bias"],
+        given["mask"],
+        is_causal=given.get("is_causal", False),  # which Linen does not have
+        edit_weights=edit,
+        precision=given["precision"],
+        einsum=einsum,
+    )
 
 
 def dropout(

@@ -1,14 +1,73 @@
-"""Whether a layer computes in a dtype, and the errors of those that cannot."""
+"""Whether a layer computes in a dtype, and the error of one that cannot."""
 
-import flax.linen as nn
+from collections.abc import Iterable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
 
 from mpjax._policies.policy import Policy
 
 
-def complex_error(module: nn.Module, path: str, policy: Policy, what: str):
-    """The error for a layer that would drop imaginary parts."""
+def says_dtype(value: Any) -> bool:
+    """Whether an attribute ``dtype`` of this value says what its layer computes in.
+
+    None does: the layer computes in the dtype of its inputs. Integers, complex dtypes
+    and other things that are called ``dtype`` do not.
+
+    Example:
+      >>> says_dtype("bfloat16"), says_dtype(None), says_dtype("int32"), says_dtype(3)
+      (True, True, False, False)
+    """
+    if not isinstance(value, str | type | np.dtype):
+        return value is None
+    try:
+        return bool(jnp.issubdtype(jnp.dtype(value), jnp.floating))
+    except (TypeError, ValueError):  # some other string or class
+        return False
+
+
+def is_of_flax(definition: Any, api: str | None = None) -> bool:
+    """Whether Flax defines this class or function.
+
+    Args:
+      definition: a class or a function.
+      api: ``"linen"`` or ``"nnx"``; None: either.
+
+    Example:
+      >>> import flax.linen as nn
+      >>> is_of_flax(nn.Dense), is_of_flax(nn.Dense, "nnx"), is_of_flax(str)
+      (True, False, False)
+    """
+    module = getattr(definition, "__module__", None) or ""
+    return module.startswith(f"flax.{api}" if api else ("flax.linen", "flax.nnx"))
+
+
+def any_complex(args: Iterable[Any]) -> bool:
+    """Whether there is a complex array among the arguments of a method."""
+    for arg in args:  # a loop, as each method of a model asks
+        if getattr(getattr(arg, "dtype", None), "kind", "") == "c":
+            return True
+    return False
+
+
+def complex_error(
+    kind: type, path: str | None, policy: Policy, what: str
+) -> ValueError:
+    """The error for a layer that would drop imaginary parts.
+
+    Args:
+      kind: class of the layer.
+      path: of the layer in the model; None: not known.
+      policy: of the layer.
+      what: is complex.
+    """
+    name = kind.__name__
+    subject = f"A {name}" if path is None else f"Module {path!r} ({name})"
+    rule = "Rule(path, None)" if path is None else f"Rule({path!r}, None)"
+    hint = "; mpjax.nnx.tabulate shows its path" if path is None else ""
     return ValueError(
-        f"Module {path!r} ({type(module).__name__}) has a complex {what} and cannot "
-        f"compute in {policy.compute_dtype.name}. To leave it alone, put "
-        f"mpjax.Rule({path!r}, None) before the rule that matches it."
+        f"{subject} has a complex {what} and cannot compute in "
+        f"{policy.compute_dtype.name}. To leave it alone, put mpjax.{rule} before the "
+        f"rule that matches it{hint}."
     )

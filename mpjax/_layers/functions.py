@@ -1,9 +1,11 @@
-"""Layers whose product takes no stand-in, written with ``Multiplier``.
+"""Methods of layers that have no hook for their product, written with `Multiplier`.
 
-Linen and NNX name the fields of these layers alike.
+Linen and NNX name the fields and parameters of these layers alike, so that one function
+is the body of both. ``read`` gives a parameter by its name, or None.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import jax.numpy as jnp
 
@@ -11,9 +13,14 @@ from mpjax._layers.multiplier import Multiplier
 from mpjax._tree import cast_floating
 from mpjax._typing import Array
 
+Read: TypeAlias = Callable[[str], Any]
 
-def attend(products: Multiplier, query: Array, embedding: Array, **options) -> Array:
+
+def attend(
+    layer: Any, products: Multiplier, read: Read, query: Array, **options
+) -> Array:
     """``Embed.attend``: f[..., features] and f[embeddings, features]."""
+    query, embedding = cast_floating((query, read("embedding")), layer.dtype)
     contracting = (query.ndim - 1,), (1,)
     return products.dot_general(
         query, embedding, (contracting, ((), ())), name="embedding", **options
@@ -23,14 +30,15 @@ def attend(products: Multiplier, query: Array, embedding: Array, **options) -> A
 def einsum(
     layer: Any,
     products: Multiplier,
-    kernel: Array,
-    bias: Array | None,
+    read: Read,
     inputs: Array,
     einsum_str: str | None = None,
 ) -> Array:
     """``Einsum``: the bias has the indices of the kernel that the result has."""
     subscripts = einsum_str or layer.einsum_str
-    inputs, kernel, bias = cast_floating((inputs, kernel, bias), layer.dtype)
+    inputs, kernel, bias = cast_floating(
+        (inputs, read("kernel"), read("bias")), layer.dtype
+    )
     out = products.einsum(
         subscripts,
         inputs,
@@ -54,19 +62,10 @@ def einsum(
 
 
 def conv_transpose(
-    layer: Any,
-    products: Multiplier,
-    kernel: Array,
-    bias: Array | None,
-    inputs: Array,
+    layer: Any, products: Multiplier, read: Read, inputs: Array
 ) -> Array:
     """``ConvTranspose``: f[batch..., space..., features], any number of batch axes."""
-    if layer.padding == "CIRCULAR":
-        raise ValueError(
-            f"Module {products.path!r} is a ConvTranspose with circular padding, which "
-            "no recipe serves. Give it a rule without one, before the rule that "
-            "matches it."
-        )
+    kernel, bias = read("kernel"), read("bias")
     space = kernel.ndim - 2
 
     def each(field):

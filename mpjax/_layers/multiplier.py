@@ -1,7 +1,6 @@
 """The products of one layer of a model, under the recipe of its rule."""
 
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,38 +8,40 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from mpjax._products.conv import observed_conv_general_dilated
-from mpjax._products.dot_general import observed_dot_general
-from mpjax._products.einsum import observed_einsum
-from mpjax._products.multiply import DimensionNumbers
+from mpjax._layers.kept_weights import checked_copy
+from mpjax._layers.sizes import convolution_size, dot_size, einsum_size
+from mpjax._products.conv import scaled_conv_general_dilated
+from mpjax._products.dot_general import scaled_dot_general
+from mpjax._products.einsum import einsum
+from mpjax._products.observations import split_scales
 from mpjax._products.xla_cpu import conv_general_dilated
 from mpjax._recipes.recipe import Recipe
-from mpjax._recipes.scalings import BlockScaling
 from mpjax._recipes.state import ScalingState
-from mpjax._typing import Array, DType
+from mpjax._typing import Array, DimensionNumbers, DType
 
 _CONVOLUTION = inspect.signature(lax.conv_general_dilated)
 
 
 @dataclass(frozen=True)
 class Multiplier:
-    """Stands in for the functions of ``lax`` and ``jnp`` that a layer multiplies with.
+    """The functions that a layer multiplies with, in place of ``lax`` and ``jnp``.
 
-    Equal ones hash equal, so that a layer which was lent one is the same to a cache.
+    Equal ones hash equal, so that a cache takes two layers that have them for the same.
 
     Attributes:
       path: of the layer, for errors.
       recipe: formats and scalings.
       min_size: what sums over less, or gives fewer features, is left to ``lax``.
-      read: the state of a product, by its name; of a stateful recipe.
-      write: takes the scales that the product hands on, for its next use.
+      read: the state of a product, by its name, and by the weight that a kept copy may
+        be of; of a stateful recipe.
+      write: takes the scales that are left of a split, for the next use of the product.
       served: is given the names of the products that used the recipe.
     """
 
     path: str
     recipe: Recipe
     min_size: int
-    read: Callable[[str], ScalingState] = field(compare=False)
+    read: Callable[[str, Array | None], ScalingState] = field(compare=False)
     write: Callable[[str, Array], None] = field(compare=False)
     served: set[str] = field(compare=False)
 
@@ -56,27 +57,24 @@ class Multiplier:
         name: str = "kernel",
     ) -> Array:
         """``lax.dot_general`` of inputs and a kernel."""
-        (lc, rc), (_, rb) = dimension_numbers
-        sums = math.prod(lhs.shape[axis] for axis in lc)
-        gives = math.prod(
-            size for axis, size in enumerate(rhs.shape) if axis not in (*rc, *rb)
-        )
+        (_, contracting), (_, batch) = dimension_numbers
         options = {
             "precision": precision,
             "preferred_element_type": preferred_element_type,
             "out_sharding": out_sharding,
         }
-        if self._is_small(sums, gives):
+        if self._is_small(dot_size(rhs.shape, contracting, batch)):
             return lax.dot_general(lhs, rhs, dimension_numbers, **options)
         return self._observe(
             name,
-            lambda recipe, scales, weight: observed_dot_general(
+            rhs,
+            lambda recipe, scales, copy: scaled_dot_general(
                 lhs,
                 rhs,
-                scales,
                 dimension_numbers,
                 recipe=recipe,
-                quantized_rhs=weight,
+                scales=scales,
+                quantized_rhs=copy,
                 **options,
             ),
         )
@@ -85,12 +83,13 @@ class Multiplier:
         self, subscripts: str, lhs: Array, rhs: Array, *, name="kernel", **options
     ) -> Array:
         """``jnp.einsum`` of two operands; the products of attention have no kernel."""
-        if name == "kernel" and self._is_small(*einsum_sizes(subscripts, rhs.shape)):
+        if name == "kernel" and self._is_small(einsum_size(subscripts, rhs.shape)):
             return jnp.einsum(subscripts, lhs, rhs, **options)
         return self._observe(
             name,
-            lambda recipe, scales, _: observed_einsum(
-                subscripts, lhs, rhs, scales, recipe=recipe, **options
+            None,
+            lambda recipe, scales, _: einsum(
+                subscripts, lhs, rhs, recipe=recipe, scales=scales, **options
             ),
         )
 
@@ -102,7 +101,7 @@ class Multiplier:
         numbers = given.get("dimension_numbers")
         spec = lax.conv_dimension_numbers(lhs.shape, rhs.shape, numbers)
         features = rhs.shape[spec.rhs_spec[0]]
-        if self._is_small(math.prod(rhs.shape) // features, features):
+        if self._is_small(convolution_size(rhs.shape, features)):
             options = {} if out_sharding is None else {"out_sharding": out_sharding}
             return conv_general_dilated(lhs, rhs, *args, **kwargs, **options)
         check_convolution(self.path, self.recipe)
@@ -114,8 +113,9 @@ class Multiplier:
             )
         return self._observe(
             "kernel",
-            lambda recipe, scales, _: observed_conv_general_dilated(
-                lhs, rhs, scales, *args, recipe=recipe, **kwargs
+            None,
+            lambda recipe, scales, _: scaled_conv_general_dilated(
+                lhs, rhs, *args, recipe=recipe, scales=scales, **kwargs
             ),
         )
 
@@ -158,20 +158,23 @@ class Multiplier:
             preferred_element_type=preferred_element_type,
         )
 
-    def _is_small(self, sums: int, gives: int) -> bool:
-        return min(sums, gives) < self.min_size
+    def _is_small(self, size: tuple[int, int]) -> bool:
+        return min(size) < self.min_size
 
-    def _observe(self, name: str, product: Callable) -> Array:
+    def _observe(self, name: str, weight: Array | None, product: Callable) -> Array:
+        """A product under the recipe; of ``weight`` it may read a kept copy."""
         self.served.add(name)
         if not self.recipe.stateful:
-            return product(self.recipe, None, None)[0]
-        state = self.read(name)
-        weight = None if state.weight is None else state.weight.values
+            return product(self.recipe, None, None)
+        state = self.read(name, weight)
+        copy = None
+        if state.weight is not None and weight is not None:
+            copy = checked_copy(self.path, weight, state.weight.values)
         # A rule or a state may promise that scales are known.
         recipe = self.recipe if self.recipe.calibrated else state.recipe
-        out, later = product(recipe, state.scale, weight)
+        now, later = split_scales(state.scale)
         self.write(name, later)
-        return out
+        return product(recipe, now, copy)
 
 
 def unserved(path: str, kind: type, why: str) -> ValueError:
@@ -193,28 +196,12 @@ def unserved_attention(path: str, kind: type) -> ValueError:
 
 def check_convolution(path: str, recipe: Recipe) -> None:
     """Raises ValueError where no convolution can be scaled so."""
-    if any(
-        isinstance(scaling, BlockScaling)
-        for scaling in (recipe.lhs, recipe.rhs, recipe.grad)
-    ):
+    if not recipe.serves_convolutions:
         raise ValueError(
             f"Module {path!r} is a convolution, which cannot be scaled by block. Give "
             "it a rule of its own, before the one that matches it, with "
             "current_scaling() or without a recipe."
         )
-
-
-def einsum_sizes(subscripts: str, shape: Sequence[int]) -> tuple[int, int]:
-    """Over how many elements of its second operand an einsum sums, and the rest."""
-    inputs, _, out = subscripts.replace(" ", "").partition("->")
-    one, two = inputs.split(",")
-    two = two.replace("...", "." * (len(shape) - len(two.replace("...", ""))))
-    sizes = [pair for pair in zip(two, shape, strict=True) if pair[0] != "."]
-    sums = math.prod(size for index, size in sizes if index not in out)
-    gives = math.prod(
-        size for index, size in sizes if index in out and index not in one
-    )
-    return sums, gives
 
 
 def _transposed_padding(kernel: int, stride: int, padding: str) -> tuple[int, int]:

@@ -4,6 +4,7 @@ What is static, a block or a recipe, belongs to the program: it is not written, 
 that of the target that is read into.
 """
 
+import functools
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -46,11 +47,14 @@ def _from_state_dict(fields: tuple[str, ...], node: Any, state: dict[str, Any]) 
     return replace(node, **read)
 
 
-for _kind, _fields in (
-    (QArray, ("qvalue", "scale")),
-    (WeightCopy, ("values", "amax")),
-    (ScalingState, ("scale", "history", "loss_scale", "weight")),
-):
-    serialization.register_serialization_state(
-        _kind, partial(_to_state_dict, _fields), partial(_from_state_dict, _fields)
-    )
+@functools.cache
+def register() -> None:
+    """Lets ``flax.serialization`` write states; once, for the two front ends."""
+    for kind, fields in (
+        (QArray, ("qvalue", "scale")),
+        (WeightCopy, ("values", "amax")),
+        (ScalingState, ("scale", "history", "loss_scale", "weight")),
+    ):
+        serialization.register_serialization_state(
+            kind, partial(_to_state_dict, fields), partial(_from_state_dict, fields)
+        )

@@ -4,7 +4,10 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from mpjax._policies.policy import Policy, dtype_to_names
+import numpy as np
+
+from mpjax._numerics.formats import find_format
+from mpjax._policies.policy import Policy
 from mpjax._printing.table import render
 from mpjax._recipes.recipe import Recipe
 
@@ -34,5 +37,6 @@ def layer_table(
     return render(cells, columns, title)
 
 
-def _dtype_name(dtype) -> str:
-    return dtype_to_names.get(dtype.type, (dtype.name,))[0]
+def _dtype_name(dtype: np.dtype) -> str:
+    fmt = find_format(dtype.name)
+    return dtype.name if fmt is None else fmt.short_name

@@ -1,6 +1,7 @@
 """The Linen front end.
 
-May import: `layers_by_path`, `_scaling_states`; never `_nnx`.
+May import: `_layers`, `_scaling_states`, `_policies`, `_products`, `_recipes`,
+`_typing`; Flax. Never `_nnx`.
 
-A layer: not here but in `layers_by_path`.
+To add a layer: not here, but in `_layers/served.py`, for both front ends.
 """

@@ -1,4 +1,4 @@
-"""What a bound Linen module is lent to follow its rule."""
+"""The attributes that a bound Linen module has while it runs under its rule."""
 
 import dataclasses
 import functools
@@ -8,16 +8,19 @@ from functools import partial
 from typing import Any
 
 import flax.linen as nn
-import jax.numpy as jnp
-import numpy as np
 
-from mpjax._layers.dtypes import complex_error
+from mpjax._layers.dtypes import (
+    any_complex,
+    complex_error,
+    is_of_flax,
+    says_dtype,
+)
 from mpjax._layers.multiplier import Multiplier, unserved_attention
 from mpjax._linen.attention import attention_replacement
 from mpjax._linen.parameters import Param
 from mpjax._linen.recipes import replacement_method, replacements_for
-from mpjax._policies.policy import Policy, get_policy, spelled_like
-from mpjax._policies.rule import Rule
+from mpjax._policies.lookup import Decision
+from mpjax._policies.policy import Policy, spelled_like
 from mpjax._products.xla_cpu import conv_general_dilated
 
 
@@ -40,7 +43,7 @@ def _modules(value: Any) -> Iterator[nn.Module]:
 def overrides(
     module: nn.Module,
     path: str,
-    rule: Rule,
+    decision: Decision,
     products: Multiplier | None,
     method: str,
 ) -> dict[str, Any]:
@@ -49,7 +52,7 @@ def overrides(
     Args:
       module: bound, at the present level of transformations.
       path: of the module in the model.
-      rule: of the module, with a policy.
+      decision: what the module follows.
       products: of the module under the recipe of the rule.
       method: the name of the method.
 
@@ -57,7 +60,7 @@ def overrides(
       ValueError: the module is one of NNX, which no Linen rule reaches, or multiplies
         in a way that takes no recipe.
     """
-    policy, lent = get_policy(rule.policy), {}
+    policy, replaced = decision.policy, {}
     own, kind = vars(module), type(module)
     if _is_nnx(kind):
         raise ValueError(
@@ -65,36 +68,36 @@ def overrides(
             "Linen does not reach. Make it of mpjax.nnx.mixed_precision(model, ...), "
             f"and put mpjax.Rule({path!r}, None) first to leave it alone here."
         )
-    has_dtype = _has_dtype(module)
-    if has_dtype:
+    computes_in_a_dtype = _computes_in_a_dtype(module)
+    if computes_in_a_dtype:
         given = own.get("dtype", getattr(kind, "dtype", None))
-        lent["dtype"] = spelled_like(given, policy.compute_dtype)
+        replaced["dtype"] = spelled_like(given, policy.compute_dtype)
     if _uses_stock_conv(module):
-        lent["conv_general_dilated"] = conv_general_dilated
+        replaced["conv_general_dilated"] = conv_general_dilated
     if kind is nn.Embed and method != "setup":
         # Others that read the table find it cast; its own methods cast it themselves.
-        lent["embedding"] = nn.unbox(module.get_variable("params", "embedding"))
+        replaced["embedding"] = nn.unbox(module.get_variable("params", "embedding"))
     if products is not None:
-        lent |= replacements_for(module, products, rule)
-    if policy.compute_dtype.itemsize == 2 or rule.attention:
+        replaced |= replacements_for(module, products)
+    if policy.compute_dtype.itemsize == 2 or decision.attention:
         function = own.get("attention_fn")
         attention = attention_replacement(
-            function, products if rule.attention else None
+            function, products if decision.attention else None
         )
         if attention is not None:
-            lent["attention_fn"] = attention
-        elif rule.attention and function is not None:
+            replaced["attention_fn"] = attention
+        elif decision.attention and function is not None:
             raise unserved_attention(path, kind)
     # Flax's own layers cast what they read where that is cheapest, except in setup.
-    casts_itself = method != "setup" and kind.__module__.startswith("flax.linen")
-    lent["param"] = Param(module, path, policy, has_dtype, casts_itself)
-    return lent
+    casts_itself = method != "setup" and is_of_flax(kind, "linen")
+    replaced["param"] = Param(module, path, policy, computes_in_a_dtype, casts_itself)
+    return replaced
 
 
 def method_under_rule(
     module: nn.Module, products: Multiplier | None, policy: Policy, name: str, method
 ):
-    """A method of a bound module, or what stands in for it under its rule."""
+    """A method of a bound module, or what replaces it under its rule."""
     if products is not None:
         method = replacement_method(module, name, products, method)
     if getattr(type(module), name, None) is nn.SimpleCell.__call__:
@@ -106,31 +109,20 @@ def check_real(
     module: nn.Module, path: str, policy: Policy, method: str, args, kwargs
 ) -> None:
     """Raises where a layer of Flax would drop the imaginary part of an argument."""
-    for arg in (*args, *kwargs.values()):
-        if getattr(getattr(arg, "dtype", None), "kind", "") == "c":
-            function = getattr(type(module), method, None)
-            of_flax = getattr(function, "__module__", "").startswith("flax.linen")
-            if of_flax and _has_dtype(module):
-                raise complex_error(module, path, policy, "argument")
+    if any_complex((*args, *kwargs.values())):
+        function = getattr(type(module), method, None)
+        if is_of_flax(function, "linen") and _computes_in_a_dtype(module):
+            raise complex_error(type(module), path, policy, "argument")
 
 
 @functools.cache
 def _is_nnx(kind: type) -> bool:
-    return any(base.__module__.startswith("flax.nnx") for base in kind.__mro__)
+    return any(is_of_flax(base, "nnx") for base in kind.__mro__)
 
 
-def _has_dtype(module: nn.Module) -> bool:
-    """Whether a module computes in a dtype that it is told, by a field or its class."""
-    own, kind = vars(module), type(module)
-    if "dtype" not in own and not hasattr(kind, "dtype"):
-        return False
-    dtype = own.get("dtype", getattr(kind, "dtype", None))
-    if not isinstance(dtype, str | type | np.dtype | None):
-        return False
-    try:
-        return dtype is None or jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
-    except TypeError:  # a field that is called dtype and holds something else
-        return False
+def _computes_in_a_dtype(module: nn.Module) -> bool:
+    """Whether a field of a module, or its class, says what it computes in."""
+    return says_dtype(vars(module).get("dtype", getattr(type(module), "dtype", "none")))
 
 
 def _uses_stock_conv(module: nn.Module) -> bool:

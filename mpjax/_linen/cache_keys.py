@@ -43,7 +43,7 @@ class CacheKeys:
 
     def _mark(self, scope) -> None:
         path = "/".join(scope.path[self._depth :])
-        key = self._rules.number, self._rules.key(path), self._enclosing()
+        key = self._rules.key(path), self._enclosing()
         scope.flags = {**scope.flags, self._flag: key}
         if id(scope) in self._pushes:
             return

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpjax._layers.dtypes import complex_error
+from mpjax._layers.dtypes import any_complex, complex_error
 from mpjax._policies.policy import Policy, spelled_like
 
 
@@ -18,7 +18,7 @@ def is_dtype(value: Any, dtype: np.dtype) -> bool:
         return False
     try:
         return jnp.dtype(value) == dtype
-    except TypeError:  # some other string or class
+    except (TypeError, ValueError):  # some other string or class
         return False
 
 
@@ -30,14 +30,14 @@ class Param:
       module: the module.
       path: its path, for errors.
       policy: its policy.
-      has_dtype: whether it computes in a dtype that it is told.
+      computes_in_a_dtype: whether its ``dtype`` says what it computes in.
       casts_itself: whether it casts the parameters that it reads.
     """
 
     module: nn.Module
     path: str
     policy: Policy
-    has_dtype: bool
+    computes_in_a_dtype: bool
     casts_itself: bool
 
     def __call__(self, name, init_fn, *init_args, **kwargs):
@@ -46,12 +46,12 @@ class Param:
             kwargs = {key: self._drawn(arg) for key, arg in kwargs.items()}
             return self.policy.cast_to_param(init_fn(*args, **kwargs))
 
-        # Of the class: another wrapper may have lent the module a param of its own.
+        # Of the class: another wrapper may have replaced ``param`` of the module.
         declare = type(self.module).param
         value = declare(self.module, name, init, *init_args, **kwargs)
-        if self.has_dtype and any(map(jnp.iscomplexobj, jax.tree.leaves(value))):
+        if self.computes_in_a_dtype and any_complex(jax.tree.leaves(value)):
             what = f"parameter {name!r}"
-            raise complex_error(self.module, self.path, self.policy, what)
+            raise complex_error(type(self.module), self.path, self.policy, what)
         if self.casts_itself:  # but norms do not widen 16-bit parameters
             return jax.tree.map(self._widen, value)
         return self.policy.cast_to_compute(value)

@@ -1,62 +1,59 @@
-"""Recipes in Linen: what a bound layer is lent to multiply with."""
+"""Recipes in Linen: what a bound layer multiplies with instead of its own."""
 
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import flax.linen as nn
-from jax import lax
 
-from mpjax._layers import functions as _layers
 from mpjax._layers.multiplier import Multiplier, unserved
+from mpjax._layers.served import body_of, hooks_of, served_layer
 from mpjax._linen.states import SCALING, StateStore
-from mpjax._policies.rule import Rule
-from mpjax._tree import cast_floating
+from mpjax._policies.lookup import Decision
 
 
 def make_multiplier(
-    module: nn.Module, path: str, rule: Rule, served: set[str], states: StateStore
+    module: nn.Module,
+    path: str,
+    decision: Decision,
+    served: set[str],
+    states: StateStore,
 ) -> Multiplier | None:
     """The products of a bound module; None: its rule has no recipe.
 
     Args:
       module: bound, at the present level of transformations.
       path: of the module in the model.
-      rule: of the module.
+      decision: what the module follows.
       served: is given the names of the products that use the recipe.
       states: of the run.
     """
-    recipe = rule.recipe
+    recipe = decision.recipe
     if recipe is None:
         return None
     read = partial(states.read, module, path, recipe)
     write = partial(states.write, module, path)
-    return Multiplier(path, recipe, rule.min_size or 0, read, write, served)
+    return Multiplier(path, recipe, decision.min_size, read, write, served)
 
 
-def replacements_for(
-    module: nn.Module, products: Multiplier, rule: Rule
-) -> dict[str, Any]:
+def replacements_for(module: nn.Module, products: Multiplier) -> dict[str, Any]:
     """Attributes through which a layer multiplies under its recipe."""
-    own, kind, lent = vars(module), type(module), {}
-    if isinstance(module, nn.ConvLocal):
-        raise unserved(products.path, kind, "convolves with a kernel at every place")
-    for field, stock in (
-        ("dot_general", lax.dot_general),
-        ("conv_general_dilated", lax.conv_general_dilated),
-    ):
+    own, kind, replaced = vars(module), type(module), {}
+    if reason := served_layer(kind).refuses(module):
+        raise unserved(products.path, kind, reason)
+    for field, hook in hooks_of(kind).items():
         if field not in kind.__dataclass_fields__:
             continue
         value = own.get(field)
-        is_lent = isinstance(getattr(value, "__self__", None), Multiplier)
-        if not (value is None or value is stock or is_lent) or own.get(f"{field}_cls"):
+        is_ours = isinstance(getattr(value, "__self__", None), Multiplier)
+        if not (is_ours or hook.is_stock(value)) or own.get(f"{field}_cls"):
             raise unserved(products.path, kind, f"has a {field} of its own")
-        lent[field] = getattr(products, field)
+        replaced[field] = getattr(products, hook.function)
     if isinstance(module, nn.RNN) and products.recipe.stateful:
         # A loop makes variables that all steps share, and carries what has been made.
         field = "variable_broadcast" if module.is_initializing() else "variable_carry"
-        lent[field] = _with_scaling(own[field])
-    return lent
+        replaced[field] = _with_scaling(own[field])
+    return replaced
 
 
 def replacement_method(
@@ -70,43 +67,20 @@ def replacement_method(
       products: of the layer.
       method: runs without a recipe; it makes the parameters.
     """
-    stand_in = _METHODS.get(getattr(type(module), name, None))
-    return method if stand_in is None else partial(stand_in, module, products, method)
+    body = body_of(getattr(type(module), name, None))
+    return (
+        method if body is None else partial(_run_body, body, module, products, method)
+    )
 
 
-def _attend(embed: nn.Embed, products: Multiplier, method, query):
-    del method
-    query, embedding = cast_floating((query, _param(embed, "embedding")), embed.dtype)
-    return _layers.attend(products, query, embedding)
-
-
-def _einsum(einsum: nn.Einsum, products: Multiplier, method, *args, **kwargs):
-    if einsum.is_initializing():
+def _run_body(body, module: nn.Module, products: Multiplier, method, *args, **kwargs):
+    if module.is_initializing():
         method(*args, **kwargs)
-    return _layers.einsum(einsum, products, *_operands(einsum), *args, **kwargs)
+    return body(module, products, partial(_parameter, module), *args, **kwargs)
 
 
-def _conv_transpose(conv: nn.ConvTranspose, products: Multiplier, method, inputs):
-    if conv.is_initializing():
-        method(inputs)
-    return _layers.conv_transpose(conv, products, *_operands(conv), inputs)
-
-
-def _operands(layer):
-    """Kernel and bias."""
-    return _param(layer, "kernel"), _param(layer, "bias") if layer.use_bias else None
-
-
-def _param(layer: nn.Module, name: str):
-    return nn.unbox(layer.get_variable("params", name))
-
-
-# A subclass with a method of its own is none of them.
-_METHODS: dict[Any, Callable] = {
-    nn.Embed.attend: _attend,
-    nn.Einsum.__call__: _einsum,
-    nn.ConvTranspose.__call__: _conv_transpose,
-}
+def _parameter(module: nn.Module, name: str) -> Any:
+    return nn.unbox(module.get_variable("params", name))
 
 
 def _with_scaling(collections: Any) -> Any:

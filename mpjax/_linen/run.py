@@ -13,7 +13,9 @@ from mpjax._policies.lookup import Matcher
 from mpjax._policies.policy import Policy
 
 # The policy of the module whose method runs. Traced calls nest, so it is put back on
-# the way out; each thread has its own.
+# the way out; each thread has its own. It is no context of JAX's, as NNX has one: that
+# is in the keys of all caches, and an eager ``init``, where Linen computes parameters
+# under the policy, would compile every operation again for each wrapper and policy.
 enclosing_policy: ContextVar[Policy | None] = ContextVar(
     "mpjax_enclosing", default=None
 )
@@ -56,29 +58,29 @@ class Run:
             return method(*args, **kwargs)
         path = self._path(module)
         self.seen[path, type(module)] = None
-        rule = self.rules.rule(path, type(module))
-        policy = self.rules.policy(path, type(module))
-        border = policy if policy != enclosing_policy.get() else None
-        own, name, lent = vars(module), context.method_name, {}
+        decision = self.rules.decision(path, type(module))
+        policy = None if decision is None else decision.policy
+        boundary = policy if policy != enclosing_policy.get() else None
+        own, name, replaced = vars(module), context.method_name, {}
         states = self._states
-        if rule is not None and policy is not None:
+        if decision is not None and policy is not None:
             served = self.served.setdefault(path, set())
-            products = make_multiplier(module, path, rule, served, states)
-            lent = overrides(module, path, rule, products, name)
+            products = make_multiplier(module, path, decision, served, states)
+            replaced = overrides(module, path, decision, products, name)
             check_real(module, path, policy, name, args, kwargs)
             method = method_under_rule(module, products, policy, name, method)
-        before = {name: own.get(name, _ABSENT) for name in lent}
-        token, outside = enclosing_policy.set(policy), (self._inside, states.keeper)
+        before = {name: own.get(name, _ABSENT) for name in replaced}
+        token, outside = enclosing_policy.set(policy), (self._inside, states.owner)
         self._inside = path
         if isinstance(module, StateOwner.kinds):
-            states.keeper = StateOwner(module)
-        # A bound module is Flax's private clone of the user's, and may be lent some.
-        own.update(lent)
+            states.owner = StateOwner(module)
+        # A bound module is Flax's private clone of the user's, and may be changed.
+        own.update(replaced)
         try:
-            if border is not None and rule is not None and rule.cast_inputs:
-                args, kwargs = border.cast_to_compute((args, kwargs))
+            if boundary is not None and decision is not None and decision.cast_inputs:
+                args, kwargs = boundary.cast_to_compute((args, kwargs))
             result = method(*args, **kwargs)
-            return result if border is None else border.cast_to_output(result)
+            return result if boundary is None else boundary.cast_to_output(result)
         finally:
             for name, value in before.items():
                 if value is _ABSENT:
@@ -86,7 +88,7 @@ class Run:
                 else:
                     own[name] = value
             enclosing_policy.reset(token)
-            self._inside, states.keeper = outside
+            self._inside, states.owner = outside
 
     def _path(self, module: nn.Module) -> str:
         """The path of a module in the model.

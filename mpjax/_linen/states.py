@@ -13,6 +13,7 @@ from jax.extend.core import get_opaque_trace_state
 
 from mpjax._recipes.recipe import Recipe
 from mpjax._recipes.state import ScalingState
+from mpjax._scaling_states.weights import refreshed_copy
 from mpjax._typing import Array
 
 SCALING = "scaling"
@@ -54,23 +55,38 @@ class StateStore:
     later uses in the same trace; what is observed in several traces JAX adds up.
 
     Attributes:
-      keeper: has the states of the module that runs; None: it has its own.
+      owner: has the states of the module that runs; None: it has its own.
     """
 
     def __init__(self):
-        self.keeper: StateOwner | None = None
+        self.owner: StateOwner | None = None
         self._handed_on: dict[tuple, list[tuple[Any, Array]]] = {}
 
     def read(
-        self, layer: nn.Module, path: str, recipe: Recipe, name: str
+        self,
+        layer: nn.Module,
+        path: str,
+        recipe: Recipe,
+        name: str,
+        weight: Array | None,
     ) -> ScalingState:
         """The state of a product of a layer, with the scales for its next use.
+
+        Args:
+          layer: bound.
+          path: of the layer in the model.
+          recipe: of the layer.
+          name: of the product.
+          weight: that a copy may serve for; None: the product reads none.
 
         Raises:
           ValueError: there is no state for it, or one of another recipe.
         """
+        param, keeps = name, recipe.keep_weights and weight is not None
         owner, name = self._place(layer, path, name)
         state = _state(owner, path, recipe, name)
+        if keeps and layer.is_initializing() and owner is layer:
+            state = _keep_copy(layer, param, weight.shape, state)
         for trace, scales in self._handed_on.get((owner.path, name), ()):
             if trace == get_opaque_trace_state():
                 return replace(state, scale=scales)
@@ -82,8 +98,7 @@ class StateStore:
             return
         owner, name = self._place(layer, path, name)
         trace = get_opaque_trace_state()
-        root: Any = owner.scope
-        if owner.is_mutable_collection(SCALING) and root.root.trace_level == trace:
+        if _is_writable(owner):
             state = owner.get_variable(SCALING, name)
             owner.put_variable(SCALING, name, replace(state, scale=scales))
             return
@@ -93,10 +108,9 @@ class StateStore:
 
     def _place(self, layer: nn.Module, path: str, name: str) -> tuple[nn.Module, str]:
         """The module that has a state, and the name of the state there."""
-        keeper = self.keeper
-        if keeper is None:
+        if self.owner is None:
             return layer, name
-        return keeper.module, keeper.name_of(path, layer, name)
+        return self.owner.module, self.owner.name_of(path, layer, name)
 
 
 def _state(owner: nn.Module, path: str, recipe: Recipe, name: str) -> ScalingState:
@@ -121,3 +135,22 @@ def _state(owner: nn.Module, path: str, recipe: Recipe, name: str) -> ScalingSta
             "with, or begin with the states of a new init."
         )
     return state
+
+
+def _keep_copy(
+    layer: nn.Module, name: str, shape: tuple[int, ...], state: ScalingState
+) -> ScalingState:
+    """A state that is being made, with a copy of the parameter of its name, if any."""
+    param = nn.unbox(layer.get_variable("params", name))
+    if state.weight is not None or getattr(param, "shape", None) != shape:
+        return state
+    if _is_writable(layer):
+        state = refreshed_copy(state, param)
+        layer.put_variable(SCALING, name, state)
+    return state
+
+
+def _is_writable(owner: nn.Module) -> bool:
+    root: Any = owner.scope
+    at_top = root.root.trace_level == get_opaque_trace_state()
+    return owner.is_mutable_collection(SCALING) and at_top

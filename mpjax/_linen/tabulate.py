@@ -62,8 +62,8 @@ def tabulate(model: nn.Module, rngs: Any, *args: Any, **kwargs: Any) -> str:
             full = (*root, *filter(None, path.split("/")))
             own = [leaf for names, leaf in params.items() if names[:-1] == full]
             own = jax.tree.leaves(own) if last[path] is kind else []
-            policy, recipe = run.rules.policy(path, kind), None
-            if run.served.get(path):
-                recipe = run.rules.recipe(path, kind)
+            decision = run.rules.decision(path, kind)
+            policy = None if decision is None else decision.policy
+            recipe = decision.recipe if decision and run.served.get(path) else None
             rows.append(("/".join(full), kind, policy, recipe, own))
     return layer_table(rows)

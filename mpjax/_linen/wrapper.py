@@ -2,8 +2,8 @@
 
 A method interceptor, active only while the wrapped model runs, gives each layer its
 policy: it sets the ``dtype`` of the layer for the time of the call, and casts what
-crosses the border between two policies. Nothing of the model is copied or replaced, so
-that parameters, names and random keys stay those of the bare model.
+crosses the boundary between two policies. Nothing of the model is copied or replaced,
+so that parameters, names and random keys stay those of the bare model.
 """
 
 import functools
@@ -21,7 +21,7 @@ from mpjax._linen.attributes import classes
 from mpjax._linen.run import Run, recording
 from mpjax._linen.states import SCALING
 from mpjax._policies.lookup import Matcher, matcher
-from mpjax._policies.presets import Rules, expand_rules
+from mpjax._policies.rule import Rules, read_rules
 
 
 class MixedPrecision(nn.Module):
@@ -39,29 +39,31 @@ class MixedPrecision(nn.Module):
     that under ``"mixed_bfloat16"`` everything between the inputs of the model and its
     float32 outputs flows in bfloat16. Stock attention computes its softmax in float32.
 
-    Delayed scaling has its states in a collection ``"scaling"``, with respect to which
-    a loss is differentiated too, and which `mpjax.update_scaling` keeps. Of several
-    uses of a layer in a call of ``apply`` the largest amax counts, through the
-    transformations of Linen as well. JAX adds up what is observed
+    Note:
+      Delayed scaling has its states in a collection ``"scaling"``. A loss is
+      differentiated with respect to it as well, and `mpjax.scaled` updates it.
+      Of several uses of a layer in one call of ``apply`` the largest amax counts,
+      through the transformations of Linen too. JAX adds up what is observed
 
-    - by several calls in one loss, unless each is given the states that the one before
-      returns under ``mutable=["scaling"]``;
-    - by the steps of an ``nn.scan`` that broadcasts the states, as it does parameters
-      which all steps share: name them to ``variable_carry`` instead, but in ``init``;
-    - by functions that the model gives to ``jax.checkpoint``, ``jax.lax.scan`` and the
-      like, and by transformations of Linen where the wrapper stands inside another
-      module, unless ``apply`` is told ``mutable=["scaling"]``.
+      - by several calls in one loss, unless each is given the states that the one
+        before returns under ``mutable=["scaling"]``;
+      - by the steps of an ``nn.scan`` that broadcasts the states, as it does parameters
+        which all steps share: name them to ``variable_carry`` instead, but in ``init``;
+      - by functions that the model gives to ``jax.checkpoint``, ``jax.lax.scan`` and
+        the like, and by transformations of Linen where the wrapper stands inside
+        another module, unless ``apply`` gets ``mutable=["scaling"]``.
 
-    A sum is an upper bound, under which nothing overflows; of many uses it leaves small
-    numbers few bits.
+      A sum is an upper bound: nothing overflows under it, but after many uses it leaves
+      small numbers few bits.
 
-    Some things stay the model's own. Batch statistics and other collections than
-    ``params`` hold what the model writes there, as it writes it: activations that it
-    sows are 16-bit ones. A parameter that it does not read by ``self.param``, but by
-    ``self.get_variable``, ``self.variable`` or ``self.variables``, has its
-    ``param_dtype``. An initializer that is handed the compute dtype draws in float32;
-    one that was made with it, ``normal(dtype=x.dtype)``, draws in the dtype of ``x``,
-    and so other values than the bare model's.
+    Note:
+      Some things stay the model's own. Batch statistics and other collections than
+      ``params`` hold what the model writes there, as it writes it: activations that it
+      sows are in 16 bits. A parameter that the model reads by ``self.get_variable``,
+      ``self.variable`` or ``self.variables``, and not by ``self.param``, has its
+      ``param_dtype``. An initializer that is given the compute dtype draws in float32;
+      one that was made with it, ``normal(dtype=x.dtype)``, draws in the dtype of ``x``,
+      and so other values than in the bare model.
 
     Attributes:
       module: the module to run; it is not changed.
@@ -92,9 +94,9 @@ class MixedPrecision(nn.Module):
                 "mpjax.linen.MixedPrecision wraps a flax.linen.Module instance, got "
                 f"{self.module!r}. For an nnx.Module use mpjax.nnx.mixed_precision."
             )
-        rules, inner = expand_rules(self.rules), self.module
+        rules, inner = read_rules(self.rules), self.module
         if isinstance(inner, MixedPrecision):  # its rules come first
-            first = expand_rules(inner.rules)
+            first = read_rules(inner.rules)
             outer = (replace(r, optional=True) for r in rules if r not in first)
             rules, self.module = (*first, *outer), inner.module
         self.rules = rules
@@ -146,7 +148,7 @@ class MixedPrecision(nn.Module):
         if self.scope.path != module.scope.path:  # nn.share_scope has moved the wrapper
             nn.share_scope(self, module)
         # A fresh matcher is a fresh key for nn.jit: every module is seen.
-        rules, model = expand_rules(self.rules), classes(module)
+        rules, model = read_rules(self.rules), classes(module)
         rules = matcher(rules, model) if record is None else Matcher(rules, model)
         run = Run(rules, module, MixedPrecision)
         try:
@@ -164,15 +166,15 @@ class MixedPrecision(nn.Module):
     @nn.nowrap
     def apply(
         self,
-        variables,
-        *args,
-        method=None,
+        variables: Any,
+        *args: Any,
+        method: Any = None,
         mutable: Any = False,
         capture_intermediates: Any = False,
-        **kwargs,
+        **kwargs: Any,
     ):
         """As ``nn.Module.apply``; ``method`` may be one of the wrapped module."""
-        # Uses of a layer hand on its scales through its variable, which is no result.
+        # A layer passes its scales to its next use in its variable, which is no result.
         names = {mutable} if isinstance(mutable, str) else mutable or ()
         hidden = SCALING in variables and isinstance(names, Collection)
         hidden = hidden and SCALING not in names
@@ -192,7 +194,12 @@ class MixedPrecision(nn.Module):
 
     @nn.nowrap
     def init_with_output(
-        self, rngs, *args, method=None, capture_intermediates: Any = False, **kwargs
+        self,
+        rngs: Any,
+        *args: Any,
+        method: Any = None,
+        capture_intermediates: Any = False,
+        **kwargs: Any,
     ):
         """As ``nn.Module.init_with_output``; ``method`` may be the module's."""
         capture = _of_the_model(capture_intermediates)

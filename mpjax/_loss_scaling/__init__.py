@@ -1,6 +1,7 @@
 """Loss scaling as a wrapper of optax optimizers.
 
-May import: `_tree`, `_typing`.
+May import: `_recipes`, for the states that a loss scale rescales; `_tree`, `_typing`;
+optax.
 
-An option: in `transform.py`.
+To add an option: an argument of `dynamic_loss_scaling` in `transform.py`.
 """

@@ -9,7 +9,8 @@ from jax import lax
 from jax.core import Tracer
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from mpjax._loss_scaling.state import LossScalingState
+from mpjax._loss_scaling.state import LossScalingState, is_instance
+from mpjax._recipes.state import ScalingState
 from mpjax._tree import select_tree, widen
 
 FLOAT32 = jnp.finfo(jnp.float32)
@@ -25,6 +26,7 @@ def guarded(inner, scale, hysteresis, adjust, axis_name):
     inner = optax.with_extra_args_support(inner)
 
     def init(params):
+        _check_no_states(params)
         return LossScalingState(
             inner_state=inner.init(widen(params)),
             scale=jnp.asarray(scale, jnp.float32),
@@ -36,6 +38,8 @@ def guarded(inner, scale, hysteresis, adjust, axis_name):
         )
 
     def update(updates, state, params=None, **extra_args):
+        _check_no_states(updates)
+
         def apply(grads, inner_state, params):
             updates, inner_state = inner.update(
                 grads, inner_state, widen(params), **extra_args
@@ -86,6 +90,16 @@ def guarded(inner, scale, hysteresis, adjust, axis_name):
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_no_states(tree):
+    is_state = functools.partial(is_instance, ScalingState)
+    if any(map(is_state, jax.tree.leaves(tree, is_leaf=is_state))):
+        raise ValueError(
+            "Loss scaling does not unscale what scaling states observe. Put it "
+            "inside: mpjax.scaled(mpjax.dynamic_loss_scaling(...)), or give it "
+            "parameters alone."
+        )
 
 
 def is_traced(x):

@@ -74,6 +74,10 @@ def value_and_grad(
 ) -> Callable[..., tuple[Any, Any]]:
     """``jax.value_and_grad`` of a loss multiplied by the loss scale.
 
+    Scaling states among the arguments are made those for this loss scale, whatever it
+    was when they were updated last: gradients are neither saturated nor flushed to zero
+    where a loss scale is set by hand or states are restored without the optimizer's.
+
     Args:
       fun: a function that returns a loss, or a loss and something else. Its keyword
         arguments are passed on and not differentiated.
@@ -103,15 +107,7 @@ def value_and_grad(
 
     @functools.wraps(fun)
     def scaled(*args, **kwargs):
-        out: Any = fun(*args, **kwargs)
-        if not has_aux:
-            out = (out, None)
-        elif not (isinstance(out, tuple) and len(out) == 2):
-            raise TypeError(
-                "With has_aux=True the function must return a pair (loss, aux), got "
-                f"{type(out).__name__}."
-            )
-        loss, aux = out
+        loss, aux = loss_and_aux(fun(*args, **kwargs), has_aux)
         scaled_loss = scale_loss(loss, opt_state)
         return scaled_loss, (jnp.asarray(loss, scaled_loss.dtype), aux)
 
@@ -119,21 +115,55 @@ def value_and_grad(
 
     @functools.wraps(fun)
     def loss_and_scaled_grads(*args, **kwargs):
+        scale = loss_scale(opt_state)
+        args = [rescale_states(arg, scale) for arg in args]
+        kwargs = {key: rescale_states(arg, scale) for key, arg in kwargs.items()}
         grads, (loss, aux) = grad_fn(*args, **kwargs)
-        grads = _with_loss_scale(grads, loss_scale(opt_state))
+        grads = with_loss_scale(grads, scale)
         return ((loss, aux) if has_aux else loss), grads
 
     return loss_and_scaled_grads
 
 
-def _with_loss_scale(grads: Any, scale: Array) -> Any:
-    """Tells what scaling states have observed by which loss scale it is multiplied."""
+def loss_and_aux(out: Any, has_aux: bool) -> tuple[Any, Any]:
+    """What a loss function has returned, as a pair.
 
-    def tell(node):
-        if not isinstance(node, ScalingState):
-            return node
-        scales = jnp.broadcast_to(scale, node.loss_scale.shape)
-        return dataclasses.replace(node, loss_scale=scales)
+    Raises:
+      TypeError: it should be a pair and is none.
+    """
+    if not has_aux:
+        return out, None
+    if not (isinstance(out, tuple) and len(out) == 2):
+        raise TypeError(
+            "With has_aux=True the function must return a pair (loss, aux), got "
+            f"{type(out).__name__}."
+        )
+    return out
 
+
+def rescale_states(tree: Any, scale: Array) -> Any:
+    """The tree with its scaling states as they are for a step with a loss scale."""
+
+    def rescale(state):
+        return state.recipe.rescale(state, scale)
+
+    return _map_states(rescale, tree)
+
+
+def with_loss_scale(grads: Any, scale: Array) -> Any:
+    """Records in what states have observed by which loss scale it is multiplied."""
+
+    def record(state):
+        scales = jnp.broadcast_to(scale, state.loss_scale.shape)
+        return dataclasses.replace(state, loss_scale=scales)
+
+    return _map_states(record, grads)
+
+
+def _map_states(fn: Callable[[ScalingState], ScalingState], tree: Any) -> Any:
+    """Maps over scaling states, and leaves all that holds none as it is."""
     is_state = functools.partial(is_instance, ScalingState)
-    return jax.tree.map(tell, grads, is_leaf=is_state)
+    leaves, structure = jax.tree.flatten(tree, is_leaf=is_state)
+    if not any(map(is_state, leaves)):
+        return tree
+    return structure.unflatten(fn(x) if is_state(x) else x for x in leaves)

@@ -21,6 +21,12 @@ class LossScalingState(NamedTuple):
       last_finite: bool[], whether the last step was applied.
       notfinite_count: int32[], steps skipped in a row, up to now.
       total_notfinite: int32[], steps skipped since the start.
+
+    Example:
+      >>> import jax.numpy as jnp, mpjax, optax
+      >>> state = mpjax.dynamic_loss_scaling(optax.sgd(0.1)).init(jnp.ones(3))
+      >>> print(state.scale, state.growth_tracker, state.total_notfinite)
+      65536.0 0 0
     """
 
     inner_state: optax.OptState
@@ -37,7 +43,17 @@ def is_instance(kind: type, node: Any) -> bool:
 
 
 def loss_scale(opt_state: ArrayTree) -> Array:
-    """The scale of the next loss, float32[], wherever it is in an optimizer's state.
+    """The scale of the next loss, wherever it is in an optimizer's state.
+
+    Args:
+      opt_state: any tree in which there is one `LossScalingState`, an optimizer's say.
+
+    Returns:
+      float32[], what the next loss is multiplied by.
+
+    Raises:
+      ValueError: there is no loss scale in it, more than one, or one that optax's own
+        wrappers around it would break.
 
     Example:
       >>> import jax.numpy as jnp, mpjax, optax
@@ -49,7 +65,17 @@ def loss_scale(opt_state: ArrayTree) -> Array:
 
 
 def last_step_finite(opt_state: ArrayTree) -> Array:
-    """Whether the last step was applied (bool[]): its gradient was finite.
+    """Whether the last step was applied, since its gradient was finite.
+
+    Args:
+      opt_state: any tree in which there is one `LossScalingState`, an optimizer's say.
+
+    Returns:
+      bool[]; True before the first step.
+
+    Raises:
+      ValueError: there is no loss scale in it, more than one, or one that optax's own
+        wrappers around it would break.
 
     Example:
       >>> import jax.numpy as jnp, mpjax, optax
@@ -63,9 +89,19 @@ def last_step_finite(opt_state: ArrayTree) -> Array:
 
 
 def skipped_steps(opt_state: ArrayTree) -> Array:
-    """How many steps were skipped since the start, int32[].
+    """How many steps were skipped since the start.
 
     Those skipped in a row are ``optax.tree.get(opt_state, "notfinite_count")``.
+
+    Args:
+      opt_state: any tree in which there is one `LossScalingState`, an optimizer's say.
+
+    Returns:
+      int32[].
+
+    Raises:
+      ValueError: there is no loss scale in it, more than one, or one that optax's own
+        wrappers around it would break.
 
     Example:
       >>> import jax.numpy as jnp, mpjax, optax
@@ -111,7 +147,7 @@ def _loss_scaling_states(tree: ArrayTree) -> Iterator[LossScalingState]:
         elif isinstance(node, optax.ApplyIfFiniteState):
             if list(_loss_scaling_states(node.inner_state)):
                 raise ValueError(
-                    "Loss scaling inside optax.apply_if_finite is not told of an "
+                    "Loss scaling inside optax.apply_if_finite never sees an "
                     "overflow, so that it never backs off. It skips such steps by "
                     "itself: leave optax.apply_if_finite out."
                 )

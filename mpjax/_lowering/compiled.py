@@ -17,7 +17,7 @@ _EQUIVALENT = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What came back.
+    """A compiled program.
 
     Attributes:
       text: the optimized program.
@@ -31,8 +31,11 @@ class Compiled:
     code: dict[str, str]
 
 
-def _bundles(dump: pathlib.Path) -> dict[str, str]:
-    """What a TPU's matrix units do; of equal kernels the compiler shows one."""
+def tpu_kernels(dump: pathlib.Path) -> dict[str, str]:
+    """Reads what matrix units do in each kernel of a TPU from the compiler's dumps.
+
+    Of equal kernels the compiler shows one.
+    """
     code = {}
     for path in dump.iterdir():
         if name := _DUMPS.match(path.name):
@@ -44,8 +47,8 @@ def _bundles(dump: pathlib.Path) -> dict[str, str]:
     return code
 
 
-def _ptx(dump: pathlib.Path) -> dict[str, str]:
-    """Machine code of a GPU; dots in names have become underscores."""
+def ptx_kernels(dump: pathlib.Path) -> dict[str, str]:
+    """Reads the PTX of each kernel of a GPU; dots in names have become underscores."""
     code = {}
     for path in dump.rglob("*.ptx"):
         for kernel in re.split(r"(?=\.entry )", path.read_text())[1:]:

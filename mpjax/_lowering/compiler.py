@@ -16,12 +16,13 @@ from typing import Any
 import jax
 from jax import export
 from jax.extend import core
+from jax.sharding import NamedSharding
 
 from mpjax._hardware.targets import Target
 from mpjax._inspection.primitives import CALLBACKS
 from mpjax._inspection.steps import steps, where
 from mpjax._inspection.tracing import Traced
-from mpjax._lowering.compiled import Compiled, Gemm, _bundles, _ptx
+from mpjax._lowering.compiled import Compiled, Gemm, ptx_kernels, tpu_kernels
 
 _WORKER = pathlib.Path(__file__).with_name("compiler_worker.py")
 _GUARD = pathlib.Path(__file__).with_name("orphan_guard.py")
@@ -60,7 +61,20 @@ _GEMM: dict[Gemm, dict[str, Any]] = {
 
 
 class LoweringError(RuntimeError):
-    """A program that cannot be lowered or compiled for a target."""
+    """A program that cannot be lowered or compiled for a target.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, mpjax.lowering
+      >>> x = jax.ShapeDtypeStruct((8, 8), jnp.float32)
+      >>> options = {"no_such_option": True}
+      >>> try:
+      ...     mpjax.lowering.report(
+      ...         jnp.dot, x, x, target="cpu", compiler_options=options
+      ...     )
+      ... except mpjax.lowering.LoweringError as error:
+      ...     print(str(error).splitlines()[0])
+      The compiler for cpu refused this program (exit status 1):
+    """
 
 
 def compile_for(
@@ -71,7 +85,18 @@ def compile_for(
     compiler_options: Mapping[str, Any] | None = None,
     quick: bool = False,
 ) -> Compiled:
-    """Compiles a program for a device; `quick` leaves a TPU's code slow.
+    """Compiles a program for a device that need not be there.
+
+    Args:
+      target: the device.
+      traced: the program.
+      topology: as of ``report``.
+      gemm: as of ``report``.
+      compiler_options: as of ``report``.
+      quick: as of ``report``.
+
+    Returns:
+      The program as compiled, its memory and its kernels.
 
     Raises:
       ImportError: the compiler is not installed.
@@ -90,7 +115,7 @@ def compile_for(
     mesh = mesh or {"devices": program.nr_devices}
     if target.platform == "cuda":
         options = _GPU | _GEMM[gemm] | options
-    # Interrupted, the guard of the compiler removes it as well.
+    # If this process is ended, the compiler's guard removes the directory.
     with tempfile.TemporaryDirectory(
         prefix="mpjax_", ignore_cleanup_errors=True
     ) as name:
@@ -117,12 +142,12 @@ def compile_for(
         return Compiled(
             text=(directory / "module.txt").read_text(),
             figures=json.loads((directory / "answer.json").read_text()),
-            code=_bundles(dump) if target.platform == "tpu" else _ptx(dump),
+            code=tpu_kernels(dump) if target.platform == "tpu" else ptx_kernels(dump),
         )
 
 
 def _options(options: Mapping[str, Any] | None) -> dict[str, str | float]:
-    """A copy of the user's options, which JSON can hold."""
+    """Checks and copies options that JSON can hold."""
     if options is None:
         return {}
     if not isinstance(options, Mapping):
@@ -184,10 +209,10 @@ def _export(target: Target, traced: Traced) -> export.Exported:
             checks = [export.DisabledSafetyCheck.custom_call(call) for call in calls]
             exporter = export.export(fn, platforms=(platform,), disabled_checks=checks)
             return exporter(*traced.args)
-    # What rules of lowering raise is up to each of them; it is told, not passed over.
+    # What rules of lowering raise is up to each of them, and goes into the message.
     except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        written = steps(traced.jaxpr, platform)
-        kernels = dict.fromkeys(where(step) for step in written if step.in_kernel)
+        program = steps(traced.jaxpr, platform)
+        kernels = dict.fromkeys(where(step) for step in program if step.in_kernel)
         hint = f" It has kernels of Pallas: {', '.join(kernels)}." if kernels else ""
         raise LoweringError(
             f"JAX cannot lower this program for {target.name}.{hint} "
@@ -197,7 +222,7 @@ def _export(target: Target, traced: Traced) -> export.Exported:
 
 @contextlib.contextmanager
 def _names_kept() -> Iterator[None]:
-    """Without tracebacks JAX would hand over no scopes, which number the products."""
+    """Has JAX keep scopes, which number the products: it drops them with tracebacks."""
     option = "jax_include_full_tracebacks_in_locations"
     with _CONFIG:
         before = getattr(jax.config, option)
@@ -208,7 +233,7 @@ def _names_kept() -> Iterator[None]:
             jax.config.update(option, before)
 
 
-def _spec(sharding) -> list:
+def _spec(sharding: NamedSharding | None) -> list:
     if sharding is None:
         return []
     return [list(axes) if isinstance(axes, tuple) else axes for axes in sharding.spec]

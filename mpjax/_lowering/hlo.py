@@ -1,4 +1,4 @@
-"""Reads the program that XLA emits: its kernels, and the products in each."""
+"""Parses the program that XLA emits: its kernels, and the products in each."""
 
 import dataclasses
 import functools
@@ -60,7 +60,7 @@ class Instruction:
 
     @property
     def tag(self) -> int | None:
-        """The number that the traced product has which it comes from."""
+        """The number of the traced product that it comes from, if it has one."""
         return tag_of(self.op_name)[0]
 
     @property
@@ -105,13 +105,13 @@ class CompiledProduct:
 
     @property
     def tag(self) -> int | None:
-        """The number of the traced product that it or else its kernel comes from."""
+        """The number of the traced product: its own, or else that of its kernel."""
         own = self.instruction.tag
         return self.kernel.tag if own is None else own
 
 
 class Module:
-    """The text of an optimized program, taken apart."""
+    """The text of an optimized program, parsed."""
 
     def __init__(self, text: str):
         self.computations: dict[str, list[Instruction]] = {}
@@ -131,7 +131,7 @@ class Module:
         """Each instruction that runs, with its kernel, its computation and its runs."""
         found = []
 
-        def visit(name, kernel, runs):
+        def visit(name: str, kernel: Instruction | None, runs: int | None) -> None:
             for instruction in self.computations[name]:
                 launched = kernel or instruction
                 found.append((instruction, launched, name, runs))
@@ -139,7 +139,7 @@ class Module:
                 times = runs
                 if instruction.opcode == "while":
                     trips = self._trips(instruction, name)
-                    times = None if None in (times, trips) else times * trips
+                    times = None if times is None or trips is None else times * trips
                 if control or instruction.opcode in ("fusion", "call", "async-start"):
                     for called in self._called(instruction):
                         visit(called, None if control else launched, times)
@@ -150,18 +150,18 @@ class Module:
     def _trips(self, loop: Instruction, place: str) -> int | None:
         """How often a loop runs, if the compiler says so or it counts up to a number.
 
-        Of loops the TPU's compiler shows conditions only; those of `lax.scan` count by
-        one.
+        The TPU's compiler shows only the conditions of loops; those of `lax.scan` count
+        by one.
         """
         if found := _TRIPS.search(loop.line):
             return int(found[1])
         condition = _CONDITION.search(loop.line)
         body = self.computations[condition[1]] if condition else []
-        made = {i.name: i for i in body}
+        by_name = {i.name: i for i in body}
         ends = [i for i in body if i.opcode == "compare" and "direction=LT" in i.line]
         if len(ends) != 1 or len(ends[0].operands) != 2:
             return None
-        counter, end = (made[name] for name in ends[0].operands)
+        counter, end = (by_name[name] for name in ends[0].operands)
         limit, index = _CONSTANT.search(end.line), _INDEX.search(counter.line)
         here = {i.name: i for i in self.computations[place]}
         carried = here.get(loop.operands[0])
@@ -198,7 +198,7 @@ class Module:
 
     @functools.cached_property
     def leftover_tags(self) -> set[int]:
-        """Numbers of products on arithmetic that no matrix unit does."""
+        """Numbers of the products that became arithmetic outside of matrix units."""
         arithmetic = ("multiply", "reduce", "add", "fusion")
         tags = {
             tag_of(instruction.op_name)
@@ -218,10 +218,10 @@ class Module:
         return total
 
     def total(self, cost: Callable[[Instruction], int]) -> int:
-        """Sums a cost over the program, of conditionals that of the dearest branch.
+        """Sums a cost over the program; of a conditional the dearest branch counts.
 
         Args:
-          cost: of one run of what is launched; nothing else is asked.
+          cost: the cost of one run of a kernel.
         """
 
         @functools.cache
@@ -248,7 +248,7 @@ class Module:
 
     @functools.cached_property
     def kernels(self) -> int:
-        """How many are launched."""
+        """How many kernels are launched."""
         return self.total(lambda _: 1)
 
     @functools.cached_property
@@ -285,7 +285,7 @@ def _arrays(result: str) -> list[tuple[str, int]]:
 
 
 def _type(result: str) -> tuple[str, int]:
-    """Those of the first."""
+    """The dtype and the elements of the first array of a type."""
     return next(iter(_arrays(result)), ("", 0))
 
 

@@ -18,7 +18,7 @@ def main(directory: str, *command: str) -> int:
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     orphaned = threading.Event()
 
-    def listen():
+    def listen() -> None:
         os.read(sys.stdin.fileno(), 1)
         orphaned.set()
         child.kill()

@@ -1,7 +1,7 @@
 """Which recipe runs natively on which target: the table, and what compilers say."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from jax import lax
 
 from mpjax._hardware.targets import E5M2, INT8, PAIRS, TARGETS
 from mpjax._lowering.hlo import bits
-from mpjax._lowering.report import report
+from mpjax._lowering.pipeline import report
 from mpjax._printing.table import render
 from mpjax._printing.text import short_dtypes
 from mpjax._products.dot_general import scaled_dot_general
@@ -17,14 +17,17 @@ from mpjax._recipes.named import (
     block_scaling,
     current_scaling,
     delayed_scaling,
+    delayed_weight_scaling,
     mx_scaling,
     per_channel_scaling,
 )
 from mpjax._recipes.recipe import Recipe
+from mpjax._typing import Array
 
 RECIPES: dict[str, Recipe] = {
     "current_scaling()": current_scaling(),
     "delayed_scaling()": delayed_scaling(),
+    "delayed_weight_scaling()": delayed_weight_scaling(),
     "per_channel_scaling()": per_channel_scaling(),
     "block_scaling()": block_scaling(),
     "mx_scaling()": mx_scaling(),
@@ -32,12 +35,10 @@ RECIPES: dict[str, Recipe] = {
     "current_scaling('int8', 'int8')": current_scaling(INT8, INT8),
     "current_scaling().fnuz()": current_scaling().fnuz(),
 }
-# Those with a compiler that says the same on every machine.
-COMPILED = tuple(name for name, t in TARGETS.items() if t.platform in ("cuda", "tpu"))
 
 
 class Cell(NamedTuple):
-    """One answer of the table beside that of a compiler.
+    """An answer of the table, and that of a compiler.
 
     Attributes:
       what: a recipe, or the two formats of a product.
@@ -52,8 +53,13 @@ class Cell(NamedTuple):
     shown: str
 
 
+def compiled_targets() -> tuple[str, ...]:
+    """Names the targets whose compiler says the same on every machine."""
+    return tuple(name for name, t in TARGETS.items() if t.platform in ("cuda", "tpu"))
+
+
 def matrix() -> str:
-    """The table of recipes and targets that ``Recipe.is_supported`` answers from.
+    """Lays out which recipe is native on which target, as ``Recipe.is_supported`` says.
 
     Example:
       >>> print(matrix().splitlines()[0])
@@ -85,7 +91,7 @@ def verify(target: str, size: int = 512) -> list[Cell]:
     # Each cell has operands of its own, or XLA finds that some are alike.
     trained = [(operand(jnp.bfloat16),) * 2] * len(RECIPES)
 
-    def program(pairs, trained):
+    def program(pairs: list[tuple], trained: list[tuple]) -> list[Any]:
         fns = [_multiply] * len(pairs)
         fns += [functools.partial(_train, recipe=r) for r in RECIPES.values()]
         results = []
@@ -98,7 +104,7 @@ def verify(target: str, size: int = 512) -> list[Cell]:
     cells = []
     for i, (what, table) in enumerate(answers.items()):
         own = [p for p in products if p.traced.path.split("/")[0] == f"cell{i}"]
-        compiled = all(p.native and bits(p.unit) == 8 for p in own)
+        compiled = all(p.is_native and bits(p.unit) == 8 for p in own)
         shown = dict.fromkeys(
             short_dtypes(f"{p.traced.operands} as {p.unit or p.verdict}") for p in own
         )
@@ -106,17 +112,17 @@ def verify(target: str, size: int = 512) -> list[Cell]:
     return cells
 
 
-def _multiply(lhs, rhs):
+def _multiply(lhs: Array, rhs: Array) -> Array:
     out = jnp.int32 if lhs.dtype == jnp.int8 else jnp.float32
     return lax.dot(lhs, rhs, preferred_element_type=out)
 
 
-def _train(x, w, recipe):
-    """A product and its two gradients."""
+def _train(x: Array, w: Array, recipe: Recipe) -> tuple[Array, Array]:
+    """Computes the two gradients of a product."""
     numbers = (((1,), (0,)), ((), ()))
     scales = jnp.ones(3) if recipe.stateful else None
 
-    def loss(x, w):
+    def loss(x: Array, w: Array) -> Array:
         out = scaled_dot_general(x, w, numbers, recipe=recipe, scales=scales)
         return jnp.sum(out.astype(jnp.float32) ** 2)
 

@@ -1,6 +1,7 @@
 """The NNX front end.
 
-May import: `layers_by_path`, `_scaling_states`; never `_linen`.
+May import: `_layers`, `_scaling_states`, `_loss_scaling`, `_policies`, `_products`,
+`_recipes`, `_tree`, `_typing`; Flax, optax. Never `_linen`.
 
-A layer: not here but in `layers_by_path`.
+To add a layer: not here, but in `_layers/served.py`, for both front ends.
 """

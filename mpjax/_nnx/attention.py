@@ -1,53 +1,35 @@
 """Attention of NNX with a float32 softmax, under a recipe or not."""
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 from flax import nnx
 
-from mpjax._layers.attention import dot_product_attention, dropout
+from mpjax._layers.attention import attend, plain_einsum
 from mpjax._tree import cast_floating
+from mpjax._typing import Array
+
+_SIGNATURE = inspect.signature(nnx.dot_product_attention)
 
 
-def attention(
-    query,
-    key,
-    value,
-    bias=None,
-    mask=None,
-    broadcast_dropout=True,
-    dropout_rng: Any = None,
-    dropout_rate=0.0,
-    deterministic=False,
-    dtype=None,
-    precision=None,
-    module=None,
-    promote_dtype=None,
-    is_causal=False,
-    **einsum,
-):
-    """Stands in for ``nnx.dot_product_attention``, whose softmax may be 16-bit."""
-    del promote_dtype
+def attention(*args, einsum: Callable[..., Array] = plain_einsum, **kwargs) -> Array:
+    """Replaces ``nnx.dot_product_attention``, whose softmax may be in 16 bits.
 
-    def edit(weights):
-        if module is not None:
-            module.sow(nnx.Intermediate, "attention_weights", weights)
-        return dropout(
-            weights, dropout_rng, dropout_rate, broadcast_dropout, deterministic
-        )
-
-    query, key, value = cast_floating((query, key, value), dtype or query.dtype)
-    return dot_product_attention(
-        query,
-        key,
-        value,
-        bias,
-        mask,
-        is_causal=is_causal,
-        edit_weights=edit,
-        precision=precision,
-        **einsum,
-    )
+    Args:
+      *args: as for ``nnx.dot_product_attention``.
+      einsum: multiplies, as for `mpjax._layers.attention.dot_product_attention`.
+      **kwargs: as for ``nnx.dot_product_attention``.
+    """
+    call = _SIGNATURE.bind(*args, **kwargs)
+    call.apply_defaults()
+    given = call.arguments
+    names = "query", "key", "value"
+    arrays = {name: given[name] for name in names}
+    dtype = given["dtype"] or given["query"].dtype
+    return attend({**given, **cast_floating(arrays, dtype)}, nnx.Intermediate, einsum)
 
 
-def _is_stock_attention(value) -> bool:
+def is_stock_attention(value: Any) -> bool:
+    """Whether an attention function is Flax's own, or what replaces it."""
     return value is nnx.dot_product_attention or value is attention

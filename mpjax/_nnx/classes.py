@@ -1,31 +1,31 @@
-"""The classes that modules of a mixed NNX model have: a bare class and a rule.
+"""The classes that modules of a mixed NNX model have: a bare class and a decision.
 
-Their methods run under the policy of the rule, and see parameters in its compute dtype.
+Their methods run under the policy of the decision, and see parameters in its compute
+dtype.
 """
 
 import functools
 import inspect
-import types
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mpjax._layers.dtypes import any_complex, complex_error, is_of_flax, says_dtype
 from mpjax._layers.region import running_policy
+from mpjax._nnx.hooks import derive
 from mpjax._nnx.parameters import map_params, reader_for, unwrap_for_storage
-from mpjax._nnx.recipes import HOOKS, replacement_for, replacement_method
+from mpjax._nnx.recipes import hook_names, replacement_for, replacement_method
 from mpjax._nnx.scope_names import note, scope
-from mpjax._policies.policy import Policy, get_policy, spelled_like
-from mpjax._policies.rule import Rule
+from mpjax._policies.lookup import Decision
+from mpjax._policies.policy import Policy, spelled_like
 from mpjax._tree import cast_floating
 
 
-def rule_of(module) -> Rule | None:
-    """The rule that a module follows; None: it is bare, or left alone."""
-    return getattr(type(module), "_mpjax_rule", None)
+def decision_of(module) -> Decision | None:
+    """What a module follows; None: it is bare, or left alone."""
+    return getattr(type(module), "_mpjax_decision", None)
 
 
 def bare_type(module) -> type:
@@ -33,85 +33,51 @@ def bare_type(module) -> type:
     return getattr(type(module), "_mpjax_bare_type", type(module))
 
 
-def set_type(module, rule: Rule | None) -> None:
-    """Makes a module follow a rule; None: end the region around it."""
+def set_type(module, decision: Decision | None) -> None:
+    """Makes a module follow a decision; None: end the region around it."""
     is_pytree = not jax.tree_util.all_leaves([module])
     dtype = None
-    if rule is not None and "dtype" not in vars(module) and has_dtype(module):
+    no_dtype = "dtype" not in vars(module)
+    if decision is not None and no_dtype and computes_in_a_dtype(module):
         # In place of a property, or of the class's dtype.
-        dtype = spelled_like(module.dtype, get_policy(rule.policy).compute_dtype)
-    module.__class__ = _mixed_type(bare_type(module), rule, is_pytree, dtype)
-
-
-class _Mixed:
-    """Comes first among the bases of a class that ``_mixed_type`` makes."""
-
-    _mpjax_key: tuple
-
-    def __init_subclass__(cls, **kwargs):
-        if "_mpjax_key" not in vars(cls):
-            return super().__init_subclass__(**kwargs)
-        # A hook of the model is for classes that its author writes, as in a registry.
-        vars(nnx.Pytree)["__init_subclass__"].__func__(cls, **kwargs)
-
-    def __reduce__(self):
-        return _new, type(self)._mpjax_key, vars(self).copy()
-
-
-class _End:
-    """Comes after ``nnx.Pytree``, for hooks of the model that stand behind it."""
-
-    def __init_subclass__(cls, **kwargs):
-        if "_mpjax_key" not in vars(cls):
-            super().__init_subclass__(**kwargs)
-
-
-@functools.cache
-def _metaclass(kind: Any) -> type:
-    """A metaclass that has those two in the order of a class's bases.
-
-    As bases they would change the layout of the class, which then no module could take.
-    """
-
-    def mro(cls):
-        order = kind.mro(cls)
-        if "_mpjax_key" in vars(cls):
-            order.insert(order.index(nnx.Pytree) + 1, _End)
-            order.insert(1, _Mixed)
-        return order
-
-    return type(kind)(kind.__name__, (kind,), {"mro": mro})
+        dtype = spelled_like(module.dtype, decision.policy.compute_dtype)
+    module.__class__ = _mixed_type(bare_type(module), decision, is_pytree, dtype)
 
 
 # For good, as JAX and Flax keep every class of modules in their registries.
 @functools.cache
-def _mixed_type(bare: type, rule: Rule | None, is_pytree: bool, dtype) -> type:
-    """The subclass of a module class that follows a rule; None: that leaves it."""
+def _mixed_type(bare: type, decision: Decision | None, is_pytree: bool, dtype) -> type:
+    """The subclass of a module class that follows a decision; None: left alone.
+
+    Its ``__name__`` is that of the bare class, for scopes and tables; its
+    ``__qualname__``, in the repr of the class, has the policy as well.
+    """
+    suffix = "" if decision is None else f"[{decision.policy}]"
     namespace = {
         "__module__": bare.__module__,
-        "__qualname__": bare.__qualname__,
+        "__qualname__": bare.__qualname__ + suffix,
         "__doc__": bare.__doc__,
-        "_mpjax_key": (bare, rule, is_pytree, dtype),
+        "_mpjax_key": (bare, decision, is_pytree, dtype),
         "_mpjax_bare_type": bare,
-        "_mpjax_rule": rule,
+        "_mpjax_decision": decision,
+        "__reduce__": _reduce,
     }
     for name in _public_methods(bare):
-        namespace[name] = _method(name, getattr(bare, name), rule)
-    namespace["__getattribute__"] = _getattribute(bare, rule)
-    if rule is not None:
-        namespace["__setattr__"] = _setattr(bare, rule)
+        namespace[name] = _method(name, getattr(bare, name), decision)
+    namespace["__getattribute__"] = _getattribute(bare, decision)
+    if decision is not None:
+        namespace["__setattr__"] = _setattr(bare, decision)
         if issubclass(bare, nnx.SimpleCell):
             namespace["initialize_carry"] = _initialize_carry
         if issubclass(bare, nnx.MultiHeadAttention):
             namespace["init_cache"] = _init_cache
     if dtype is not None:
         namespace["dtype"] = dtype
-    return types.new_class(
-        bare.__name__,
-        (bare,),
-        {"metaclass": _metaclass(type(bare)), "pytree": is_pytree},
-        lambda ns: ns.update(namespace),
-    )
+    return derive(bare, is_pytree, namespace)
+
+
+def _reduce(self):
+    return _new, type(self)._mpjax_key, vars(self).copy()
 
 
 def _new(*key) -> nnx.Module:
@@ -133,10 +99,10 @@ def _public_methods(bare: type) -> Iterator[str]:
             yield name
 
 
-def _getattribute(bare: type, rule: Rule | None) -> Callable:
+def _getattribute(bare: type, decision: Decision | None) -> Callable:
     inherited: Callable = bare.__getattribute__
-    policy = None if rule is None else get_policy(rule.policy)
-    hooks = () if rule is None or rule.recipe is None else HOOKS
+    policy = None if decision is None else decision.policy
+    hooks = () if decision is None or decision.recipe is None else hook_names(bare)
 
     def getattribute(self, name):
         value = inherited(self, name)
@@ -152,9 +118,9 @@ def _getattribute(bare: type, rule: Rule | None) -> Callable:
     return getattribute
 
 
-def _setattr(bare: type, rule: Rule) -> Callable:
+def _setattr(bare: type, decision: Decision) -> Callable:
     inherited: Callable = bare.__setattr__
-    kept = functools.partial(unwrap_for_storage, get_policy(rule.policy))
+    kept = functools.partial(unwrap_for_storage, decision.policy)
 
     def setattr_(self, name, value):
         if running_policy.value is not None:
@@ -176,25 +142,25 @@ def _initialize_carry(self, *args, **kwargs):
 
 
 def _compute_dtype(module):
-    return get_policy(type(module)._mpjax_rule.policy).compute_dtype
+    return type(module)._mpjax_decision.policy.compute_dtype
 
 
-def _method(name: str, function: Callable, rule: Rule | None) -> Callable:
-    policy = None if rule is None else get_policy(rule.policy)
+def _method(name: str, function: Callable, decision: Decision | None) -> Callable:
+    policy = None if decision is None else decision.policy
     run = function
-    if rule is not None and rule.recipe is not None:
+    if decision is not None and decision.recipe is not None:
         run = replacement_method(function)
-    of_flax = getattr(function, "__module__", "").startswith("flax.nnx")
+    of_flax = is_of_flax(function, "nnx")
 
     def under_policy(self, *args, **kwargs):
         if policy is not None and of_flax:
             _check_real(self, policy, (*args, *kwargs.values()))
         if running_policy.value == policy:
             return run(self, *args, **kwargs)
-        if rule is None or policy is None:
+        if decision is None or policy is None:
             with running_policy(None):
                 return run(self, *args, **kwargs)
-        if rule.cast_inputs:
+        if decision.cast_inputs:
             args, kwargs = _cast((args, kwargs), policy.compute_dtype)
         with running_policy(policy):
             outputs = run(self, *args, **kwargs)
@@ -210,15 +176,9 @@ def _method(name: str, function: Callable, rule: Rule | None) -> Callable:
 
 def _check_real(module, policy: Policy, args: tuple) -> None:
     """Raises where a layer of Flax would drop the imaginary part of an argument."""
-    for arg in args:
-        is_array = isinstance(arg, jax.Array | np.ndarray)
-        if is_array and jnp.iscomplexobj(arg) and has_dtype(module):
-            raise ValueError(
-                f"A {type(module).__name__} has a complex argument and cannot compute "
-                f"in {policy.compute_dtype.name}. To leave it alone, put a "
-                "mpjax.Rule of its path, with policy None, before the rule that "
-                "matches it; mpjax.nnx.tabulate shows the paths."
-            )
+    arrays = [arg for arg in args if isinstance(arg, jax.Array | np.ndarray)]
+    if any_complex(arrays) and computes_in_a_dtype(module):
+        raise complex_error(type(module), None, policy, "argument")
 
 
 def _cast(tree, dtype):
@@ -234,12 +194,6 @@ def _is_node(value) -> bool:
     return isinstance(value, nnx.Pytree | nnx.Variable)
 
 
-def has_dtype(module) -> bool:
-    """Whether the module has a ``dtype`` that says what it computes in."""
-    dtype = getattr(module, "dtype", "none")
-    if not isinstance(dtype, str | type | np.dtype):
-        return dtype is None
-    try:
-        return jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
-    except TypeError:  # there is none, or another thing of that name
-        return False
+def computes_in_a_dtype(module) -> bool:
+    """Whether the ``dtype`` of a module says what it computes in."""
+    return says_dtype(getattr(module, "dtype", "none"))

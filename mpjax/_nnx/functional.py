@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from mpjax._nnx.classes import rule_of, set_type
+from mpjax._nnx.classes import decision_of, set_type
 
 
 def as_function_of_arrays(
@@ -65,5 +65,5 @@ def _is_module(value: Any) -> bool:
 def _name_scopes(node: nnx.Pytree) -> None:
     """Gives modules without a rule methods that name their scopes."""
     for _, module in nnx.iter_graph(node):
-        if isinstance(module, nnx.Module) and rule_of(module) is None:
+        if isinstance(module, nnx.Module) and decision_of(module) is None:
             set_type(module, None)

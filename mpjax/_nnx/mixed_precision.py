@@ -11,20 +11,24 @@ from dataclasses import replace
 from typing import TypeVar
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
+from mpjax._layers.dtypes import any_complex, complex_error
 from mpjax._nnx.attention import attention
-from mpjax._nnx.classes import bare_type, has_dtype, rule_of, set_type
+from mpjax._nnx.classes import (
+    bare_type,
+    computes_in_a_dtype,
+    decision_of,
+    set_type,
+)
 from mpjax._nnx.layers import is_inside, layers_by_path
 from mpjax._nnx.parameters import cast_stored, own_params
 from mpjax._nnx.recipes import served_product_names
-from mpjax._nnx.scaling import Scaling
-from mpjax._nnx.states import set_states
-from mpjax._policies.lookup import matcher
-from mpjax._policies.policy import Policy, get_policy, spelled_like
-from mpjax._policies.presets import Rules, expand_rules
-from mpjax._policies.rule import Rule
+from mpjax._nnx.scaling import ScalingStat
+from mpjax._nnx.states import keep_copies, set_states
+from mpjax._policies.lookup import Decision, Matcher
+from mpjax._policies.policy import Policy, spelled_like
+from mpjax._policies.rule import Rules, read_rules
 from mpjax._products.xla_cpu import conv_general_dilated
 
 M = TypeVar("M", bound=nnx.Module)
@@ -53,8 +57,8 @@ def mixed_precision(model: M, rules: Rules) -> M:
 
     Under a rule with a recipe Linear, Einsum and convolution layers, the projections of
     attention, ``Embed.attend`` and modules with a ``dot_general`` that is stock or None
-    multiply in its formats. Delayed scaling adds `Scaling` variables to them, which
-    `update_scaling` keeps.
+    multiply in its formats. Delayed scaling adds `ScalingStat` variables to them, which
+    `mpjax.nnx.Optimizer` updates.
 
     Of a model that has policies already, the new rules replace all of the old ones.
 
@@ -86,11 +90,11 @@ def mixed_precision(model: M, rules: Rules) -> M:
             f"mpjax.nnx.mixed_precision takes a flax.nnx.Module, got {model!r}. For a "
             "Linen module use mpjax.linen.MixedPrecision."
         )
-    lookup = matcher(expand_rules(rules))
+    lookup = Matcher(read_rules(rules))
     model = nnx.clone(model)
     layers = layers_by_path(model)
     seen = {path: bare_type(layer) for path, (layer, *_) in layers.items()}
-    found = {path: lookup.rule(path, kind) for path, kind in seen.items()}
+    found = {path: lookup.decision(path, kind) for path, kind in seen.items()}
     modules = {path: nodes[0] for path, nodes in layers.items()}
     served = {
         path: served_product_names(path, module, seen[path], found[path])
@@ -100,31 +104,33 @@ def mixed_precision(model: M, rules: Rules) -> M:
     set_states(modules, found, served)
     owners: dict[int, tuple[str, Policy]] = {}
     for path, nodes in layers.items():
-        rule = found[path]
-        if rule is None:
+        decision = found[path]
+        if decision is None:
             below = (found[inner] for inner in layers if is_inside(inner, path))
-            if any(below) and rule_of(nodes[0]) is None:
+            if any(below) and decision_of(nodes[0]) is None:
                 set_type(nodes[0], None)  # left alone, it ends the region around it
             continue
-        rule, policy = _class_key(rule, served[path]), get_policy(rule.policy)
+        decision, policy = _used(decision, served[path]), decision.policy
         for node in nodes:
             _check(path, node)
             cast_stored(path, node, policy, owners)
             # These two write what they normalize into the layer inside them.
             if not isinstance(node, nnx.WeightNorm | nnx.SpectralNorm):
                 _set_dtype(path, node, policy)
-                set_type(node, rule)
+                set_type(node, decision)
+    keep_copies(model, modules, served)
     return model
 
 
-def _class_key(rule: Rule, served: set[str]) -> Rule:
-    """What a class needs of a rule: classes of equal essence are one class."""
-    rule = replace(rule, path=".*", module_type=None, optional=False)
-    return rule if served else replace(rule, recipe=None, min_size=0, attention=False)
+def _used(decision: Decision, served: set[str]) -> Decision:
+    """A decision without a recipe that serves nothing, so that classes are fewer."""
+    if served:
+        return decision
+    return replace(decision, recipe=None, min_size=0, attention=False)
 
 
 def _check(path: str, module) -> None:
-    """Raises for what could only be left as it is without a word."""
+    """Raises for what could only be left as it is silently."""
     if isinstance(module, nnx.bridge.ToNNX):
         raise ValueError(
             f"Module {path!r} holds a Linen module, whose layers NNX does not see. "
@@ -132,7 +138,7 @@ def _check(path: str, module) -> None:
             f"put mpjax.Rule({path!r}, None) first among the rules here."
         )
     if isinstance(module, nnx.WeightNorm):
-        states = nnx.to_flat_state(nnx.state(module.layer_instance, Scaling))
+        states = nnx.to_flat_state(nnx.state(module.layer_instance, ScalingStat))
         if any(module.variable_filter(*state) for state in states):
             raise ValueError(
                 f"Module {path!r} (WeightNorm) normalizes all variables of what is in "
@@ -160,15 +166,11 @@ def _check(path: str, module) -> None:
 def _set_dtype(path: str, module, policy: Policy) -> None:
     """Tells a module by its attributes to compute in ``compute_dtype``."""
     dtype = policy.compute_dtype
-    if has_dtype(module):
+    if computes_in_a_dtype(module):
         for name, param in own_params(module):
-            if any(map(jnp.iscomplexobj, jax.tree.leaves(param.get_value()))):
-                raise ValueError(
-                    f"Module {path!r} ({type(module).__name__}) has a complex "
-                    f"parameter {name!r} and cannot compute in {dtype.name}. Put "
-                    f"mpjax.Rule({path!r}, None) before the rule that matches it, to "
-                    "leave it alone."
-                )
+            if any_complex(jax.tree.leaves(param.get_value())):
+                kind, what = bare_type(module), f"parameter {name!r}"
+                raise complex_error(kind, path, policy, what)
         if "dtype" in vars(module):
             module.dtype = spelled_like(module.dtype, dtype)
     for name, value in list(vars(module).items()):

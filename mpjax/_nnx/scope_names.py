@@ -22,6 +22,7 @@ _READ = (nnx.Pytree, list, tuple, dict)
 class _RunningMethod(NamedTuple):
     """A method that runs: its module, and by id the modules read and their names."""
 
+    path: str
     module: nnx.Pytree
     read: dict[int, tuple[nnx.Pytree, str]]
 
@@ -39,12 +40,19 @@ def scope(module: nnx.Pytree, method: str) -> Iterator[None]:
     if not name:
         yield
         return
-    token = _running.set(_RunningMethod(module, {}))
+    path = name if outer is None else f"{outer.path}/{name}"
+    token = _running.set(_RunningMethod(path, module, {}))
     try:
         with jax.named_scope(name if method == "__call__" else f"{name}.{method}"):
             yield
     finally:
         _running.reset(token)
+
+
+def running_path() -> str:
+    """The name of the module whose method runs, below those that have called it."""
+    run = _running.get()
+    return "" if run is None else run.path
 
 
 def note(holder: nnx.Pytree, name: str, value: Any) -> None:

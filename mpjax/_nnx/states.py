@@ -8,36 +8,38 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mpjax._nnx.layers import kernel_shape
-from mpjax._nnx.scaling import Scaling
-from mpjax._policies.rule import Rule
+from mpjax._layers.served import served_layer
+from mpjax._nnx.recipes import may_read_copy
+from mpjax._nnx.scaling import ScalingStat, kernels, scaling_stats
+from mpjax._policies.lookup import Decision
 from mpjax._recipes.recipe import Recipe
 from mpjax._recipes.state import ScalingState
+from mpjax._scaling_states.weights import with_copy
 
 
 def set_states(
     modules: Mapping[str, nnx.Pytree],
-    rules: Mapping[str, Rule | None],
+    decisions: Mapping[str, Decision | None],
     served: Mapping[str, Collection[str]],
 ) -> None:
     """Gives modules the states of their products, where they have none yet.
 
     Args:
       modules: by path.
-      rules: by path.
+      decisions: what the modules follow, by path.
       served: names of the products that use a recipe, by path.
     """
     params = jax.tree.leaves([nnx.state(m, nnx.Param) for m in modules.values()])
     abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in params)
     for path, module in modules.items():
-        rule, wanted = rules[path], set()
-        if rule is None:
+        decision, wanted = decisions[path], set()
+        if decision is None:
             continue
-        recipe = rule.recipe
+        recipe = decision.recipe
         if recipe is not None and recipe.stateful:
             wanted = {f"{name}_scaling" for name in served[path]}
         for name, value in list(vars(module).items()):
-            if not isinstance(value, Scaling):
+            if not isinstance(value, ScalingStat):
                 continue
             agrees = recipe and value.get_value().recipe.agrees_with(recipe)
             if name in wanted and agrees:
@@ -48,7 +50,34 @@ def set_states(
             init = partial(_init, recipe, _stacked_axes(path, modules))
             for name in sorted(wanted):
                 state = jax.eval_shape(init) if abstract else init()
-                setattr(module, name, Scaling(state, ref=False, hijax=False))
+                setattr(module, name, ScalingStat(state, ref=False, hijax=False))
+
+
+def keep_copies(
+    model: nnx.Module,
+    modules: Mapping[str, nnx.Pytree],
+    served: Mapping[str, Collection[str]],
+) -> None:
+    """Gives states the copies of weights that their recipes ask for, where they can.
+
+    Args:
+      model: has its parameters in the dtype that they are stored in.
+      modules: by path.
+      served: names of the products that use a recipe, by path.
+    """
+    params, states = kernels(model), scaling_stats(model)
+    places = {id(variable): path for path, variable in states.items()}
+    for path, module in modules.items():
+        for name in served[path]:
+            stat = getattr(module, f"{name}_scaling", None)
+            if stat is None or not may_read_copy(module, name):
+                continue
+            state, kernel = stat.get_value(), params.get(places.get(id(stat)))
+            if kernel is None or state.weight or not state.recipe.keep_weights:
+                continue
+            is_shape = isinstance(kernel, jax.ShapeDtypeStruct)
+            make = partial(jax.eval_shape, with_copy) if is_shape else with_copy
+            stat.set_value(make(state, kernel))
 
 
 def _init(recipe: Recipe, axes: tuple[int, ...]) -> ScalingState:
@@ -75,9 +104,9 @@ def _stacked_axes(path: str, layers: Mapping[str, nnx.Pytree]) -> tuple[int, ...
 
 
 def _own_stacked_axes(layer: nnx.Pytree) -> tuple[int, ...] | None:
-    one = kernel_shape(layer)
-    name = "embedding" if isinstance(layer, nnx.Embed) else "kernel"
-    shape = getattr(getattr(layer, name, None), "shape", None)
+    row = served_layer(type(layer))
+    one = row.shape(layer)
+    shape = getattr(getattr(layer, row.parameter, None), "shape", None)
     if one is None or shape is None:
         return None
     count = len(shape) - len(one)

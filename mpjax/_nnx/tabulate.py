@@ -4,7 +4,7 @@ import jax
 from flax import nnx
 
 from mpjax._layers.table import layer_table
-from mpjax._nnx.classes import rule_of
+from mpjax._nnx.classes import decision_of
 from mpjax._nnx.layers import layers_by_path
 from mpjax._nnx.parameters import own_params
 
@@ -22,6 +22,9 @@ def tabulate(model: nnx.Module) -> str:
       its own. The model is not run: of a layer whose kernel another module reads and
       multiplies with, the recipe is shown and not used; ``mpjax.lowering`` sees that.
 
+    Raises:
+      TypeError: ``model`` is not an NNX module.
+
     Example:
       >>> from flax import nnx
       >>> import mpjax.nnx
@@ -32,11 +35,17 @@ def tabulate(model: nnx.Module) -> str:
        ───────────────────────────────────────────────────────────────
                Linear   p=f32,c=bf16,o=f32   -        f32          15
     """
+    if not isinstance(model, nnx.Module):
+        raise TypeError(
+            "mpjax.nnx.tabulate takes a flax.nnx.Module, got one of type "
+            f"{type(model).__name__}. For a Linen module use mpjax.linen.tabulate."
+        )
     rows = []
     for path, nodes in layers_by_path(model).items():
         values = [p.get_raw_value() for node in nodes for _, p in own_params(node)]
         arrays = [leaf for leaf in jax.tree.leaves(values) if hasattr(leaf, "shape")]
-        rule = rule_of(nodes[0])
-        policy, recipe = (rule.policy, rule.recipe) if rule else (None, None)
+        decision = decision_of(nodes[0])
+        policy = None if decision is None else decision.policy
+        recipe = None if decision is None else decision.recipe
         rows.append((path, type(nodes[0]), policy, recipe, arrays))
     return layer_table(rows)

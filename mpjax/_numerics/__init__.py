@@ -2,5 +2,5 @@
 
 May import: `_typing`.
 
-A format: a row of the table in `formats.py`.
+To add a format: a row of `FORMATS` in `formats.py`.
 """

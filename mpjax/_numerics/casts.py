@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +45,7 @@ def saturating_cast(x: Array, dtype: DType) -> Array:
 
     Example:
       >>> import jax.numpy as jnp, mpjax
-      >>> mpjax.saturating_cast(jnp.array([0.3, 1e6]), jnp.float8_e4m3fn)
+      >>> mpjax.numerics.saturating_cast(jnp.array([0.3, 1e6]), jnp.float8_e4m3fn)
       Array([0.3125, 448], dtype=float8_e4m3fn)
     """
     x, dtype = _floating("saturating_cast", x), jnp.dtype(dtype)
@@ -81,9 +82,10 @@ def round_to_format(x: Array, dtype: DType) -> Array:
     Example:
       >>> import jax, jax.numpy as jnp, mpjax
       >>> x = jnp.array([0.3, 1e6])
-      >>> mpjax.round_to_format(x, jnp.float8_e4m3fn)
+      >>> to_e4m3 = lambda x: mpjax.numerics.round_to_format(x, jnp.float8_e4m3fn)
+      >>> to_e4m3(x)
       Array([3.125e-01, 4.480e+02], dtype=float32)
-      >>> jax.grad(lambda x: mpjax.round_to_format(x, jnp.float8_e4m3fn).sum())(x)
+      >>> jax.grad(lambda x: to_e4m3(x).sum())(x)
       Array([1., 0.], dtype=float32)
     """
     x, fmt = _floating("round_to_format", x), format_info(dtype)
@@ -128,7 +130,7 @@ def stochastic_round(x: Array, dtype: DType, key: Array) -> Array:
     Example:
       >>> import jax, jax.numpy as jnp, mpjax
       >>> x = jnp.full(10_000, 1.001)
-      >>> y = mpjax.stochastic_round(x, jnp.bfloat16, jax.random.key(0))
+      >>> y = mpjax.numerics.stochastic_round(x, jnp.bfloat16, jax.random.key(0))
       >>> bool(abs(y.astype(jnp.float32).mean() - 1.001) < 1e-4)  # nearest gives 1.0
       True
 
@@ -151,24 +153,27 @@ def stochastic_round(x: Array, dtype: DType, key: Array) -> Array:
 
 
 @saturating_cast.defjvp
-def _(dtype, primals, tangents):
+def _(dtype: DType, primals: tuple, tangents: tuple) -> tuple[Array, Any]:
     out = saturating_cast(primals[0], dtype)
     return out, _straight_through(primals[0], tangents[0], dtype, out.dtype)
 
 
 @round_to_format.defjvp
-def _(dtype, primals, tangents):
+def _(dtype: DType, primals: tuple, tangents: tuple) -> tuple[Array, Any]:
     out = round_to_format(primals[0], dtype)
     return out, _straight_through(primals[0], tangents[0], dtype, out.dtype)
 
 
 @stochastic_round.defjvp
-def _(dtype, primals, tangents):
+def _(dtype: DType, primals: tuple, tangents: tuple) -> tuple[Array, Any]:
     out = stochastic_round(primals[0], dtype, primals[1])
     return out, _straight_through(primals[0], tangents[0], dtype, out.dtype)
 
 
-def _straight_through(x, tangent, dtype, out_dtype):
+def _straight_through(
+    x: Array, tangent: Array, dtype: DType, out_dtype: DType
+) -> Array | np.ndarray:
+    """The tangent inside the range of a format, and 0 outside."""
     if not jnp.issubdtype(out_dtype, jnp.floating):
         return np.zeros(x.shape, jax.dtypes.float0)  # integers have no derivative
     tangent = tangent.astype(out_dtype)
@@ -180,7 +185,7 @@ def _straight_through(x, tangent, dtype, out_dtype):
     return tangent * inside.astype(out_dtype)
 
 
-def _floating(name: str, x) -> Array:
+def _floating(name: str, x: jax.typing.ArrayLike) -> Array:
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(
@@ -192,7 +197,7 @@ def _floating(name: str, x) -> Array:
 
 def _with_arrays(dtype: DType) -> Format:
     fmt = format_info(dtype)
-    if fmt.name.startswith("float6"):
+    if not fmt.has_arrays:
         raise TypeError(
             f"XLA has no arrays of {fmt.name}; round_to_format gives its values in the "
             "dtype of x."
@@ -210,7 +215,7 @@ def _widen(x: Array) -> Array:
 
 def _saturate(x: Array, fmt: Format) -> Array:
     """Clips what is finite; replaces inf and NaN where the format has no such code."""
-    clipped = jnp.clip(x, None if fmt.name == "float8_e8m0fnu" else fmt.min, fmt.max)
+    clipped = jnp.clip(x, fmt.min if fmt.has_zero else None, fmt.max)
     if fmt.has_nan:
         return jnp.where(jnp.isfinite(x), clipped, x)
     return jnp.where(jnp.isnan(x), 0.0, clipped)
@@ -218,10 +223,10 @@ def _saturate(x: Array, fmt: Format) -> Array:
 
 def _nearest(x: Array, fmt: Format) -> Array:
     """Rounds f32, saturated, to the values of a format; inf and NaN pass."""
-    if fmt.name == "float8_e8m0fnu":
-        return _to_e8m0(x).astype(jnp.float32)
-    if fmt.name == "bfloat16":
-        return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    if not fmt.has_zero:
+        return _to_power_of_two(x, fmt).astype(jnp.float32)
+    if fmt.max_exponent == 127:  # as float32 has, so that _magic would overflow
+        return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=fmt.mantissa)
     magic = _magic(x, fmt)
     return jnp.where(jnp.isinf(x), x, jnp.copysign((x + magic) - magic, x))
 
@@ -236,12 +241,11 @@ def _magic(x: Array, fmt: Format) -> Array:
 def _to_format(x: Array, fmt: Format) -> Array:
     """Saturates and casts; on a CPU by arithmetic, XLA's fp8 casts being slow there."""
 
-    def cast(x):
+    def cast(x: Array) -> Array:
         x = _saturate(x, fmt)
-        if fmt.name == "float8_e8m0fnu":
-            return _to_e8m0(x)
-        is_float = jnp.issubdtype(fmt.dtype, jnp.floating)
-        return (x if is_float else jnp.round(x)).astype(fmt.dtype)
+        if not fmt.has_zero:
+            return _to_power_of_two(x, fmt)
+        return (jnp.round(x) if fmt.is_integer else x).astype(fmt.dtype)
 
     if not fmt.is_float8:
         return cast(x)
@@ -249,13 +253,11 @@ def _to_format(x: Array, fmt: Format) -> Array:
     return lax.platform_dependent(x, cpu=encode, default=cast)
 
 
-def _to_e8m0(x: Array) -> Array:
+def _to_power_of_two(x: Array, fmt: Format) -> Array:
     """Casts f32; on its codes, since XLA takes 2^-127, an f32 subnormal, for 0."""
-    code = lax.bitcast_convert_type(x.astype(jnp.float8_e8m0fnu), jnp.uint8)
-    smallest = (x >= 0) & (x < 2.0**-126)
-    return lax.bitcast_convert_type(
-        jnp.where(smallest, jnp.uint8(0), code), jnp.float8_e8m0fnu
-    )
+    code = lax.bitcast_convert_type(x.astype(fmt.dtype), jnp.uint8)
+    smallest = (x >= 0) & (x < 2 * fmt.min)
+    return lax.bitcast_convert_type(jnp.where(smallest, jnp.uint8(0), code), fmt.dtype)
 
 
 def _encode(x: Array, fmt: Format) -> Array:
@@ -270,7 +272,7 @@ def _encode(x: Array, fmt: Format) -> Array:
     bias = (126 + fmt.min_exponent) << fmt.mantissa
     code = code - jnp.where(subnormal, bias + (1 << fmt.mantissa), bias)
     sign = (lax.bitcast_convert_type(x, jnp.int32) >> 24) & 0x80
-    if fmt.name.endswith("fnuz"):  # its code for -0 is NaN
+    if fmt.negative_zero_is_nan:
         sign = jnp.where(code == 0, 0, sign)
     nan, inf = (fmt.dtype.type(v).view("int8").item() for v in (math.nan, math.inf))
     code = jnp.where(jnp.isfinite(x), code, jnp.where(jnp.isnan(x), nan, inf))

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +11,13 @@ from jax.custom_derivatives import SymbolicZero
 from mpjax._numerics.scales import (
     Block,
     Rounding,
+    amax_of_blocks,
     amax_to_scale,
-    block_amax,
     check_block,
     check_format,
     check_scale_dtype,
     expand_scale,
-    quantize_with_scale,
+    quantize_blocks,
 )
 from mpjax._typing import Array, DType
 
@@ -25,7 +25,9 @@ from mpjax._typing import Array, DType
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class QArray:
-    """Stands for ``qvalue * scale``; a pytree.
+    """An array in few bits and its scales: stands for ``qvalue * scale``; a pytree.
+
+    `quantize` makes one, and `dequantize` multiplies it out.
 
     Attributes:
       qvalue: an 8-bit or narrower dtype[d0, d1, ...].
@@ -33,6 +35,12 @@ class QArray:
       block: how many elements along each axis share a scale, -1 for a whole axis.
         Axes that ``vmap`` or ``scan`` put in front have scales of their own.
       rounding: of the scales; all are powers of two unless it is ``"exact"``.
+
+    Example:
+      >>> import jax.numpy as jnp, mpjax
+      >>> q = mpjax.quantize(jnp.ones((4, 64)), jnp.float8_e4m3fn, block=(1, 32))
+      >>> q.shape, q.dtype.name, q.scale.shape
+      ((4, 64), 'float8_e4m3fn', (4, 2))
     """
 
     qvalue: Array
@@ -43,7 +51,7 @@ class QArray:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the array that is stood for."""
+        """Shape of the array that this stands for."""
         return self.qvalue.shape
 
     @property
@@ -102,17 +110,20 @@ def quantize(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
-def _quantize(x, dtype, block, rounding, scale_dtype) -> QArray:
-    scale = amax_to_scale(block_amax(x, block), dtype, rounding)
-    qvalue = quantize_with_scale(x, scale, dtype, block)
+def _quantize(
+    x: Array, dtype: DType, block: Block, rounding: Rounding, scale_dtype: DType
+) -> QArray:
+    amax = amax_of_blocks(x, block, jnp.float32)
+    scale = amax_to_scale(amax, dtype, rounding)
+    qvalue = quantize_blocks(x, scale, dtype, block, jnp.float32)
     return QArray(qvalue, scale.astype(scale_dtype), block, rounding)
 
 
-def _quantize_forward(x, *static):
+def _quantize_forward(x: Any, *static: Any) -> tuple[QArray, None]:
     return _quantize(x.value, *static), None
 
 
-def _no_gradient(*args):
+def _no_gradient(*args: Any) -> tuple[None]:
     """A cotangent of 8 bits would come out as zeros and a few huge numbers."""
     cotangents = jax.tree.leaves(args[-1])
     if all(isinstance(leaf, SymbolicZero) for leaf in cotangents):
@@ -140,12 +151,20 @@ def dequantize(q: QArray, dtype: DType = jnp.float32) -> Array:
     Returns:
       dtype[d0, d1, ...].
 
+    Raises:
+      TypeError: ``q`` is no ``QArray``.
+
     Example:
       >>> import jax.numpy as jnp, mpjax
       >>> q = mpjax.quantize(jnp.array([0.51, 7.0]), jnp.float8_e4m3fn)
       >>> mpjax.dequantize(q, jnp.bfloat16)
       Array([0.5, 7], dtype=bfloat16)
     """
+    if not isinstance(q, QArray):
+        raise TypeError(
+            f"dequantize takes what quantize returns, got {type(q).__name__}; an "
+            "array is in high precision already."
+        )
     scale = expand_scale(q.scale, q.qvalue.shape, q.block)
     return (q.qvalue.astype(jnp.float32) * scale).astype(dtype)
 

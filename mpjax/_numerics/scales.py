@@ -10,7 +10,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from mpjax._numerics.casts import round_to_format, saturating_cast
-from mpjax._numerics.formats import Format, format_info
+from mpjax._numerics.formats import Format, format_info, holds_scales
 from mpjax._typing import Array, DType
 
 Block: TypeAlias = tuple[int, ...]
@@ -27,9 +27,9 @@ def block_amax(
       block: how many elements along each axis share a scale; -1 stands for the whole
         axis. ``None`` is one block for the whole array. The last block of an axis may
         be short.
-      compute_dtype: what ``x`` is read as, float32 or its own dtype: the same result,
-        but only if it is that of the ``quantize_with_scale`` which follows does a
-        compiler fuse both into one pass over ``x``.
+      compute_dtype: the dtype that ``x`` is read as, float32 or its own. The result is
+        the same, but a compiler fuses this and the `quantize_with_scale` that follows
+        into one pass over ``x`` only if both have the same.
 
     Returns:
       f32[ceil(d0 / b0), ceil(d1 / b1), ...]; NaN where a block holds one.
@@ -40,11 +40,15 @@ def block_amax(
     Example:
       >>> import jax.numpy as jnp, mpjax
       >>> x = jnp.array([[1.0, -2.0, 3.0], [4.0, 5.0, -6.0]])
-      >>> mpjax.block_amax(x, (1, 2))
+      >>> mpjax.numerics.block_amax(x, (1, 2))
       Array([[2., 3.],
              [5., 6.]], dtype=float32)
     """
-    block = check_block(block, x.shape)
+    return amax_of_blocks(x, check_block(block, x.shape), compute_dtype)
+
+
+def amax_of_blocks(x: Array, block: Block, compute_dtype: DType) -> Array:
+    """`block_amax` with a block that `check_block` has returned."""
     x = jnp.abs(x.astype(compute_dtype))
     whole = tuple(i for i, b in enumerate(block) if b == -1)
     x = jnp.max(x, axis=whole, keepdims=True, initial=0.0)
@@ -76,7 +80,7 @@ def _split(x: Array, axis: int, size: int) -> Array:
 
 
 def _explicit_shards(x: Array, axis: int) -> int:
-    """Over how many devices an axis of a mesh of explicit axes is spread."""
+    """The number of devices that an axis is spread over in a mesh of explicit axes."""
     sharding = jax.typeof(x).sharding
     names = sharding.spec[axis] if axis < len(sharding.spec) else None
     names = names if isinstance(names, tuple) else () if names is None else (names,)
@@ -107,12 +111,13 @@ def amax_to_scale(amax: Array, dtype: DType, rounding: Rounding = "exact") -> Ar
       f32[...].
 
     Raises:
+      TypeError: ``dtype`` is no low-precision format.
       ValueError: there is no such rounding.
 
     Example:
       >>> import jax.numpy as jnp, mpjax
       >>> amax = jnp.array([896.0, 900.0, 0.0])
-      >>> mpjax.amax_to_scale(amax, jnp.float8_e4m3fn, "up")
+      >>> mpjax.numerics.amax_to_scale(amax, jnp.float8_e4m3fn, "up")
       Array([2., 4., 1.], dtype=float32)
 
     References:
@@ -148,25 +153,38 @@ def quantize_with_scale(
 
     Args:
       x: f[d0, d1, ...].
-      scale: f32 or e8m0, a scalar, or one number a block.
+      scale: f32 or e8m0, a scalar, or one number per block.
       dtype: the format.
       block: as in ``block_amax``.
-      compute_dtype: of the product; bfloat16 where ``x`` is bfloat16 and every scale a
-        power of two, since it is exact then and the same.
+      compute_dtype: the dtype of the product. bfloat16 gives the same result as
+        float32 where ``x`` is bfloat16 and every scale a power of two.
 
     Returns:
       dtype[d0, d1, ...].
 
+    Raises:
+      TypeError: ``x`` is not floating or ``dtype`` is no low-precision format.
+      ValueError: ``block`` does not fit the shape.
+
     Example:
       >>> import jax.numpy as jnp, mpjax
-      >>> mpjax.quantize_with_scale(jnp.array([1.0, 5.0]), jnp.array(0.01), jnp.int8)
+      >>> x, scale = jnp.array([1.0, 5.0]), jnp.array(0.01)
+      >>> mpjax.numerics.quantize_with_scale(x, scale, jnp.int8)
       Array([100, 127], dtype=int8)
     """
     block = check_block(block, x.shape)
+    return quantize_blocks(x, scale, dtype, block, compute_dtype)
+
+
+def quantize_blocks(
+    x: Array, scale: Array, dtype: DType, block: Block, compute_dtype: DType
+) -> Array:
+    """`quantize_with_scale` with a block that `check_block` has returned."""
     reciprocal = 1.0 / expand_scale(scale, x.shape, block)
     x = x.astype(compute_dtype) * reciprocal.astype(compute_dtype)
-    if format_info(dtype).name.startswith("float6"):
-        x, dtype = round_to_format(x.astype(jnp.float32), dtype), jnp.float8_e4m3fn
+    fmt = format_info(dtype)
+    if not fmt.has_arrays:
+        x, dtype = round_to_format(x.astype(jnp.float32), dtype), fmt.stored_as
     return saturating_cast(x, dtype)
 
 
@@ -209,9 +227,14 @@ def check_block(block: Block | None, shape: tuple[int, ...]) -> Block:
 
 
 def check_format(dtype: DType) -> DType:
-    """A format that tensors are scaled to, or an error."""
+    """The dtype of a format that tensors are scaled to.
+
+    Raises:
+      TypeError: it is no low-precision format.
+      ValueError: tensors are not scaled to it.
+    """
     fmt = format_info(dtype)
-    if fmt.name in ("float8_e8m0fnu", "float16", "bfloat16"):
+    if fmt.bits > 8 or not fmt.has_zero:
         raise ValueError(
             "Tensors are scaled to signed formats of at most 8 bits, got "
             f"{fmt.name}; choose float8_e4m3fn or float8_e5m2."
@@ -228,13 +251,17 @@ def check_rounding(rounding: Rounding) -> None:
 
 
 def check_scale_dtype(dtype: DType, rounding: Rounding) -> DType:
-    """A dtype for scales that are rounded so, or a ValueError."""
+    """The dtype of scales.
+
+    Raises:
+      ValueError: scales have no such dtype, or it does not hold scales of the rounding.
+    """
     dtype = jnp.dtype(dtype)
-    if dtype not in (jnp.float32, jnp.float8_e8m0fnu):
+    if dtype != jnp.float32 and not holds_scales(dtype):
         raise ValueError(f"scale_dtype is float32 or float8_e8m0fnu, got {dtype.name}.")
-    if dtype == jnp.float8_e8m0fnu and rounding == "exact":
+    if holds_scales(dtype) and rounding == "exact":
         raise ValueError(
-            "float8_e8m0fnu holds powers of two only; with it, set rounding to 'up' or "
+            f"{dtype.name} holds powers of two only; with it, set rounding to 'up' or "
             "'floor'."
         )
     return dtype

@@ -1,6 +1,6 @@
 """Which dtypes, and which module of a model gets them.
 
-May import: `_recipes`, `_tree`.
+May import: `_recipes`, `_numerics`, `_tree`, `_typing`.
 
-What a policy's name protects: in `presets.py`.
+To add a preset: an entry of `PRESETS` in `presets.py`.
 """

@@ -1,68 +1,101 @@
-"""From the path of a module to its rule: the first that matches decides."""
+"""From the path and class of a module to what it follows: the first match decides."""
 
+import dataclasses
 import difflib
 import functools
-import itertools
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from typing import Any
 
-from mpjax._policies.policy import Policy, get_policy
-from mpjax._policies.presets import protecting_rules
-from mpjax._policies.rule import Rule, describe
+from mpjax._policies.expand import expand
+from mpjax._policies.policy import Policy
+from mpjax._policies.rule import Rule
 from mpjax._recipes.recipe import Recipe
 
 
-class Matcher:
-    """Looks rules up and remembers the answers.
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """What a module follows: a rule, without what it is matched by.
+
+    Decisions are values: modules under equal ones behave alike.
 
     Attributes:
-      rules: the expanded rules, in order.
-      model: the classes of a model whose runs need not all show the same modules: a
-        rule that it has used once is used.
-      number: tells it from every other matcher, those that are gone included.
+      policy: the three dtypes.
+      recipe: of the products of the module; None: they have none.
+      min_size: products that sum over fewer elements, or give fewer features, go
+        without the recipe.
+      cast_inputs: whether floating arguments are cast where the policy begins.
+      attention: whether the recipe is also for the products of attention.
     """
 
-    _numbers = itertools.count()
+    policy: Policy
+    recipe: Recipe | None = None
+    min_size: int = 0
+    cast_inputs: bool = True
+    attention: bool = False
+
+
+class Matcher:
+    """Finds what the modules of a model follow, and checks that no rule is for nothing.
+
+    A matcher remembers which rules have decided for a module. It has to: a rule may be
+    for a module that runs in training only, or in one method of several, and a run
+    shows none of the modules in a function whose trace ``nn.jit`` has cached. Only the
+    runs of one program together show what its rules are for, and of Linen modules,
+    which are made anew for each of them, nothing else lives that long. So `matcher`
+    keeps one for each list of rules and model, and traces are cached by it (`key`):
+    with a new matcher, every module is seen again.
+
+    Attributes:
+      rules: as they are written.
+      model: the classes of a model whose runs need not all show the same modules; None:
+        each check sees all modules, and nothing is remembered.
+    """
 
     def __init__(self, rules: tuple[Rule, ...], model: tuple[Any, ...] | None = None):
         self.rules = rules
         self.model = model
-        self.number = next(self._numbers)
+        self._expanded = [
+            [(literal, _decision(literal)) for literal in expand(rule)]
+            for rule in rules
+        ]
+        self._found: dict[tuple[str, type], tuple[int | None, Decision | None]] = {}
+        self._path_matters = any(
+            literal.path != ".*" for rules in self._expanded for literal, _ in rules
+        )
+        # Indices of rules that decided, that gave a recipe, and whose recipe was used.
         self._used: set[int] = set()
+        self._with_recipe: set[int] = set()
         self._serving: set[int] = set()
-        self._found: dict[tuple[str, type], int | None] = {}
-        self._path_matters = any(rule.path != ".*" for rule in rules)
 
     def find(self, path: str, module_type: type) -> int | None:
-        """The index of the first rule that matches, or None."""
+        """The index of the first rule that matches a module; None: no rule does."""
+        return self._find(path, module_type)[0]
+
+    def decision(self, path: str, module_type: type) -> Decision | None:
+        """What a module follows; None: it is left alone."""
+        return self._find(path, module_type)[1]
+
+    def _find(self, path: str, module_type: type) -> tuple[int | None, Decision | None]:
         key = path, module_type
         if key not in self._found:
             matching = (
-                i for i, r in enumerate(self.rules) if r.matches(path, module_type)
+                (index, decision)
+                for index, rule in enumerate(self.rules)
+                if rule.matches(path, module_type)
+                for literal, decision in self._expanded[index]
+                if literal.matches(path, module_type)
             )
-            self._found[key] = next(matching, None)
+            self._found[key] = next(matching, (None, None))
         return self._found[key]
 
-    def rule(self, path: str, module_type: type) -> Rule | None:
-        """The rule of a module; None: it is left alone."""
-        index = self.find(path, module_type)
-        rule = None if index is None else self.rules[index]
-        return None if rule is None or rule.policy is None else rule
+    def key(self, path: str) -> Hashable:
+        """A key for traces of what is at a path.
 
-    def policy(self, path: str, module_type: type) -> Policy | None:
-        """The policy of a module; None: it is left alone."""
-        rule = self.rule(path, module_type)
-        return None if rule is None else get_policy(rule.policy)
-
-    def recipe(self, path: str, module_type: type) -> Recipe | None:
-        """The recipe of a module's products."""
-        rule = self.rule(path, module_type)
-        return None if rule is None else rule.recipe
-
-    def key(self, path: str) -> str:
-        """A key that two paths share if all below them has the same policies."""
-        return path if self._path_matters else ""
+        It is equal for paths below which all modules of one class follow the same, and
+        differs from all keys of other matchers.
+        """
+        return self, path if self._path_matters else ""
 
     def check_all_used(
         self,
@@ -83,44 +116,39 @@ class Matcher:
         """
         modules = seen if isinstance(seen, list) else list(seen.items())
         if self.model is None:
-            self._used, self._serving = set(), set()
+            self._used, self._with_recipe, self._serving = set(), set(), set()
         for path, module_type in modules:
-            index = self.find(path, module_type)
-            if index is not None:
-                self._used.add(index)
+            index, decision = self._find(path, module_type)
+            if index is None:
+                continue
+            self._used.add(index)
+            if decision is not None and decision.recipe is not None:
+                self._with_recipe.add(index)
                 if served is not None and served.get(path):
                     self._serving.add(index)
+        idle = set() if served is None else self._with_recipe - self._serving
         for index, rule in enumerate(self.rules):
-            if rule.optional:
-                continue
-            if index in self._used:
-                if rule.recipe is not None and served is not None:
-                    self._check_serving(index, modules, known)
-                continue
-            # A model of norms alone uses another of the rules of a policy's name.
-            if rule.policy is not None and any(
-                self.rules[i] in protecting_rules(rule, True) for i in self._used
-            ):
+            if rule.optional or (index in self._used and index not in idle):
                 continue
             others = set(known()) - {path for path, _ in modules}
-            if not any(map(rule.matches_path, others)):
-                raise ValueError(
-                    f"{describe(rule)} {self._why_unused(index, modules, others)} A "
-                    "rule that may match nothing takes optional=True."
-                )
+            if any(map(rule.matches_path, others)):
+                continue
+            if index in idle:
+                raise ValueError(f"{rule} {self._why_unserved(index, modules)}")
+            raise ValueError(
+                f"{rule} {self._why_unused(index, modules, others)} A rule that may "
+                "match nothing takes optional=True."
+            )
 
-    def _check_serving(self, index, modules, known) -> None:
-        rule = self.rules[index]
-        others = set(known()) - {path for path, _ in modules}
-        if index in self._serving or any(map(rule.matches_path, others)):
-            return
+    def _why_unserved(self, index, modules) -> str:
         types = {t.__name__ for path, t in modules if self.find(path, t) == index}
-        small = f" Products below min_size={rule.min_size} go without it."
-        raise ValueError(
-            f"{describe(rule)} has a recipe and serves no product: of what it matches "
+        min_size = self._expanded[index][-1][0].min_size
+        small = f" Products below min_size={min_size} go without it."
+        return (
+            f"has a recipe and serves no product: of what it matches "
             f"({', '.join(sorted(types)[:8])}) nothing multiplies as a layer of Flax "
-            f"does.{small if rule.min_size else ''} Leave the recipe out, or let the "
-            "rule match Dense, Einsum, convolution or attention layers."
+            f"does.{small if min_size else ''} Leave the recipe out, or let the rule "
+            "match Dense, Einsum, convolution or attention layers."
         )
 
     def _why_unused(self, index, modules, others) -> str:
@@ -130,8 +158,8 @@ class Matcher:
             if first is not None and rule.matches(path, module_type):
                 return (
                     f"decides for no module: {path!r}, which it matches, is taken by "
-                    f"{describe(self.rules[first])} first. Put the narrower rule "
-                    "before the wider one."
+                    f"{self.rules[first]} first. Put the narrower rule before the "
+                    "wider one."
                 )
         near = sorted({t.__name__ for path, t in modules if rule.matches_path(path)})
         if near and rule.module_type is not None:
@@ -146,6 +174,18 @@ class Matcher:
             "matches no module. It must match the whole path; the nearest paths are "
             f"{', '.join(map(repr, near))}."
         )
+
+
+def _decision(rule: Rule) -> Decision | None:
+    if not isinstance(rule.policy, Policy):
+        return None
+    return Decision(
+        rule.policy,
+        rule.recipe,
+        rule.min_size or 0,
+        rule.cast_inputs,
+        rule.attention,
+    )
 
 
 matcher = functools.lru_cache(maxsize=256)(Matcher)

@@ -4,24 +4,13 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
+from mpjax._numerics.formats import Format, all_formats, find_format
+from mpjax._policies.presets import PRESETS, full_name
 from mpjax._tree import cast_floating
 from mpjax._typing import ArrayTree, DType
 
-dtype_to_names = {
-    np.float64: ("f64", "float64"),
-    np.float32: ("f32", "float32", "full"),
-    np.float16: ("f16", "float16"),
-    ml_dtypes.bfloat16: ("bf16", "bfloat16"),
-    ml_dtypes.float8_e4m3fn: ("f8_e4m3fn", "float8_e4m3fn"),
-    ml_dtypes.float8_e5m2: ("f8_e5m2", "float8_e5m2"),
-    ml_dtypes.float8_e4m3fnuz: ("f8_e4m3fnuz", "float8_e4m3fnuz"),
-    ml_dtypes.float8_e5m2fnuz: ("f8_e5m2fnuz", "float8_e5m2fnuz"),
-}
-
-_NAME_TO_DTYPE = {n: jnp.dtype(d) for d, names in dtype_to_names.items() for n in names}
 _KEYS = {
     "p": "param_dtype",
     "params": "param_dtype",
@@ -37,14 +26,14 @@ class Policy:
     """The dtypes in which parameters are kept, layers compute and a model answers.
 
     Policies are values: equal ones hash equal, whatever spelling of a dtype they were
-    made from, so that they can be static arguments of ``jax.jit`` without retracing.
+    made from, so that they can be static arguments of ``jax.jit`` without retracing. A
+    front end takes a policy literally: what is fragile in few bits is protected by the
+    presets, which are lists of rules, see `preset`.
 
     Attributes:
       param_dtype: parameters and their initial values; float32 unless given.
       compute_dtype: operands of the layers; follows ``param_dtype`` unless given.
       output_dtype: what comes out; follows ``compute_dtype`` unless given.
-      name: by which ``get_policy`` was asked for it; the rules of a front end protect
-        more under a policy with a name. It does not count in comparisons.
 
     Raises:
       ValueError: a dtype is unknown, not a real floating dtype, or float64 while
@@ -66,7 +55,6 @@ class Policy:
     param_dtype: DType = None
     compute_dtype: DType = None
     output_dtype: DType = None
-    name: str | None = dataclasses.field(default=None, kw_only=True, compare=False)
 
     def __post_init__(self):
         previous = np.float32
@@ -76,25 +64,57 @@ class Policy:
             object.__setattr__(self, field, previous)
 
     def cast_to_param(self, tree: ArrayTree) -> ArrayTree:
-        """Casts the floating leaves of a tree to ``param_dtype``."""
+        """Casts the floating leaves of a tree to ``param_dtype``.
+
+        Args:
+          tree: any pytree, as of `cast_floating`.
+
+        Returns:
+          The tree, its other leaves as they are.
+        """
         return cast_floating(tree, self.param_dtype)
 
     def cast_to_compute(self, tree: ArrayTree) -> ArrayTree:
-        """Casts the floating leaves of a tree to ``compute_dtype``."""
+        """Casts the floating leaves of a tree to ``compute_dtype``.
+
+        Args:
+          tree: any pytree, as of `cast_floating`.
+
+        Returns:
+          The tree, its other leaves as they are.
+        """
         return cast_floating(tree, self.compute_dtype)
 
     def cast_to_output(self, tree: ArrayTree) -> ArrayTree:
-        """Casts the floating leaves of a tree to ``output_dtype``."""
+        """Casts the floating leaves of a tree to ``output_dtype``.
+
+        Args:
+          tree: any pytree, as of `cast_floating`.
+
+        Returns:
+          The tree, its other leaves as they are.
+        """
         return cast_floating(tree, self.output_dtype)
 
     def with_output_dtype(self, output_dtype: DType) -> "Policy":
-        """The same policy with another output dtype."""
+        """The same policy with another output dtype.
+
+        Args:
+          output_dtype: a floating dtype, or its name.
+
+        Returns:
+          A new policy.
+
+        Raises:
+          ValueError: as of ``Policy``.
+        """
         return dataclasses.replace(self, output_dtype=output_dtype)
 
     def __str__(self):
+        formats = {f.dtype: f.short_name for f in policy_formats()}
         p, c, o = (
-            dtype_to_names[d.type][0]
-            for d in (self.param_dtype, self.compute_dtype, self.output_dtype)
+            formats[dtype]
+            for dtype in (self.param_dtype, self.compute_dtype, self.output_dtype)
         )
         return f"p={p},c={c},o={o}"
 
@@ -102,18 +122,17 @@ class Policy:
 def get_policy(policy: str | Policy | DType) -> Policy:
     """Reads a policy from a name, from jmp's grammar, or from one dtype for all.
 
-    ===================================  =====================================
-    ``"mixed_bfloat16"``                 ``p=f32,c=bf16,o=f32``
-    ``"mixed_float16"``                  ``p=f32,c=f16,o=f32``
-    ``"mixed_float8"``                   ``p=f32,c=bf16,o=f32``; in a rule, with a
-                                         recipe for products (``expand_rules``)
-    ``"float32"``, ``"f32"``, ``"full"``  all float32; likewise any other dtype
-    ``"half"``                           all bfloat16 on a TPU, else all float16
-    ``"p=f32,c=bf16"``                   keys ``p|params``, ``c|compute``,
-                                         ``o|output``; spaces are allowed
-    ===================================  =====================================
+    - ``"mixed_bfloat16"``, ``"mixed_float16"``: parameters and outputs in float32,
+      computation in 16 bits; ``p=f32,c=bf16,o=f32`` for the first.
+    - ``"mixed_float8"``: ``p=f32,c=bf16,o=f32``; the recipe is not in the policy.
+    - ``"float32"``, ``"f32"``, ``"full"``: all in float32; likewise other dtypes.
+    - ``"half"``: all in bfloat16 on a TPU, else all in float16.
+    - ``"p=f32,c=bf16"``: the keys are ``p`` or ``params``, ``c`` or ``compute``, and
+      ``o`` or ``output``. Parameters are float32 unless given, computation follows
+      parameters, outputs follow computation. Spaces are allowed.
 
-    Parameters default to float32, compute follows parameters, output follows compute.
+    Of a preset, which these names are to a front end, this is the policy alone, and not
+    what `preset` protects: ``Rule(policy=get_policy("mixed_bfloat16"))`` is literal.
 
     Args:
       policy: a string as above, a dtype, or a ``Policy``, which is returned as it is.
@@ -135,12 +154,20 @@ def get_policy(policy: str | Policy | DType) -> Policy:
         raise ValueError("A policy is made of dtypes, got None.")
     if not isinstance(policy, str):
         return Policy(policy)
-    if "=" not in policy:
-        name = policy.strip()
-        if name.startswith("mixed_"):
-            low = "bf16" if name == "mixed_float8" else name.removeprefix("mixed_")
-            return Policy(np.float32, parse_dtype(low), np.float32, name=name)
-        return Policy(parse_dtype(name), name=name)
+    name = full_name(policy)
+    if name is not None:
+        policy = PRESETS[name].policy
+    if "=" in policy:
+        return _parse_policy(policy)
+    if policy.strip() not in _dtypes_by_name():
+        raise ValueError(
+            f"Unknown policy {policy!r}. Use one of {', '.join(PRESETS)}, or spell it "
+            "out, as in 'p=f32,c=bf16,o=f32'."
+        )
+    return Policy(parse_dtype(policy.strip()))
+
+
+def _parse_policy(policy: str) -> Policy:
     dtypes = {}
     for part in policy.split(","):
         key, _, value = (piece.strip() for piece in part.partition("="))
@@ -155,23 +182,23 @@ def get_policy(policy: str | Policy | DType) -> Policy:
     return Policy(**dtypes)
 
 
-def half_dtype() -> np.dtype:
-    """The 16-bit dtype of the default backend: bfloat16 on a TPU, else float16."""
-    return jnp.dtype(jnp.bfloat16 if jax.default_backend() == "tpu" else jnp.float16)
+def is_spelled_out(text: str) -> bool:
+    """Whether a string begins as a policy in jmp's grammar does."""
+    return "=" in text and text.partition("=")[0].strip() in _KEYS
 
 
-def cast_to_full(tree: ArrayTree) -> ArrayTree:
-    """Casts the floating leaves of a tree to float32."""
-    return cast_floating(tree, np.float32)
+def policy_formats() -> list[Format]:
+    """The formats that a policy may have: floats of 16 bits and more, and fp8."""
+    return [f for f in all_formats() if f.is_float8 or f.bits > 8]
 
 
-def cast_to_half(tree: ArrayTree) -> ArrayTree:
-    """Casts the floating leaves of a tree to ``half_dtype()``."""
-    return cast_floating(tree, half_dtype())
+def _dtypes_by_name() -> dict[str, np.dtype]:
+    dtypes = {n: f.dtype for f in policy_formats() for n in (f.short_name, f.name)}
+    return {**dtypes, "full": jnp.dtype(jnp.float32)}
 
 
 def parse_dtype(name: str) -> np.dtype:
-    """Reads a dtype from its name or short form, or ``half``.
+    """Reads a dtype from its name or short form, or ``full`` or ``half``.
 
     Raises:
       ValueError: the name is not one of the table's.
@@ -181,14 +208,15 @@ def parse_dtype(name: str) -> np.dtype:
       'bfloat16'
     """
     if name == "half":
-        return half_dtype()
-    if name not in _NAME_TO_DTYPE:
+        is_tpu = jax.default_backend() == "tpu"
+        return jnp.dtype(jnp.bfloat16 if is_tpu else jnp.float16)
+    dtypes = _dtypes_by_name()
+    if name not in dtypes:
         raise ValueError(
             f"Unknown dtype {name!r} in a policy. Use one of "
-            f"{', '.join([*_NAME_TO_DTYPE, 'half'])}, or mixed_bfloat16, "
-            "mixed_float16, mixed_float8."
+            f"{', '.join([*dtypes, 'half'])}."
         )
-    return _NAME_TO_DTYPE[name]
+    return dtypes[name]
 
 
 def spelled_like(given: DType, dtype: np.dtype) -> DType:
@@ -201,17 +229,18 @@ def spelled_like(given: DType, dtype: np.dtype) -> DType:
     return dtype if isinstance(given, np.dtype) else getattr(jnp, dtype.name)
 
 
-def _floating_dtype(dtype) -> np.dtype:
+def _floating_dtype(dtype: DType) -> np.dtype:
+    """The dtype of a policy, or a ValueError."""
     if isinstance(dtype, str):
         return parse_dtype(dtype)
     try:
         dtype = jnp.dtype(dtype)
     except TypeError as error:
         raise ValueError(f"A policy is made of dtypes, got {dtype!r}.") from error
-    if dtype.type not in dtype_to_names:
+    if find_format(dtype.name) not in policy_formats():
         raise ValueError(
             f"A policy is made of real floating dtypes, got {dtype.name}. Use one of "
-            f"{', '.join(names[-1] for names in dtype_to_names.values())}."
+            f"{', '.join(f.name for f in policy_formats())}."
         )
     if dtype == np.float64 and not jax.config.read("jax_enable_x64"):
         raise ValueError(

@@ -1,14 +1,12 @@
-"""What the name of a policy protects, as rules."""
+"""The table of presets: a name, its policy, and what it protects.
+
+A preset is one entry of ``PRESETS``. `expand` makes rules of it.
+"""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeAlias
 
-import jax.numpy as jnp
-
-from mpjax._policies.policy import Policy, get_policy
-from mpjax._policies.rule import FLOAT8, Rule, is_name
 from mpjax._recipes.named import current_scaling
+from mpjax._recipes.recipe import Recipe
 
 # Class names of normalization layers, in Linen, NNX and in models of other authors; but
 # not of blocks that are called after where their norm stands (PreNorm).
@@ -17,7 +15,7 @@ NORMS = r"(?!\w*(Pre|Post|Add)Norm)\w*Norm(alization)?(_?V?\d+[dD]?)?"
 ROUTERS = r"\w*(Router|Gating)\w*"
 ROUTER_PATHS = r"(?i:(.*/)?(\w*router\w*|\w*(moe|expert)\w*/gat(e|ing))(/.*)?)"
 # Layers that stand first or last in a model and make its inputs or outputs.
-ENDS = (
+END_PATHS = (
     r"(?i:(.*/)?(?!multi|att)((\w+_)?(embed(ding)?s?|stem|head|classifier|readout)"
     r"|embedder|unembed\w*|patch(es|ify)?(_?(embed\w*|proj\w*))?"
     r"|logits\w*|\w+_logits|vocab_\w+|output_projection|predictions/decoder"
@@ -25,112 +23,80 @@ ENDS = (
     r"(_\d+)?(/[^/]+){0,2})"
 )
 EMBEDDINGS = r"\w*Embed(ding)?s?"  # class names; their attend makes logits
-_FLOAT8_MIN_SIZE = 128
-Rules: TypeAlias = str | Policy | Rule | Sequence[Rule | str | Policy]
 
 
-def expand_rules(rules: Rules) -> tuple[Rule, ...]:
-    """Makes the flat tuple of rules that a front end applies.
+@dataclasses.dataclass(frozen=True)
+class Protected:
+    """Modules that do not follow the policy of a preset, and have no recipe.
 
-    A string or a ``Policy`` stands for a rule that matches everything. A policy *name*
-    with a 16-bit compute dtype becomes several rules, what is fragile first: modules
-    that choose experts (by class name) compute in float32, and layers with the logits
-    of experts (by path) return them so; normalization layers (by class name) compute in
-    float32 and return the compute dtype; everything else follows the policy. (Flax's
-    attention gets a float32 softmax under every 16-bit policy.)
+    Attributes:
+      path: regular expression that the whole path must match.
+      module_type: regular expression for the name of a class, as of ``Rule``; None: any
+        type.
+      compute_dtype: a dtype, or ``"compute"`` or ``"output"``: that of the policy.
+      output_dtype: the same.
+    """
 
-    ``"mixed_float8"`` is ``"mixed_bfloat16"`` with a recipe, ``current_scaling()``
-    unless the rule has one. First and last layers (by path, and embeddings by class
-    name: embeddings, patches, heads, logits) go without, and so do products of fewer
-    than 128 elements or features, or fewer than the rule's ``min_size``.
+    path: str = ".*"
+    module_type: str | None = None
+    compute_dtype: str = "compute"
+    output_dtype: str = "output"
 
-    Raises:
-      ValueError: there is no rule, or a policy cannot be read or computes in 8 bits.
-      TypeError: an entry is none of the above.
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """What the name of a preset stands for.
+
+    Attributes:
+      policy: in jmp's grammar; of all modules that are not protected.
+      protected: the first that matches decides.
+      recipe: of the products; None: they multiply in the compute dtype.
+      min_size: products that sum over fewer elements, or give fewer features, have no
+        recipe; None: all have it.
+    """
+
+    policy: str
+    protected: tuple[Protected, ...] = ()
+    recipe: Recipe | None = None
+    min_size: int | None = None
+
+
+FRAGILE = (
+    Protected("", NORMS, "float32", "output"),  # a model that is a norm
+    Protected(".*", ROUTERS, "float32", "compute"),
+    Protected(ROUTER_PATHS, None, "float32", "float32"),
+    Protected(".*", NORMS, "float32", "compute"),
+)
+ENDS = Protected(".*", EMBEDDINGS), Protected(END_PATHS)
+PRESETS = {
+    "mixed_bfloat16": Preset("p=f32,c=bf16,o=f32", FRAGILE),
+    "mixed_float16": Preset("p=f32,c=f16,o=f32", FRAGILE),
+    "mixed_float8": Preset(
+        "p=f32,c=bf16,o=f32", (*FRAGILE, *ENDS), current_scaling(), min_size=128
+    ),
+    "bfloat16": Preset("p=bf16,c=bf16,o=bf16", FRAGILE),
+    "float16": Preset("p=f16,c=f16,o=f16", FRAGILE),
+    "half": Preset("p=half,c=half,o=half", FRAGILE),
+    "float32": Preset("p=f32,c=f32,o=f32"),
+}
+_SHORT = {
+    "mixed_bf16": "mixed_bfloat16",
+    "mixed_f16": "mixed_float16",
+    "bf16": "bfloat16",
+    "f16": "float16",
+    "f32": "float32",
+    "full": "float32",
+}
+
+
+def full_name(text: object) -> str | None:
+    """The name of a preset in full; None: this is no name of one.
 
     Example:
-      >>> import mpjax
-      >>> for rule in mpjax.expand_rules([mpjax.Rule("head", "f32"), "mixed_bfloat16"]):
-      ...     print(rule.policy, "exception" if rule.optional else rule.path)
-      p=f32,c=f32,o=f32 head
-      p=f32,c=f32,o=f32 exception
-      p=f32,c=f32,o=bf16 exception
-      p=f32,c=f32,o=f32 exception
-      p=f32,c=f32,o=bf16 exception
-      p=f32,c=bf16,o=f32 .*
+      >>> full_name("mixed_bf16"), full_name("p=f32,c=bf16")
+      ('mixed_bfloat16', None)
     """
-    if not isinstance(rules, Iterable) or isinstance(rules, str | Mapping):
-        rules = (rules,)
-    expanded = []
-    for rule in rules:
-        if isinstance(rule, str | Policy):
-            rule = Rule(policy=rule)
-        if not isinstance(rule, Rule):
-            raise TypeError(
-                "Rules are a policy, its name, or a list of these and of mpjax.Rule, "
-                f"got {rule!r} of type {type(rule).__name__}. A dtype is a policy as "
-                "mpjax.get_policy(dtype)."
-            )
-        expanded.extend(_expand(rule))
-    if not expanded:
-        raise ValueError("At least one rule is needed, as in 'mixed_bfloat16'.")
-    return tuple(expanded)
-
-
-def _expand(rule: Rule) -> Iterable[Rule]:
-    if rule.policy is None:
-        return [rule]
-    policy = dataclasses.replace(get_policy(rule.policy), name=None)
-    if policy.compute_dtype.itemsize < 2:
-        raise ValueError(
-            f"Policy {policy} computes in 8 bits, which needs scales: compute in "
-            "bfloat16 or float16, and give the rule a recipe."
-        )
-    is_float8 = rule.policy == FLOAT8
-    smallest = _FLOAT8_MIN_SIZE if is_float8 else 0
-    literal = dataclasses.replace(
-        rule,
-        policy=policy,
-        recipe=rule.recipe or (current_scaling() if is_float8 else None),
-        min_size=smallest if rule.min_size is None else rule.min_size,
-    )
-    if not is_name(rule.policy) or policy.compute_dtype.itemsize > 2:
-        return [literal]
-    return [*protecting_rules(literal, is_float8), literal]
-
-
-def protecting_rules(rule: Rule, is_float8: bool) -> list[Rule]:
-    """The rules that the name of a policy puts before its own."""
-    policy = get_policy(rule.policy)
-    low, output = policy.compute_dtype, policy.output_dtype
-
-    def before(compute, output, path=".*", module_type=None):
-        return Rule(
-            _both(path, rule.path),
-            Policy(policy.param_dtype, compute, output),
-            module_type=module_type or rule.module_type,
-            optional=True,
-            cast_inputs=rule.cast_inputs,
-            min_size=0,
-        )
-
-    by_path = [before(jnp.float32, jnp.float32, ROUTER_PATHS)]
-    ends = [before(low, output, ENDS)] if is_float8 else []
-    if rule.module_type is not None:  # which decides by type already
-        return [*by_path, *ends]
-    embeddings = [before(low, output, module_type=EMBEDDINGS)] if is_float8 else []
-    return [
-        before(jnp.float32, output, path="", module_type=NORMS),
-        before(jnp.float32, low, module_type=ROUTERS),
-        *by_path,
-        before(jnp.float32, low, module_type=NORMS),
-        *embeddings,
-        *ends,
-    ]
-
-
-def _both(pattern: str, other: str) -> str:
-    """A regular expression that matches a whole path where two others do."""
-    if other == ".*":
-        return pattern
-    return other if pattern == ".*" else rf"(?=(?:{other})\Z){pattern}"
+    if not isinstance(text, str):
+        return None
+    name = _SHORT.get(text.strip(), text.strip())
+    return name if name in PRESETS else None

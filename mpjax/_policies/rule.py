@@ -2,12 +2,12 @@
 
 import dataclasses
 import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeAlias
 
-from mpjax._policies.policy import Policy, get_policy
+from mpjax._policies.policy import Policy, get_policy, is_spelled_out
+from mpjax._policies.presets import PRESETS, full_name
 from mpjax._recipes.recipe import Recipe
-from mpjax._recipes.scalings import DelayedScaling
-
-FLOAT8 = "mixed_float8"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,10 +19,10 @@ class Rule:
 
     Attributes:
       path: regular expression that the whole path must match.
-      policy: a ``Policy``, a policy string, a dtype, or None: leave these modules
-        alone. A policy by *name* (``"mixed_bfloat16"``, or ``get_policy`` of that)
-        keeps what is fragile in float32, see ``expand_rules``; one spelled out
-        (``"c=bf16"``) is taken literally.
+      policy: the name of a preset (``"mixed_bfloat16"``), which keeps what is fragile
+        in float32, see `preset`; or a policy, which is taken literally: a ``Policy``, a
+        string that spells one out (``"c=bf16"``) or a dtype. None: leave these modules
+        alone.
       recipe: formats and scalings of the products of Dense, Einsum, convolution and
         attention layers and of ``Embed.attend``; None: they multiply in the compute
         dtype of the policy.
@@ -33,15 +33,14 @@ class Rule:
         of a policy are cast to its compute dtype. False keeps, say, time steps or
         coordinates in float32 until the layers that take them cast them.
       min_size: products that sum over fewer elements than this, or give fewer features,
-        stay in the compute dtype; None: 0, or what the policy's name says. Only with a
-        recipe.
+        stay in the compute dtype; None: 0, or what the preset says. Only with a recipe.
       attention: let the recipe also serve the two products between queries, keys and
         values. Only with a recipe.
 
     Raises:
       ValueError: ``path`` or ``module_type`` is not a valid regular expression, the
-        policy cannot be read, a field needs another that is not there, or attention is
-        to be served by a recipe of delayed weights.
+        policy cannot be read or computes in 8 bits, a field needs another that is not
+        there, or attention is to be served by a recipe of delayed weights.
       TypeError: a field has the wrong type.
 
     Example:
@@ -66,7 +65,7 @@ class Rule:
 
     def __post_init__(self):
         _check_regex("path", self.path)
-        if self.policy is None and _reads_as_policy(self.path):
+        if self.policy is None and _is_policy(self.path):
             raise ValueError(
                 f"Rule({self.path!r}) has a policy where its path stands: use "
                 f"mpjax.Rule('.*', {self.path!r})."
@@ -82,10 +81,13 @@ class Rule:
                         f"regular expression on class names, got {self.module_type!r}."
                     )
         if self.policy is not None:
-            policy = get_policy(self.policy)
-            # A name stays one until it is expanded, a dtype or a spelling does not.
-            name = self.policy if isinstance(self.policy, str) else policy.name
-            object.__setattr__(self, "policy", name if is_name(name) else policy)
+            name, policy = full_name(self.policy), get_policy(self.policy)
+            if policy.compute_dtype.itemsize < 2:
+                raise ValueError(
+                    f"Policy {policy} computes in 8 bits, which needs scales: compute "
+                    "in bfloat16 or float16, and give the rule a recipe."
+                )
+            object.__setattr__(self, "policy", policy if name is None else name)
         self._check_recipe()
 
     def _check_recipe(self):
@@ -105,18 +107,15 @@ class Rule:
                 f"Rule.min_size counts features and is at least 0, got "
                 f"{self.min_size!r}."
             )
-        has_none = self.recipe is None and self.policy != FLOAT8
+        named = PRESETS[self.policy] if isinstance(self.policy, str) else None
+        has_none = self.recipe is None and (named is None or named.recipe is None)
         if (size or self.attention) and has_none:
             raise ValueError(
                 "Rule.min_size and Rule.attention say which products a recipe serves, "
-                f"and {describe(self)} has none: add recipe=mpjax.current_scaling()."
+                f"and {self} has none: add recipe=mpjax.current_scaling()."
             )
         if self.attention and self.recipe is not None:
-            delayed = [
-                isinstance(scaling, DelayedScaling)
-                for scaling in (self.recipe.lhs, self.recipe.rhs)
-            ]
-            if delayed == [False, True]:
+            if self.recipe.rhs.is_delayed and not self.recipe.lhs.is_delayed:
                 raise ValueError(
                     "With attention=True keys and values are second operands, which "
                     f"the recipe {str(self.recipe)!r} scales as weights, by the batch "
@@ -125,15 +124,37 @@ class Rule:
                 )
 
     def matches(self, path: str, module_type: type) -> bool:
-        """Whether the rule matches a module of this path and type."""
+        """Whether the rule matches a module of this path and type.
+
+        Args:
+          path: of the module, from the model down; "" is the model.
+          module_type: the class of the module.
+
+        Returns:
+          A bool.
+        """
         return self.matches_path(path) and self.matches_type(module_type)
 
     def matches_path(self, path: str) -> bool:
-        """Whether the rule matches some type at this path."""
+        """Whether the rule matches some type at this path.
+
+        Args:
+          path: of the module, from the model down; "" is the model.
+
+        Returns:
+          A bool.
+        """
         return re.fullmatch(self.path, path) is not None
 
     def matches_type(self, module_type: type) -> bool:
-        """Whether the rule matches this type at some path."""
+        """Whether the rule matches this type at some path.
+
+        Args:
+          module_type: the class of the module.
+
+        Returns:
+          A bool.
+        """
         if self.module_type is None:
             return True
         if isinstance(self.module_type, str):
@@ -141,28 +162,60 @@ class Rule:
             return any(re.fullmatch(pattern, t.__name__) for t in module_type.__mro__)
         return issubclass(module_type, self.module_type)
 
-
-def describe(rule: Rule) -> str:
-    fields = [f"path={rule.path!r}", f"policy={str(rule.policy)!r}"]
-    if rule.recipe is not None:
-        fields.append("recipe=...")
-    if rule.module_type is not None:
-        fields.append(f"module_type={rule.module_type!r}")
-    return f"Rule({', '.join(fields)})"
-
-
-def is_name(policy) -> bool:
-    return isinstance(policy, str) and "=" not in policy
+    def __str__(self):
+        policy = None if self.policy is None else str(self.policy)
+        shown = [f"path={self.path!r}", f"policy={policy!r}"]
+        if self.recipe is not None:
+            shown.append(f"recipe={str(self.recipe)!r}")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.kw_only and value != field.default:
+                shown.append(f"{field.name}={value!r}")
+        return f"Rule({', '.join(shown)})"
 
 
-def _reads_as_policy(path: str) -> bool:
-    if not (path.startswith("mixed_") or "=" in path):
-        return False
-    try:
-        get_policy(path)
-    except ValueError:
-        return False
-    return True
+Rules: TypeAlias = str | Policy | Rule | Sequence[Rule | str | Policy]
+
+
+def read_rules(rules: Rules) -> tuple[Rule, ...]:
+    """The rules that a front end is given, as a tuple.
+
+    Args:
+      rules: a policy or the name of a preset, which stand for a rule that matches
+        everything, or a list of these and of rules.
+
+    Raises:
+      ValueError: there is no rule, or a policy cannot be read or computes in 8 bits.
+      TypeError: an entry is none of the above.
+
+    Example:
+      >>> for rule in read_rules([Rule("head", "f32"), "mixed_bfloat16"]):
+      ...     print(rule)
+      Rule(path='head', policy='float32')
+      Rule(path='.*', policy='mixed_bfloat16')
+    """
+    if not isinstance(rules, Iterable) or isinstance(rules, str | Mapping):
+        rules = (rules,)
+    read = []
+    for rule in rules:
+        if isinstance(rule, str | Policy):
+            rule = Rule(policy=rule)
+        if not isinstance(rule, Rule):
+            raise TypeError(
+                "Rules are a policy, its name, or a list of these and of mpjax.Rule, "
+                f"got {rule!r} of type {type(rule).__name__}. A dtype is a policy as "
+                "mpjax.get_policy(dtype)."
+            )
+        read.append(rule)
+    if not read:
+        raise ValueError("At least one rule is needed, as in 'mixed_bfloat16'.")
+    return tuple(read)
+
+
+def _is_policy(path: str) -> bool:
+    """Whether a path is a policy by mistake; a module may be called ``half``."""
+    is_preset = path.startswith("mixed_") and full_name(path) is not None
+    return is_preset or is_spelled_out(path)
 
 
 def _check_regex(field: str, pattern) -> None:

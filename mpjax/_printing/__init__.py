@@ -1,6 +1,6 @@
 """Text and tables, for terminals and notebooks.
 
-May import: the standard library and rich.
+May import: `_numerics`, for short names of dtypes; rich.
 
-A table: its rows belong to who prints it; only the drawing is here.
+To add a table: its rows belong to who prints it, only the drawing is here.
 """

@@ -6,11 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 
 
 def common_parent(paths: Iterable[str], others: Iterable[str] = ()) -> str:
-    """The path that all paths are below of, and others below of or equal to.
+    """The deepest path that is above all `paths`, and above or equal to all `others`.
 
     Example:
-      >>> common(["Model/a/query", "Model/a/key"]), common(["Model/a/key"], ["Model"])
-      ('Model/a', 'Model')
+      >>> common_parent(["Model/a/query", "Model/a/key"])
+      'Model/a'
+      >>> common_parent(["Model/a/key"], ["Model"])
+      'Model'
     """
     every = [*(path.split("/")[:-1] for path in paths), *(o.split("/") for o in others)]
     shared = itertools.takewhile(
@@ -20,24 +22,24 @@ def common_parent(paths: Iterable[str], others: Iterable[str] = ()) -> str:
 
 
 def relative_to(path: str, above: str) -> str:
-    """What is left of a path below another.
+    """A path without the path `above` that it is below of.
 
     Example:
-      >>> below("Model/a/query", "Model/a"), below("Model/a", "Model/a")
+      >>> relative_to("Model/a/query", "Model/a"), relative_to("Model/a", "Model/a")
       ('query', '.')
     """
     return "." if path == above else path.removeprefix(f"{above}/")
 
 
 def fold_layers(rows: Mapping[tuple, tuple[int, ...]]) -> dict[tuple, tuple[int, ...]]:
-    """One row for layers that differ in nothing but their number.
+    """Merges the rows of layers that differ in nothing but their number.
 
     Args:
-      rows: a path and what else tells rows apart -> what is added up. The last name of
-        a path is not that of a layer.
+      rows: maps a path and the other cells that tell rows apart to the numbers that are
+        added up. The last name of a path is never taken for a layer.
 
     Returns:
-      The same, with the numbers of such layers in braces.
+      The merged rows, with the numbers of their layers in braces.
 
     Example:
       >>> fold_layers({("a_0/b", 32): (1, 8), ("a_1/b", 32): (1, 8), ("c", 32): (1, 2)})
@@ -62,7 +64,7 @@ def fold_layers(rows: Mapping[tuple, tuple[int, ...]]) -> dict[tuple, tuple[int,
 
 
 def _braces(numbers: Sequence[int]) -> str:
-    """The numbers as "{0..3,5}"."""
+    """Writes sorted numbers as "{0..3,5}"."""
     runs: list[list[int]] = []
     for n in numbers:
         if runs and n == runs[-1][-1] + 1:
@@ -74,10 +76,10 @@ def _braces(numbers: Sequence[int]) -> str:
 
 
 def ellipsize(texts: Sequence[str], width: int) -> list[str]:
-    """Puts an ellipsis into the middle of what is longer; texts that differ still do.
+    """Puts an ellipsis into the middle of long texts, and keeps different texts apart.
 
     Example:
-      >>> shorten(["encoder/attention/query", "encoder/attention/key", "head"], 16)
+      >>> ellipsize(["encoder/attention/query", "encoder/attention/key", "head"], 16)
       ['encode…ion/query', 'encode…ntion/key', 'head']
     """
 

@@ -23,10 +23,11 @@ def render(
     """Lays rows out under a header. Columns of numbers are aligned to the right.
 
     Args:
-      rows: one sequence of cells a row; ``str`` of a cell is shown, ``None`` as "-".
+      rows: one sequence of cells per row; ``str`` of a cell is shown, ``None`` as "-".
       columns: the header.
       title: the line above.
-      width: of the lines, for which cells of the first column may lose their middle.
+      width: that lines should have at most; cells of the first column may lose their
+        middle for it.
 
     Returns:
       Lines without colours or trailing spaces, as wide as their contents ask for.
@@ -65,9 +66,19 @@ def render(
 def html_table(
     rows: Iterable[Sequence[Any]], columns: Sequence[str], title: str
 ) -> str:
-    """A table for notebooks, of the same rows as ``render`` takes."""
+    """Lays rows out as HTML, for notebooks.
 
-    def line(cells, tag):
+    Args:
+      rows: one sequence of cells per row, as of ``render``.
+      columns: the header.
+      title: the lines above.
+
+    Example:
+      >>> html_table([("a < b", None)], ["test", "result"], "Tests")[:32]
+      '<p>Tests</p><table><tr><th>test<'
+    """
+
+    def line(cells: Iterable[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>"
 
     body = [

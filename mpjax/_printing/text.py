@@ -1,25 +1,32 @@
-"""Short spellings for tables, and tables in notebooks."""
+"""Short spellings for tables."""
 
 import re
+
+from mpjax._numerics.formats import find_format
 
 WIDTH = 100  # of a terminal, in characters
 
 
 def short_dtypes(dtypes: str) -> str:
-    """Shortens names of dtypes.
+    """Replaces the names of dtypes in a text by their short ones.
 
     Example:
-      >>> brief("float8_e4m3fn x bfloat16 -> float32")
+      >>> short_dtypes("float8_e4m3fn x bfloat16 -> float32")
       'e4m3fn x bf16 -> f32'
     """
-    return re.sub(r"float\d_(?=e)", "", dtypes).replace("float", "f")
+    return re.sub(r"[a-z]+\d\w*", _brief_name, dtypes)
+
+
+def _brief_name(found: re.Match[str]) -> str:
+    fmt = find_format(found[0])
+    return found[0] if fmt is None else fmt.brief_name
 
 
 def si_number(number: float) -> str:
     """Shortens a number and leaves room for a unit.
 
     Example:
-      >>> short(1234567) + "B"
+      >>> si_number(1234567) + "B"
       '1.23 MB'
     """
     power = 0
@@ -29,7 +36,7 @@ def si_number(number: float) -> str:
 
 
 def count(number: int, noun: str) -> str:
-    """A number and its noun.
+    """Writes a number with its noun, in the plural unless it is 1.
 
     Example:
       >>> count(1, "product"), count(2, "product")
@@ -39,5 +46,5 @@ def count(number: int, noun: str) -> str:
 
 
 def pass_name(backward: bool) -> str:
-    """The pass that something belongs to."""
+    """Names the pass of a program, for a table."""
     return "bwd" if backward else "fwd"

@@ -2,36 +2,36 @@
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mpjax._mesh import match_varying
-from mpjax._numerics.qarray import QArray
+from mpjax._numerics.qarray import Operand, QArray
 from mpjax._numerics.scales import check_block
-from mpjax._products.multiply import DimensionNumbers, multiply
-from mpjax._products.observations import check_scales, observed_amaxes, split_scales
-from mpjax._products.operands import check_operand, check_result, quantize_operand
-from mpjax._products.residuals import first_order, protect_from_remat
-from mpjax._recipes.recipe import Recipe
-from mpjax._typing import Array, DType
+from mpjax._products.differentiable import ScaledProduct, differentiable_product
+from mpjax._products.multiply import multiply
+from mpjax._products.observations import check_scales
+from mpjax._products.operands import check_operand, check_result
+from mpjax._recipes.recipe import ProductName, Recipe
+from mpjax._recipes.state import TensorName
+from mpjax._typing import Array, DimensionNumbers, DType
 
 
 def scaled_dot_general(
     lhs: Array,
     rhs: Array,
     dimension_numbers: DimensionNumbers,
-    precision: Any = None,
+    precision: lax.PrecisionLike = None,
     preferred_element_type: DType | None = None,
     *,
     recipe: Recipe,
     scales: Array | None = None,
     quantized_rhs: QArray | None = None,
-    out_sharding: Any = None,
+    out_sharding: NamedSharding | PartitionSpec | None = None,
 ) -> Array:
     """``lax.dot_general`` with its three products in the formats of a recipe.
 
@@ -68,8 +68,8 @@ def scaled_dot_general(
         respect to it is an observation: the amaxes of lhs, rhs and output gradient
         (inf where one was not finite, 0 where the scaling is not delayed). Of the
         examples of a ``vmap`` and of devices that share the scales, the largest. JAX
-        adds what several calls observe, an upper bound; ``observed_dot_general`` gives
-        the maximum.
+        adds what several calls observe, an upper bound; with `split_scales` it is the
+        maximum.
       quantized_rhs: ``rhs`` already quantized, for instance a copy that the optimizer
         keeps. The gradient goes to ``rhs`` all the same.
       out_sharding: as for ``lax.dot_general``.
@@ -91,69 +91,6 @@ def scaled_dot_general(
       Array([[4, 4, 4],
              [4, 4, 4]], dtype=bfloat16)
     """
-    out, _ = observed_dot_general(
-        lhs,
-        rhs,
-        scales,
-        dimension_numbers,
-        precision,
-        preferred_element_type,
-        recipe=recipe,
-        quantized_rhs=quantized_rhs,
-        out_sharding=out_sharding,
-    )
-    return out
-
-
-def observed_dot_general(
-    lhs: Array,
-    rhs: Array,
-    scales: Array | None,
-    dimension_numbers: DimensionNumbers,
-    precision: Any = None,
-    preferred_element_type: DType | None = None,
-    *,
-    recipe: Recipe,
-    quantized_rhs: QArray | None = None,
-    out_sharding: Any = None,
-) -> tuple[Array, Array | None]:
-    """``scaled_dot_general`` that hands its scales on to the next call.
-
-    JAX adds the gradients of a value that is used twice. A layer that is called twice
-    passes the scales that its first call returns to the second: every value is then
-    used once, and the gradient with respect to the first is the exact maximum of the
-    amaxes. In a ``scan`` they are part of the carry. Examples of a ``vmap`` share them
-    by ``in_axes=None, out_axes=None``, and even the gradients of single examples then
-    hold the maximum of all.
-
-    Args:
-      lhs: f[...].
-      rhs: f[...].
-      scales: f32[3], ``state.scale`` or what the call before has returned;
-        ``None`` under a recipe without state.
-      dimension_numbers: this and all that follows as for ``scaled_dot_general``.
-      precision: of products in high precision.
-      preferred_element_type: dtype of the result.
-      recipe: formats and scalings.
-      quantized_rhs: ``rhs`` already quantized.
-      out_sharding: as for ``lax.dot_general``.
-
-    Returns:
-      The product, and ``scales``.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, mpjax
-      >>> recipe = mpjax.delayed_scaling()
-      >>> dims = (((1,), (0,)), ((), ()))
-      >>> def loss_fn(scales, x, w):
-      ...     for _ in range(2):
-      ...         x, scales = mpjax.observed_dot_general(
-      ...             x, w, scales, dims, recipe=recipe)
-      ...     return x.sum()
-      >>> x, w = jnp.ones((1, 4)), jnp.ones((4, 4))
-      >>> jax.grad(loss_fn)(recipe.init().scale, x, w)  # amax of x: 1, then 4
-      Array([4., 1., 4.], dtype=float32)
-    """
     lhs, rhs = check_operand("lhs", lhs), check_operand("rhs", rhs)
     check_scales(recipe, scales)
     lax_dot = functools.partial(
@@ -165,11 +102,11 @@ def observed_dot_general(
     )
     out = jax.eval_shape(lax_dot, lhs, rhs)  # raises what lax.dot_general raises
     check_result(out.dtype)
-    (lc, rc), (lb, rb) = dimension_numbers
+    contracting, batch = dimension_numbers
     dot = _Dot(
         recipe=recipe,
-        lhs=_Axes.of(lhs, lc, lb),
-        rhs=_Axes.of(rhs, rc, rb),
+        lhs=_Axes.of(lhs, contracting[0], batch[0]),
+        rhs=_Axes.of(rhs, contracting[1], batch[1]),
         out_dtype=out.dtype,
         precision=precision,
         out_sharding=out_sharding,
@@ -177,8 +114,7 @@ def observed_dot_general(
     if quantized_rhs is not None:
         dot.check_quantized(rhs, quantized_rhs)
     lhs, rhs, quantized_rhs = match_varying(lhs, rhs, quantized_rhs)
-    scales, later = split_scales(scales)
-    return _dot(dot, lhs, rhs, scales, quantized_rhs), later
+    return differentiable_product(dot, lhs, rhs, scales, quantized_rhs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,7 +128,7 @@ class _Axes:
     sharding: NamedSharding | None  # within a mesh of explicit axes
 
     @classmethod
-    def of(cls, x: Array, contracting, batch):
+    def of(cls, x: Array, contracting: Sequence[int], batch: Sequence[int]) -> "_Axes":
         batch, contracting = tuple(batch), tuple(contracting)
         free = tuple(i for i in range(x.ndim) if i not in batch + contracting)
         sharding = jax.typeof(x).sharding
@@ -201,15 +137,14 @@ class _Axes:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Dot:
-    """All that is static about a product and the two that differentiate it."""
+class _Dot(ScaledProduct):
+    """All that is static about a ``dot_general``."""
 
-    recipe: Recipe
     lhs: _Axes
     rhs: _Axes
     out_dtype: DType
-    precision: Any
-    out_sharding: Any
+    precision: lax.PrecisionLike
+    out_sharding: NamedSharding | PartitionSpec | None
 
     @property
     def grad(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
@@ -223,32 +158,29 @@ class _Dot:
             tuple(range(lhs_end, rhs_end)),
         )
 
-    def quantize_lhs(self, x, scales, products):
-        axes = {"out": self.lhs.contracting, "rhs_grad": self.lhs.free}
-        return self._quantize(0, self.recipe.lhs, x, scales, axes, products)
-
-    def quantize_rhs(self, x, scales, products, quantized=None):
-        axes = {"out": self.rhs.contracting, "lhs_grad": self.rhs.free}
-        if quantized is not None:
-            kept = [p in self.recipe.quantized for p in products]
-            return [quantized if k else x for k in kept], jnp.zeros(())
-        return self._quantize(1, self.recipe.rhs, x, scales, axes, products)
-
-    def quantize_grad(self, x, scales):
+    def contracted(
+        self, tensor: TensorName, product: ProductName, ndim: int
+    ) -> tuple[int, ...]:
+        """The axes of a tensor that are no axes of the product's result."""
+        del ndim
         _, lhs_free, rhs_free = self.grad
-        axes = {"lhs_grad": rhs_free, "rhs_grad": lhs_free}
-        return self._quantize(2, self.recipe.grad, x, scales, axes, list(axes))
+        return {
+            ("lhs", "out"): self.lhs.contracting,
+            ("lhs", "rhs_grad"): self.lhs.free,
+            ("rhs", "out"): self.rhs.contracting,
+            ("rhs", "lhs_grad"): self.rhs.free,
+            ("grad", "lhs_grad"): rhs_free,
+            ("grad", "rhs_grad"): lhs_free,
+        }[tensor, product]
 
-    def _quantize(self, index, scaling, x, scales, axes, products):
-        uses = [axes[p] if p in self.recipe.quantized else None for p in products]
-        scale = None if scales is None else scales[index]
-        return quantize_operand(scaling, x, uses, scale, self.recipe.calibrated)
-
-    def check_quantized(self, rhs: Array, quantized: QArray):
+    def check_quantized(self, rhs: Array, quantized: QArray) -> None:
+        """Raises a ValueError unless this is what the recipe would make of rhs."""
         scaling = self.recipe.rhs
-        axes = {"out": self.rhs.contracting, "lhs_grad": self.rhs.free}
-        for name in axes.keys() & set(self.recipe.quantized):
-            block = check_block(scaling.block(rhs.shape, axes[name]), rhs.shape)
+        for name in ("out", "lhs_grad"):
+            if name not in self.recipe.quantized:
+                continue
+            contracted = self.contracted("rhs", name, rhs.ndim)
+            block = check_block(scaling.block(rhs.shape, contracted), rhs.shape)
             if (quantized.shape, quantized.dtype, quantized.block) != (
                 rhs.shape,
                 scaling.dtype,
@@ -261,36 +193,52 @@ class _Dot:
                     f"{quantized.block}; leave it out, or quantize rhs so."
                 )
 
-    def out(self, lhs, rhs):
-        dims = (
-            (self.lhs.contracting, self.rhs.contracting),
-            (self.lhs.batch, self.rhs.batch),
-        )
+    def multiply(self, lhs: Operand, rhs: Operand) -> Array:
+        """The ``dot_general`` of both operands."""
         return multiply(
             lhs,
             rhs,
-            dims,
+            (
+                (self.lhs.contracting, self.rhs.contracting),
+                (self.lhs.batch, self.rhs.batch),
+            ),
             dtype=self.out_dtype,
             precision=self.precision,
             out_sharding=self.out_sharding,
         )
 
-    def lhs_grad(self, grad, rhs):
-        batch, _, rhs_free = self.grad
+    def gradients(
+        self, lhs: Operand, rhs: Operand, grad_for_lhs: Operand, grad_for_rhs: Operand
+    ) -> tuple[Array, Array]:
+        """Two more products, whose axes are brought into the order of an operand."""
+        batch, lhs_free, rhs_free = self.grad
         dims = ((rhs_free, self.rhs.free), (batch, self.rhs.batch))
         order = np.argsort(self.rhs.contracting)
         kept = (*self.lhs.free, *(self.lhs.contracting[i] for i in order))
-        return self._gradient(grad, rhs, dims, self.lhs, kept)
-
-    def rhs_grad(self, lhs, grad):
-        batch, lhs_free, _ = self.grad
+        lhs_grad = self._gradient(grad_for_lhs, rhs, dims, self.lhs, kept)
         dims = ((self.lhs.free, lhs_free), (self.lhs.batch, batch))
         order = np.argsort(self.lhs.contracting)
         kept = (*(self.rhs.contracting[i] for i in order), *self.rhs.free)
-        return self._gradient(lhs, grad, dims, self.rhs, kept)
+        rhs_grad = self._gradient(lhs, grad_for_rhs, dims, self.rhs, kept)
+        return lhs_grad, rhs_grad
 
-    def _gradient(self, one, two, dims, axes, kept):
-        """A product whose axes come in another order than those of its operand."""
+    def _gradient(
+        self,
+        lhs: Operand,
+        rhs: Operand,
+        dims: DimensionNumbers,
+        axes: _Axes,
+        kept: tuple[int, ...],
+    ) -> Array:
+        """The gradient of the operand that has these axes.
+
+        Args:
+          lhs: the first operand of the product.
+          rhs: the second.
+          dims: its dimension numbers.
+          axes: those of the operand that the result is the gradient of.
+          kept: its axes but for those of the batch, in the order of the product.
+        """
         order = (*axes.batch, *kept)
         sharding = axes.sharding
         if sharding is not None:
@@ -298,45 +246,11 @@ class _Dot:
             spec = PartitionSpec(*(spec[i] for i in order))
             sharding = NamedSharding(sharding.mesh, spec)
         out = multiply(
-            one,
-            two,
+            lhs,
+            rhs,
             dims,
             dtype=axes.dtype,
             precision=self.precision,
             out_sharding=sharding,
         )
         return lax.transpose(out, np.argsort(order))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _dot(dot: _Dot, lhs, rhs, scales, quantized_rhs):
-    (lhs,), _ = dot.quantize_lhs(lhs, scales, ["out"])
-    (rhs,), _ = dot.quantize_rhs(rhs, scales, ["out"], quantized_rhs)
-    return dot.out(lhs, rhs)
-
-
-def _dot_forward(dot, lhs, rhs, scales, quantized_rhs):
-    lhs, rhs = first_order((lhs, rhs))
-    (lhs, kept_lhs), seen_lhs = dot.quantize_lhs(lhs, scales, ["out", "rhs_grad"])
-    (rhs, kept_rhs), seen_rhs = dot.quantize_rhs(
-        rhs, scales, ["out", "lhs_grad"], quantized_rhs
-    )
-    residuals = (
-        protect_from_remat(kept_lhs),
-        protect_from_remat(kept_rhs),
-        seen_lhs,
-        seen_rhs,
-        scales,
-    )
-    return dot.out(lhs, rhs), residuals
-
-
-def _dot_backward(dot, residuals, grad):
-    lhs, rhs, seen_lhs, seen_rhs, scales = residuals
-    grad = first_order(grad)
-    (for_lhs, for_rhs), seen_grad = dot.quantize_grad(grad, scales)
-    observed = observed_amaxes(seen_lhs, seen_rhs, seen_grad, scales)
-    return dot.lhs_grad(for_lhs, rhs), dot.rhs_grad(lhs, for_rhs), observed, None
-
-
-_dot.defvjp(_dot_forward, _dot_backward)

@@ -1,7 +1,6 @@
 """``jnp.einsum`` of two operands under a recipe."""
 
 import string
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +8,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mpjax._numerics.qarray import QArray
-from mpjax._products.dot_general import observed_dot_general
+from mpjax._products.dot_general import scaled_dot_general
 from mpjax._products.operands import check_operand
 from mpjax._recipes.recipe import Recipe
 from mpjax._typing import Array, DType
@@ -24,9 +23,9 @@ def einsum(
     recipe: Recipe,
     scales: Array | None = None,
     quantized_rhs: QArray | None = None,
-    precision: Any = None,
+    precision: lax.PrecisionLike = None,
     preferred_element_type: DType | None = None,
-    out_sharding: Any = None,
+    out_sharding: NamedSharding | PartitionSpec | None = None,
 ) -> Array:
     """``jnp.einsum`` of two operands with its products in the formats of a recipe.
 
@@ -58,89 +57,38 @@ def einsum(
       >>> mpjax.einsum("bqhd,bkhd->bhqk", q, k, recipe=mpjax.current_scaling()).shape
       (2, 3, 5, 7)
     """
-    out, _ = observed_einsum(
-        subscripts,
-        lhs,
-        rhs,
-        scales,
-        recipe=recipe,
-        quantized_rhs=quantized_rhs,
-        precision=precision,
-        preferred_element_type=preferred_element_type,
-        out_sharding=out_sharding,
-    )
-    return out
-
-
-def observed_einsum(
-    subscripts: str,
-    lhs: Array,
-    rhs: Array,
-    scales: Array | None,
-    /,
-    *,
-    recipe: Recipe,
-    quantized_rhs: QArray | None = None,
-    precision: Any = None,
-    preferred_element_type: DType | None = None,
-    out_sharding: Any = None,
-) -> tuple[Array, Array | None]:
-    """``einsum`` that hands its scales on, as ``observed_dot_general`` does.
-
-    Args:
-      subscripts: this and all that follows as for ``einsum``.
-      lhs: f[...].
-      rhs: f[...].
-      scales: f32[3], or ``None`` under a recipe without state.
-      recipe: formats and scalings.
-      quantized_rhs: ``rhs`` already quantized.
-      precision: of products in high precision.
-      preferred_element_type: dtype of the result.
-      out_sharding: of the result.
-
-    Returns:
-      The result, and ``scales``.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, mpjax
-      >>> recipe, x, w = mpjax.delayed_scaling(), jnp.ones((2, 4)), jnp.ones((4, 5))
-      >>> def loss_fn(scales):
-      ...     y, scales = mpjax.observed_einsum("ik,kj", x, w, scales, recipe=recipe)
-      ...     return y.sum()
-      >>> jax.grad(loss_fn)(jnp.zeros(3))
-      Array([1., 1., 1.], dtype=float32)
-    """
     lhs, rhs = check_operand("lhs", lhs), check_operand("rhs", rhs)
-    one, two, out = _parse(subscripts, lhs.ndim, rhs.ndim)
-    sizes = dict(zip(two, rhs.shape, strict=True))
-    lhs, one = _sum_out(lhs, one, two + out, sizes)
-    sizes = dict(zip(one, lhs.shape, strict=True))
-    summed, two = _sum_out(rhs, two, one + out, sizes)
+    lhs_indices, rhs_indices, out_indices = _parse(subscripts, lhs.ndim, rhs.ndim)
+    sizes = dict(zip(rhs_indices, rhs.shape, strict=True))
+    lhs, lhs_indices = _sum_out(lhs, lhs_indices, rhs_indices + out_indices, sizes)
+    sizes = dict(zip(lhs_indices, lhs.shape, strict=True))
+    summed, rhs_indices = _sum_out(rhs, rhs_indices, lhs_indices + out_indices, sizes)
     if quantized_rhs is not None and summed.shape != rhs.shape:
         raise ValueError(
             f"quantized_rhs serves no {subscripts!r}, which first reduces the second "
             "operand; leave it out."
         )
-    batch = [c for c in one if c in two and c in out]
-    contracted = [c for c in one if c in two and c not in out]
-    result = batch + [c for c in one + two if c not in batch + contracted]
-    order = [result.index(c) for c in out]
+    shared = [c for c in lhs_indices if c in rhs_indices]
+    batch = [c for c in shared if c in out_indices]
+    contracted = [c for c in shared if c not in out_indices]
+    free = [c for c in lhs_indices + rhs_indices if c not in shared]
+    order = [(batch + free).index(c) for c in out_indices]
     contracting, batching = (
-        ([one.index(c) for c in axes], [two.index(c) for c in axes])
+        ([lhs_indices.index(c) for c in axes], [rhs_indices.index(c) for c in axes])
         for axes in (contracted, batch)
     )
-    product, scales = observed_dot_general(
+    product = scaled_dot_general(
         lhs,
         summed,
-        scales,
         (contracting, batching),
         precision,
         preferred_element_type,
         recipe=recipe,
+        scales=scales,
         quantized_rhs=quantized_rhs,
         out_sharding=_permuted(out_sharding, np.argsort(order).tolist()),
     )
-    return lax.transpose(product, order), scales
+    return lax.transpose(product, order)
 
 
 def _parse(subscripts: str, *ndims: int) -> tuple[list[str], list[str], list[str]]:
@@ -182,7 +130,9 @@ def _parse(subscripts: str, *ndims: int) -> tuple[list[str], list[str], list[str
     return list(indices[0]), list(indices[1]), list(result)
 
 
-def _sum_out(x: Array, indices: list[str], kept: list[str], sizes: dict[str, int]):
+def _sum_out(
+    x: Array, indices: list[str], kept: list[str], sizes: dict[str, int]
+) -> tuple[Array, list[str]]:
     """Sums over axes that nothing else has; drops those of size 1 that broadcast."""
     alone = [c for c in indices if c not in kept]
     broadcast = [
@@ -196,7 +146,10 @@ def _sum_out(x: Array, indices: list[str], kept: list[str], sizes: dict[str, int
     return x, [c for c in indices if c not in dropped]
 
 
-def _permuted(sharding, order: list[int]):
+def _permuted(
+    sharding: NamedSharding | PartitionSpec | None, order: list[int]
+) -> NamedSharding | PartitionSpec | None:
+    """The sharding of an array whose axes are taken in this order."""
     if sharding is None:
         return None
     named = isinstance(sharding, NamedSharding)

@@ -2,23 +2,22 @@
 
 import functools
 import math
-from collections.abc import Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mpjax._mesh import varying_axes
-from mpjax._numerics.formats import format_info
+from mpjax._numerics.formats import format_info, holds_scales
 from mpjax._numerics.qarray import Operand, QArray, dequantize
 from mpjax._numerics.scales import expand_scale
 from mpjax._products.xla_cpu import dot_general, dot_general_on_cpu
-from mpjax._typing import Array, DType
+from mpjax._typing import Array, DimensionNumbers, DType
 
-DimensionNumbers: TypeAlias = tuple[
-    tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]
-]
+_Sharding: TypeAlias = NamedSharding | PartitionSpec | None
 
 
 def multiply(
@@ -27,8 +26,8 @@ def multiply(
     dimension_numbers: DimensionNumbers,
     *,
     dtype: DType,
-    precision: Any = None,
-    out_sharding: Any = None,
+    precision: lax.PrecisionLike = None,
+    out_sharding: _Sharding = None,
 ) -> Array:
     """``lax.dot_general`` of operands that are both quantized, or both not.
 
@@ -55,7 +54,7 @@ def multiply(
     elif _is_blocked(lhs, lc) or _is_blocked(rhs, rc):
         out = _multiply_blocked(lhs, rhs, dimension_numbers, out_sharding)
     else:
-        return _scaled(lhs, rhs, dimension_numbers, dtype, out_sharding)
+        return _multiply_scaled(lhs, rhs, dimension_numbers, dtype, out_sharding)
     return out.astype(dtype)
 
 
@@ -67,13 +66,18 @@ def _powers_of_two(*operands: QArray) -> bool:
     return all(q.rounding != "exact" for q in operands)
 
 
-def _multiply_blocked(lhs, rhs, dimension_numbers, out_sharding) -> Array:
-    """f32, of operands whose scales change along the contraction."""
+def _multiply_blocked(
+    lhs: QArray,
+    rhs: QArray,
+    dimension_numbers: DimensionNumbers,
+    out_sharding: _Sharding,
+) -> Array:
+    """The f32 product of operands whose scales change along the contraction."""
     # Values times powers of two are exact in bfloat16, so every single product is.
     exact = _powers_of_two(lhs, rhs)
     wide = jnp.bfloat16 if exact else jnp.float32
 
-    def emulate(lhs, rhs):
+    def emulate(lhs: QArray, rhs: QArray) -> Array:
         return dot_general(
             dequantize(lhs, wide),
             dequantize(rhs, wide),
@@ -89,18 +93,18 @@ def _multiply_blocked(lhs, rhs, dimension_numbers, out_sharding) -> Array:
     pair = list(lc).index(max(lc)), list(rc).index(max(rc))
     if not (
         pair[0] == pair[1]
-        and _is_mx_operand(lhs, lc)
-        and _is_mx_operand(rhs, rc)
+        and _suits_block_scaled_unit(lhs, lc)
+        and _suits_block_scaled_unit(rhs, rc)
         and _has_block_scaled_products()
     ):
         return emulate(lhs, rhs)
     others = [i for i in range(len(lc)) if i != pair[0]]
     lc, rc = ([c[i] for i in (*others, pair[0])] for c in (lc, rc))
 
-    def native(lhs, rhs):
-        (lhs, lhs_scale, batch, lhs_free) = _rows(lhs, lb, lc)
-        (rhs, rhs_scale, _, rhs_free) = _rows(rhs, rb, rc)
-        out = jax.nn.scaled_matmul(lhs, rhs, lhs_scale, rhs_scale)
+    def native(lhs: QArray, rhs: QArray) -> Array:
+        lhs_values, lhs_scale, batch, lhs_free = _rows(lhs, lb, lc)
+        rhs_values, rhs_scale, _, rhs_free = _rows(rhs, rb, rc)
+        out = jax.nn.scaled_matmul(lhs_values, rhs_values, lhs_scale, rhs_scale)
         return out.reshape(*batch, *lhs_free, *rhs_free)
 
     return lax.platform_dependent(lhs, rhs, cuda=native, default=emulate)
@@ -119,13 +123,13 @@ def _has_block_scaled_products() -> bool:
     return all(int(major) >= 10 for major in majors if major.isdigit())
 
 
-def _is_mx_operand(q: QArray, contracting: Sequence[int]) -> bool:
+def _suits_block_scaled_unit(q: QArray, contracting: Sequence[int]) -> bool:
     """Whether a GPU's block-scaled product takes it, on the device that it is on."""
     kind = jax.typeof(q.qvalue)
     sharded = not kind.sharding.mesh.empty and kind.sharding.mesh.explicit_axes
     return (
-        q.dtype in (jnp.float8_e4m3fn, jnp.float8_e5m2)
-        and q.scale.dtype == jnp.float8_e8m0fnu
+        format_info(q.dtype).has_mx_products
+        and holds_scales(q.scale.dtype)
         and all(
             d == (s * 32 if axis == max(contracting) else s)
             for axis, (d, s) in enumerate(zip(q.shape, q.scale.shape, strict=True))
@@ -135,8 +139,10 @@ def _is_mx_operand(q: QArray, contracting: Sequence[int]) -> bool:
     )
 
 
-def _rows(q: QArray, batch: Sequence[int], contracting: Sequence[int]):
-    """Values and scales as [batch, free, contracted], and what was merged to that."""
+def _rows(
+    q: QArray, batch: Sequence[int], contracting: Sequence[int]
+) -> tuple[Array, Array, list[int], list[int]]:
+    """Values and scales as [batch, free, contracted], and the sizes merged in those."""
     free = [i for i in range(q.qvalue.ndim) if i not in (*batch, *contracting)]
     order = (*batch, *free, *contracting)
     batch_shape = [q.shape[i] for i in batch]
@@ -150,18 +156,24 @@ def _rows(q: QArray, batch: Sequence[int], contracting: Sequence[int]):
     return values, scales, batch_shape, free_shape
 
 
-def _scaled(lhs, rhs, dimension_numbers, dtype, out_sharding) -> Array:
-    """Of operands whose scales do not change along the contraction.
+def _multiply_scaled(
+    lhs: QArray,
+    rhs: QArray,
+    dimension_numbers: DimensionNumbers,
+    dtype: DType,
+    out_sharding: _Sharding,
+) -> Array:
+    """The product of operands whose scales do not change along the contraction.
 
     fp8 operands go into the product as they are where a device may have units for them;
     on a CPU, and where formats of other kinds meet, as bfloat16, which holds all their
     values.
     """
 
-    def scale(out, lhs, rhs):
+    def scale(out: Array, lhs: QArray, rhs: QArray) -> Array:
         return _scale_output(out, lhs, rhs, dimension_numbers).astype(dtype)
 
-    def narrow(lhs, rhs, accumulator=jnp.float32):
+    def narrow(lhs: QArray, rhs: QArray, accumulator: DType = jnp.float32) -> Array:
         out = lax.dot_general(
             lhs.qvalue,
             rhs.qvalue,
@@ -172,7 +184,7 @@ def _scaled(lhs, rhs, dimension_numbers, dtype, out_sharding) -> Array:
         wide = accumulator == jnp.int32
         return scale(out.astype(jnp.float32) if wide else out, lhs, rhs)
 
-    def wide(lhs, rhs, multiply=dot_general):
+    def wide(lhs: QArray, rhs: QArray, multiply: Callable = dot_general) -> Array:
         out = multiply(
             lhs.qvalue.astype(jnp.bfloat16),
             rhs.qvalue.astype(jnp.bfloat16),
@@ -196,8 +208,10 @@ def _scaled(lhs, rhs, dimension_numbers, dtype, out_sharding) -> Array:
     return wide(lhs, rhs)
 
 
-def _scale_output(out: Array, lhs: QArray, rhs: QArray, dimension_numbers) -> Array:
-    """Multiplies by both scales: numbers for each batch and free index, or one."""
+def _scale_output(
+    out: Array, lhs: QArray, rhs: QArray, dimension_numbers: DimensionNumbers
+) -> Array:
+    """Multiplies by both scales: one for each batch and free index, or one for all."""
     (lc, rc), (lb, rb) = dimension_numbers
     lhs_free = lhs.qvalue.ndim - len(lb) - len(lc)
     rhs_free = rhs.qvalue.ndim - len(rb) - len(rc)
@@ -215,7 +229,10 @@ def _scale_output(out: Array, lhs: QArray, rhs: QArray, dimension_numbers) -> Ar
     return out * lhs_scale.astype(out.dtype) * rhs_scale.astype(out.dtype)
 
 
-def _batch_then_free(q: QArray, batch, contracting) -> Array:
+def _batch_then_free(
+    q: QArray, batch: Sequence[int], contracting: Sequence[int]
+) -> Array:
+    """The scales, f32[batch..., free...]."""
     scale = expand_scale(q.scale, q.shape, q.block)
     free = [i for i in range(scale.ndim) if i not in (*batch, *contracting)]
     scale = lax.squeeze(scale, contracting) if contracting else scale

@@ -28,14 +28,7 @@ def check_scales(recipe: Recipe, scales: Array | None) -> None:
                 "A recipe with delayed scaling takes scales=state.scale, got none."
             )
         return
-    if isinstance(scales, ScalingState):
-        raise TypeError("scales is an array, got a ScalingState; pass state.scale.")
-    kind = getattr(scales, "dtype", None)
-    if kind not in (jnp.float32, jnp.float64):  # the latter in programs of 64 bits
-        raise TypeError(
-            "scales is a float32 array, got "
-            f"{type(scales).__name__ if kind is None else kind.name}; pass state.scale."
-        )
+    _check_dtype(scales)
     if not recipe.stateful:
         raise ValueError(
             f"The recipe {str(recipe)!r} has no delayed scaling and no use for scales; "
@@ -48,12 +41,54 @@ def check_scales(recipe: Recipe, scales: Array | None) -> None:
         )
 
 
-def split_scales(scales: Array | None) -> tuple[Array | None, Array | None]:
-    """Scales for this call and for the next; both observe one maximum.
+def _check_dtype(scales: Array) -> None:
+    if isinstance(scales, ScalingState):
+        raise TypeError("scales is an array, got a ScalingState; pass state.scale.")
+    kind = getattr(scales, "dtype", None)
+    if kind not in (jnp.float32, jnp.float64):  # the latter in programs of 64 bits
+        raise TypeError(
+            "scales is a float32 array, got "
+            f"{type(scales).__name__ if kind is None else kind.name}; pass state.scale."
+        )
 
-    Apart from the product, so that ``vmap`` may split that and leave the scales whole.
+
+def split_scales(scales: Array) -> tuple[Array, Array]:
+    """Splits scales into those of a product and those of the products to come.
+
+    A product returns what it observes, its amaxes, as the gradient of its scales, and
+    JAX adds the gradients of a value that is used twice. Where several products share
+    scales, each takes one half of a split, as random numbers do with
+    ``jax.random.split``: every value is then used once, and the gradient of what was
+    split is the maximum of the amaxes.
+
+    A layer that is called several times splits before each call. In a ``scan`` the
+    second half is part of the carry. Examples of a ``vmap`` share scales by
+    ``in_axes=None, out_axes=None``, and even the gradients of single examples then hold
+    the maximum of all.
+
+    Args:
+      scales: f32[..., 3], ``state.scale`` or the second half of an earlier split.
+
+    Returns:
+      Twice the same: f32[..., 3] for the product at hand, and for what comes after it.
+
+    Raises:
+      TypeError: ``scales`` is no float32 array.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, mpjax
+      >>> recipe = mpjax.delayed_scaling()
+      >>> def loss_fn(scales, x, w):
+      ...     for _ in range(2):
+      ...         now, scales = mpjax.split_scales(scales)
+      ...         x = mpjax.einsum("ij,jk->ik", x, w, recipe=recipe, scales=now)
+      ...     return x.sum()
+      >>> x, w = jnp.ones((1, 4)), jnp.ones((4, 4))
+      >>> jax.grad(loss_fn)(recipe.init().scale, x, w)  # amax of x: 1, then 4
+      Array([4., 1., 4.], dtype=float32)
     """
-    return (None, None) if scales is None else _twice(scales)
+    _check_dtype(scales)
+    return _twice(scales)
 
 
 @jax.custom_vjp
@@ -90,13 +125,15 @@ def observed_amaxes(
 
 @jax.custom_batching.custom_vmap
 def _max_over_vmap(amaxes: tuple[Array, ...], scales: Array) -> tuple[Array, ...]:
-    """The same, in as far as no ``vmap`` shares the scales."""
+    """The amaxes; under a ``vmap`` that shares the scales, the largest of each."""
     del scales
     return amaxes
 
 
 @_max_over_vmap.def_vmap
-def _max_over_vmap_rule(axis_size, batched, amaxes, scales):
+def _max_over_vmap_rule(
+    axis_size: int, batched: list, amaxes: tuple[Array, ...], scales: Array
+) -> tuple[tuple[Array, ...], tuple[bool, ...]]:
     del axis_size
     of_examples, share_scales = batched[0], not batched[1]
     merged = []

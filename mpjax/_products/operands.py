@@ -8,14 +8,13 @@ import jax.numpy as jnp
 from mpjax._mesh import match_varying
 from mpjax._numerics.qarray import Operand, QArray
 from mpjax._numerics.scales import (
-    amax_to_scale,
-    block_amax,
+    amax_of_blocks,
     check_block,
-    quantize_with_scale,
+    quantize_blocks,
     round_scale_up,
 )
-from mpjax._products.residuals import _named
-from mpjax._recipes.scalings import DelayedScaling, Scaling
+from mpjax._products.residuals import name_residual
+from mpjax._recipes.abstract import Scaling
 from mpjax._typing import Array, DType
 
 
@@ -72,42 +71,37 @@ def quantize_operand(
       The operand for every product, and what was observed: f32[], the amax under
       delayed scaling (inf where it is not finite), else 0.
     """
+    blocks = [
+        None if axes is None else check_block(scaling.block(x.shape, axes), x.shape)
+        for axes in uses
+    ]
     # Powers of two scale bfloat16 exactly. A compiler then reads a gradient once for
     # amax, quantization and the sum that a bias takes, if all are in bfloat16.
-    powers = scaling.rounding != "exact"
-    kind = x.dtype if powers and x.dtype == jnp.bfloat16 else jnp.float32
-    forms = {}
+    narrow = scaling.rounding != "exact" and x.dtype == jnp.bfloat16
+    compute_dtype = x.dtype if narrow else jnp.float32
     observed = jnp.zeros(())
-    for contracting in uses:
-        if contracting is None:
-            continue
-        block = check_block(scaling.block(x.shape, contracting), x.shape)
-        if block in forms:
-            continue
-        amax = block_amax(x, block, compute_dtype=kind)
-        if isinstance(scaling, DelayedScaling):
+    forms = {}
+    for block in dict.fromkeys(block for block in blocks if block is not None):
+        amax = amax_of_blocks(x, block, compute_dtype)
+        if scaling.is_delayed:
             assert scale is not None  # check_scales
-            # That of a gradient follows the loss scale, which may be any number.
-            scale = round_scale_up(scale) if powers else scale
-            observed = jnp.where(jnp.isfinite(amax), amax, jnp.inf).reshape(())
-            known, _ = match_varying(scale.reshape(amax.shape), amax)
-            unknown = 1.0 if calibrated else scaling.scale(amax)
-            block_scale = jnp.where(known > 0, known, unknown)
+            block_scale, observed = _delayed_scale(scaling, amax, scale, calibrated)
         else:
-            block_scale = amax_to_scale(amax, scaling.dtype, scaling.rounding)
-        q = QArray(
-            quantize_with_scale(
-                x, block_scale, scaling.dtype, block, compute_dtype=kind
-            ),
-            block_scale.astype(getattr(scaling, "scale_dtype", jnp.float32)),
-            block,
-            scaling.rounding,
-        )
-        forms[block] = jax.tree.map(_named, q)
-    operands = [
-        x
-        if contracting is None
-        else forms[check_block(scaling.block(x.shape, contracting), x.shape)]
-        for contracting in uses
-    ]
-    return operands, observed
+            block_scale = scaling.scale(amax)
+        values = quantize_blocks(x, block_scale, scaling.dtype, block, compute_dtype)
+        kept_scale = block_scale.astype(scaling.scale_dtype)
+        q = QArray(values, kept_scale, block, scaling.rounding)
+        forms[block] = jax.tree.map(name_residual, q)
+    return [x if block is None else forms[block] for block in blocks], observed
+
+
+def _delayed_scale(
+    scaling: Scaling, amax: Array, scale: Array, calibrated: bool
+) -> tuple[Array, Array]:
+    """The scale out of a state, where it is known, and the amax that is observed."""
+    # That of a gradient follows the loss scale, which may be any number.
+    scale = round_scale_up(scale) if scaling.rounding != "exact" else scale
+    observed = jnp.where(jnp.isfinite(amax), amax, jnp.inf).reshape(())
+    known, _ = match_varying(scale.reshape(amax.shape), amax)
+    unknown = 1.0 if calibrated else scaling.scale(amax)
+    return jnp.where(known > 0, known, unknown), observed

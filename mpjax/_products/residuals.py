@@ -1,18 +1,20 @@
 """What a forward pass saves for the backward pass."""
 
+from typing import NoReturn
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from mpjax._numerics.qarray import Operand, QArray
-from mpjax._typing import Array, DType
+from mpjax._typing import Array, ArrayTree, DType
 
 RESIDUAL_NAME = "mpjax_quantized"
 
 
 def protect_from_remat(operand: Operand) -> Operand:
-    """What a forward pass hands to the backward pass, apart from what itself reads.
+    """A copy for the backward pass, apart from what the forward pass itself reads.
 
     ``jax.checkpoint`` reduces the precision of floats that it keeps and that the
     forward pass reads as well, by a rule for IEEE floats: all float8_e4m3fn from 256 on
@@ -25,7 +27,8 @@ def protect_from_remat(operand: Operand) -> Operand:
     return jax.tree.map(lambda x: _from_bits(_to_bits(x), x.dtype), operand)
 
 
-def _named(x: Array) -> Array:
+def name_residual(x: Array) -> Array:
+    """The same array under the name by which a checkpoint policy knows residuals."""
     return _from_bits(checkpoint_name(_to_bits(x), RESIDUAL_NAME), x.dtype)
 
 
@@ -42,17 +45,17 @@ def _from_bits(x: Array, dtype: DType) -> Array:
 
 
 @jax.custom_jvp
-def first_order(operands):
-    """The same; marks what a product of a recipe can be differentiated by only once.
+def first_order(operands: ArrayTree) -> ArrayTree:
+    """The operands, of which no second derivative can be taken.
 
-    Between the product and its gradients lie the bits of 8-bit numbers, across which a
-    second derivative would come out wrong without a word.
+    Between a product and its gradients lie the bits of 8-bit numbers, across which a
+    second derivative would silently come out wrong.
     """
     return operands
 
 
 @first_order.defjvp
-def _second_derivative(primals, tangents):
+def _second_derivative(primals: tuple, tangents: tuple) -> NoReturn:
     del primals, tangents
     raise TypeError(
         "A product under a recipe can be differentiated once, in reverse mode: it has "

@@ -1,19 +1,21 @@
 """Ways around two faults of XLA on CPUs, in products of bfloat16."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
-from mpjax._typing import Array, DType
+from mpjax._typing import Array, DimensionNumbers, DType
 
 # The newest jaxlib when this was written, 0.12.0.1, has the fault still.
 _FAULTY = jax.__version_info__ >= (0, 11, 2)
 
 
-def conv_general_dilated(lhs: Array, rhs: Array, *args, **kwargs) -> Array:
+def conv_general_dilated(lhs: Array, rhs: Array, *args: Any, **kwargs: Any) -> Array:
     """``lax.conv_general_dilated``, kept apart from what follows it on a CPU.
 
     From jaxlib 0.11.2 on, XLA's CPU compiler may fuse ``relu``, convolution, ``relu``
@@ -48,19 +50,19 @@ def conv_general_dilated(lhs: Array, rhs: Array, *args, **kwargs) -> Array:
     return _keep_apart(y)
 
 
-@functools.partial(jax.jit, inline=True)  # for its cache: traced once a shape
-def _keep_apart(y):
+@functools.partial(jax.jit, inline=True)  # for its cache: traced once per shape
+def _keep_apart(y: Array) -> Array:
     return lax.platform_dependent(y, cpu=lax.optimization_barrier, default=lambda y: y)
 
 
 def dot_general(
     lhs: Array,
     rhs: Array,
-    dimension_numbers: Any,
-    precision: Any = None,
+    dimension_numbers: DimensionNumbers,
+    precision: lax.PrecisionLike = None,
     preferred_element_type: DType | None = None,
     *,
-    out_sharding: Any = None,
+    out_sharding: NamedSharding | PartitionSpec | None = None,
 ) -> Array:
     """``lax.dot_general``, which on a CPU is `dot_general_on_cpu`.
 
@@ -96,7 +98,7 @@ def dot_general(
 
 
 def dot_general_on_cpu(
-    lhs: Array, rhs: Array, dimension_numbers: Any, **options: Any
+    lhs: Array, rhs: Array, dimension_numbers: DimensionNumbers, **options: Any
 ) -> Array:
     """``lax.dot_general`` of bfloat16 into float32, in a form that a CPU can run.
 
@@ -135,11 +137,11 @@ def dot_general_on_cpu(
     return lax.optimization_barrier(out)
 
 
-def _free(x: Array, contracting, batch) -> list[int]:
+def _free(x: Array, contracting: Sequence[int], batch: Sequence[int]) -> list[int]:
     return [i for i in range(x.ndim) if i not in (*contracting, *batch)]
 
 
-def _transposed(x: Array, *groups):
+def _transposed(x: Array, *groups: Sequence[int]) -> tuple[Array, list[list[int]]]:
     """An array with groups of its axes in this order, and where they are then."""
     order = [axis for group in groups for axis in group]
     x = lax.optimization_barrier(lax.transpose(x, order))

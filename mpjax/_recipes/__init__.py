@@ -1,6 +1,7 @@
 """Which format and which scaling for the three tensors of a product.
 
-May import: `_numerics`, `_hardware`.
+May import: `_hardware`, `_numerics`, `_typing`.
 
-A scaling: a class in `scalings.py`. A recipe: a function in `named.py`.
+To add a scaling: a class in `scalings.py`; `abstract.py` says what it declares. To add
+a recipe: a function in `named.py`.
 """

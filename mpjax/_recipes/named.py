@@ -19,25 +19,23 @@ def current_scaling(
     dtype: DType = jnp.float8_e4m3fn,
     grad_dtype: DType = jnp.float8_e5m2,
     *,
-    power_of_two: bool = True,
-    delayed_weights: bool = False,
+    rounding: Rounding = "up",
 ) -> Recipe:
-    """One scale a tensor, from its own amax. Stateless: the recipe to begin with.
+    """One scale per tensor, from its own amax. Stateless: the recipe to begin with.
 
     Args:
       dtype: the format of both operands.
       grad_dtype: the format of the output gradient.
-      power_of_two: round scales up to powers of two. Scaling is exact then, and a
-        compiler needs fewer passes over bfloat16.
-      delayed_weights: scale the second operand by the amax that it had a step before. A
-        weight changes little in a step, and no pass over it has to come before its
-        quantization. The recipe then has a state, as `delayed_scaling` has, and
-        `calibrate_scaling` and `keep_weights` serve it. In attention the second
-        operands are keys and values, which change with the batch: a rule with
-        ``attention=True`` refuses it.
+      rounding: of scales, see `amax_to_scale`. ``"up"`` makes them powers of two:
+        scaling is exact then, and a compiler needs fewer passes over bfloat16.
 
     Returns:
       A recipe.
+
+    Raises:
+      TypeError: a dtype is no low-precision format.
+      ValueError: tensors are not scaled to one of the dtypes, or there is no such
+        rounding.
 
     Example:
       >>> import mpjax
@@ -47,48 +45,101 @@ def current_scaling(
     References:
       Micikevicius et al., FP8 Formats for Deep Learning, arXiv 2209.05433.
     """
-    rounding = _rounding(power_of_two)
     operand = CurrentScaling(dtype, rounding)
-    weights = DelayedScaling(dtype, rounding, 1, "most_recent")
+    return Recipe(operand, operand, CurrentScaling(grad_dtype, rounding))
+
+
+def delayed_weight_scaling(
+    dtype: DType = jnp.float8_e4m3fn,
+    grad_dtype: DType = jnp.float8_e5m2,
+    *,
+    rounding: Rounding = "up",
+    keep_weights: bool = False,
+) -> Recipe:
+    """`current_scaling`, but weights are scaled by the amax of the step before.
+
+    A weight changes little in a step, and no pass over it then has to come before its
+    quantization. The recipe has a state, as `delayed_scaling` has.
+
+    Weights are the second operands of products. In attention those are keys and values,
+    which change with the batch: a rule with ``attention=True`` refuses the recipe.
+
+    Args:
+      dtype: the format of both operands.
+      grad_dtype: the format of the output gradient.
+      rounding: of scales, see `amax_to_scale`. ``"up"`` makes them powers of two:
+        scaling is exact then, and a compiler needs fewer passes over bfloat16.
+      keep_weights: as of `delayed_scaling`.
+
+    Returns:
+      A recipe.
+
+    Raises:
+      TypeError: a dtype is no low-precision format.
+      ValueError: tensors are not scaled to one of the dtypes, there is no such
+        rounding, or weights are to be kept and are not in fp8.
+
+    Example:
+      >>> import mpjax
+      >>> recipe = mpjax.delayed_weight_scaling()
+      >>> print(recipe.lhs, recipe.rhs, recipe.grad)
+      current delayed current
+
+    References:
+      Micikevicius et al., FP8 Formats for Deep Learning, arXiv 2209.05433.
+    """
     return Recipe(
-        operand,
-        weights if delayed_weights else operand,
+        CurrentScaling(dtype, rounding),
+        DelayedScaling(dtype, rounding, 1, "most_recent"),
         CurrentScaling(grad_dtype, rounding),
+        keep_weights=keep_weights,
     )
 
 
 def delayed_scaling(
+    dtype: DType = jnp.float8_e4m3fn,
+    grad_dtype: DType = jnp.float8_e5m2,
+    *,
     history_length: int = 1024,
     algorithm: Literal["max", "most_recent"] = "max",
     margin: float = 0.0,
-    *,
-    dtype: DType = jnp.float8_e4m3fn,
-    grad_dtype: DType = jnp.float8_e5m2,
-    power_of_two: bool = True,
+    rounding: Rounding = "up",
+    keep_weights: bool = False,
 ) -> Recipe:
-    """One scale a tensor, from the amaxes of earlier steps.
+    """One scale per tensor, from the amaxes of earlier steps.
 
-    The fastest recipe, since no reduction has to end before a quantization begins, and
-    the only one with a state::
+    The fastest recipe, since no reduction has to end before a quantization begins. It
+    has a state. That of a model is kept by `mpjax.scaled` or `mpjax.nnx.Optimizer`; of
+    products that are called by themselves::
 
-        state = recipe.init()                                    # one a layer
+        state = recipe.init()                                    # one per layer
         def loss_fn(params, scales):
             y = mpjax.scaled_dot_general(..., recipe=recipe, scales=scales)
             ...
         grads, observed = jax.grad(loss_fn, argnums=(0, 1))(params, state.scale)
-        state = recipe.update(state, observed)                   # once a step
+        state = recipe.update(state, observed)                   # once per step
 
     Args:
+      dtype: the format of both operands.
+      grad_dtype: the format of the output gradient.
       history_length: how many steps are remembered.
       algorithm: ``"max"`` of the history, or its ``"most_recent"`` entry.
       margin: scales are made ``2^margin`` times larger, to leave headroom.
-      dtype: the format of both operands.
-      grad_dtype: the format of the output gradient.
-      power_of_two: round scales up to powers of two. Scaling is exact then, and a
-        compiler needs fewer passes over bfloat16.
+      rounding: of scales, see `amax_to_scale`. ``"up"`` makes them powers of two:
+        scaling is exact then, and a compiler needs fewer passes over bfloat16.
+      keep_weights: the states of layers hold their weights in 8 bits, quantized where
+        the optimizer has just computed them, in the same pass over memory. A step then
+        reads a byte per element. Dense layers and projections of attention multiply
+        with these copies; see `keep_weights`.
 
     Returns:
       A recipe.
+
+    Raises:
+      TypeError: a dtype is no low-precision format, ``history_length`` is no whole
+        number, or ``margin`` no number.
+      ValueError: tensors are not scaled to one of the dtypes, or an option is out of
+        its range, or weights are to be kept and are not in fp8.
 
     Example:
       >>> import jax, jax.numpy as jnp, mpjax
@@ -104,17 +155,19 @@ def delayed_scaling(
     References:
       Micikevicius et al., FP8 Formats for Deep Learning, arXiv 2209.05433.
     """
-    rounding = _rounding(power_of_two)
-    options = (history_length, algorithm, margin)
-    operand = DelayedScaling(dtype, rounding, *options)
-    return Recipe(operand, operand, DelayedScaling(grad_dtype, rounding, *options))
+    options = (rounding, history_length, algorithm, margin)
+    operand, grad = (
+        DelayedScaling(dtype, *options),
+        DelayedScaling(grad_dtype, *options),
+    )
+    return Recipe(operand, operand, grad, keep_weights=keep_weights)
 
 
 def per_channel_scaling(
     dtype: DType = jnp.float8_e4m3fn,
     grad_dtype: DType = jnp.float8_e4m3fn,
     *,
-    power_of_two: bool = True,
+    rounding: Rounding = "up",
 ) -> Recipe:
     """One scale for each row of lhs and each column of rhs ("row-wise").
 
@@ -124,18 +177,22 @@ def per_channel_scaling(
     Args:
       dtype: the format of both operands.
       grad_dtype: the format of the output gradient.
-      power_of_two: round scales up to powers of two. Scaling is exact then, and a
-        compiler needs fewer passes over bfloat16.
+      rounding: of scales, see `amax_to_scale`. ``"up"`` makes them powers of two:
+        scaling is exact then, and a compiler needs fewer passes over bfloat16.
 
     Returns:
       A recipe.
+
+    Raises:
+      TypeError: a dtype is no low-precision format.
+      ValueError: tensors are not scaled to one of the dtypes, or there is no such
+        rounding.
 
     Example:
       >>> import mpjax
       >>> mpjax.per_channel_scaling().grad.dtype.name
       'float8_e4m3fn'
     """
-    rounding = _rounding(power_of_two)
     operand = ChannelScaling(dtype, rounding)
     return Recipe(operand, operand, ChannelScaling(grad_dtype, rounding))
 
@@ -145,18 +202,24 @@ def block_scaling(
     grad_dtype: DType = jnp.float8_e4m3fn,
     *,
     size: int = 128,
-    power_of_two: bool = True,
+    rounding: Rounding = "up",
 ) -> Recipe:
     """Blocks of 1 x 128 for activations and gradients and 128 x 128 for weights.
 
     Args:
       dtype: the format of both operands.
       grad_dtype: the format of the output gradient.
-      size: of a block.
-      power_of_two: round scales up to powers of two.
+      size: the length of a block.
+      rounding: of scales, see `amax_to_scale`. ``"up"`` makes them powers of two:
+        scaling is exact then.
 
     Returns:
       A recipe.
+
+    Raises:
+      TypeError: a dtype is no low-precision format, or ``size`` no whole number.
+      ValueError: tensors are not scaled to one of the dtypes, or an option is out of
+        its range.
 
     Example:
       >>> import mpjax
@@ -166,7 +229,6 @@ def block_scaling(
     References:
       DeepSeek-AI, DeepSeek-V3 Technical Report, arXiv 2412.19437, section 3.3.2.
     """
-    rounding = _rounding(power_of_two)
     return Recipe(
         BlockScaling(dtype, rounding, size),
         BlockScaling(dtype, rounding, size, square=True),
@@ -185,11 +247,16 @@ def mx_scaling(
     Args:
       dtype: the format of both operands: an fp8 (MXFP8), fp6, fp4 or int8.
       grad_dtype: the format of the output gradient.
-      rounding: ``"up"`` keeps every element in range; ``"floor"`` is the rule of the
-        specification, under which training can diverge.
+      rounding: of scales, see `amax_to_scale`. ``"up"`` keeps every element in range;
+        ``"floor"`` is the rule of the specification, under which training can diverge.
 
     Returns:
       A recipe.
+
+    Raises:
+      TypeError: a dtype is no low-precision format.
+      ValueError: tensors are not scaled to one of the dtypes, or the rounding makes
+        scales that are no powers of two.
 
     Example:
       >>> import mpjax
@@ -203,7 +270,3 @@ def mx_scaling(
     options = (rounding, 32, False, jnp.float8_e8m0fnu)
     operand = BlockScaling(dtype, *options)
     return Recipe(operand, operand, BlockScaling(grad_dtype, *options))
-
-
-def _rounding(power_of_two: bool) -> Rounding:
-    return "up" if power_of_two else "exact"

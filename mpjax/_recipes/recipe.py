@@ -7,12 +7,18 @@ import jax.numpy as jnp
 
 from mpjax._hardware.targets import get_target
 from mpjax._numerics.formats import format_info
-from mpjax._recipes.scalings import BlockScaling, DelayedScaling, Scaling
-from mpjax._recipes.state import ScalingState, for_grad
+from mpjax._recipes.abstract import Scaling
+from mpjax._recipes.state import TENSORS, ScalingState, TensorName, for_grad
 from mpjax._typing import Array
 
 ProductName: TypeAlias = Literal["out", "lhs_grad", "rhs_grad"]
-PRODUCTS: tuple[ProductName, ...] = ("out", "lhs_grad", "rhs_grad")
+# What each product multiplies.
+OPERANDS: dict[ProductName, tuple[TensorName, TensorName]] = {
+    "out": ("lhs", "rhs"),
+    "lhs_grad": ("grad", "rhs"),
+    "rhs_grad": ("lhs", "grad"),
+}
+PRODUCTS: tuple[ProductName, ...] = tuple(OPERANDS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,11 +41,13 @@ class Recipe:
         own dtype. ``dataclasses.replace(recipe, quantized=("out", "lhs_grad"))`` keeps
         the weight gradient in high precision.
       calibrated: of delayed scaling: a promise that ``update`` has been called, so that
-        no product has to wait for the current amax; see `calibrate_scaling`. A scale
-        that is still unknown, of a tensor that was all zeros, is then 1 for a step.
+        no product has to wait for the current amax; see `calibrate`. A scale that is
+        still unknown, of a tensor that was all zeros, is then 1 for a step.
+      keep_weights: whether the states of layers hold their weights in 8 bits, written
+        where the optimizer writes the weights; see `keep_weights`.
 
     Raises:
-      TypeError: one of the three is no ``Scaling``.
+      TypeError: one of the three is no scaling.
       ValueError: the scalings cannot go together.
 
     Example:
@@ -59,12 +67,13 @@ class Recipe:
     grad: Scaling
     quantized: tuple[ProductName, ...] = PRODUCTS
     calibrated: bool = False
+    keep_weights: bool = False
 
     def __post_init__(self):
-        for name, scaling in self._scalings():
+        for name, scaling in self.scalings.items():
             if not isinstance(scaling, Scaling):
                 raise TypeError(
-                    f"{name} of a recipe is a Scaling such as CurrentScaling(dtype), "
+                    f"{name} of a recipe is a scaling such as CurrentScaling(dtype), "
                     f"got {scaling!r}."
                 )
         unknown = set(self.quantized) - set(PRODUCTS)
@@ -75,13 +84,20 @@ class Recipe:
             )
         ordered = tuple(name for name in PRODUCTS if name in self.quantized)
         object.__setattr__(self, "quantized", ordered)
-        lengths = {s.history_length for _, s in self._delayed()}
+        scalings = self.scalings.values()
+        lengths = {s.history_length for s in scalings if s.is_delayed}
         if len(lengths) > 1:
             raise ValueError(
                 "The delayed scalings of a recipe share one history_length, got "
                 f"{sorted(lengths)}."
             )
-        sizes = {s.size for _, s in self._scalings() if isinstance(s, BlockScaling)}
+        is_kept = self.rhs.is_delayed and format_info(self.rhs.dtype).is_float8
+        if self.keep_weights and not is_kept:
+            raise ValueError(
+                "keep_weights keeps weights in fp8 by scales of the step before: rhs "
+                f"has a delayed scaling in fp8, got {self.rhs} {self.rhs.dtype.name}."
+            )
+        sizes = {s.block_size for s in scalings if s.block_size is not None}
         if len(sizes) > 1:
             raise ValueError(
                 "Blocks of both operands of a product cover the same elements: all "
@@ -89,24 +105,25 @@ class Recipe:
             )
 
     def __str__(self):
-        kinds = dict.fromkeys(str(scaling) for _, scaling in self._scalings())
-        names = (s.dtype.name.removeprefix("float8_") for _, s in self._scalings())
+        scalings = self.scalings.values()
+        kinds = dict.fromkeys(str(scaling) for scaling in scalings)
+        names = (format_info(scaling.dtype).brief_name for scaling in scalings)
         return f"{', '.join(kinds)} {'/'.join(names)}"
 
-    def _scalings(self):
-        return [("lhs", self.lhs), ("rhs", self.rhs), ("grad", self.grad)]
-
-    def _delayed(self):
-        return [
-            (i, s)
-            for i, (_, s) in enumerate(self._scalings())
-            if isinstance(s, DelayedScaling)
-        ]
+    @property
+    def scalings(self) -> dict[TensorName, Scaling]:
+        """The scalings by the names of their tensors."""
+        return {"lhs": self.lhs, "rhs": self.rhs, "grad": self.grad}
 
     @property
     def stateful(self) -> bool:
         """Whether a product under this recipe reads scales from a ``ScalingState``."""
-        return bool(self._delayed())
+        return any(scaling.is_delayed for scaling in self.scalings.values())
+
+    @property
+    def serves_convolutions(self) -> bool:
+        """Whether a convolution can be computed under this recipe."""
+        return all(scaling.serves_convolutions for scaling in self.scalings.values())
 
     def init(self, loss_scale: float = 1.0) -> ScalingState:
         """The state of a product that has seen nothing.
@@ -116,6 +133,9 @@ class Recipe:
 
         Args:
           loss_scale: that of the first step; 0 if it is not known.
+
+        Returns:
+          A state.
 
         Raises:
           ValueError: no scaling of this recipe is delayed, so there is no state.
@@ -127,7 +147,7 @@ class Recipe:
         """
         if not self.stateful:
             raise ValueError("Only a recipe with a DelayedScaling has a state.")
-        length = self._delayed()[0][1].history_length
+        length = max(scaling.history_length for scaling in self.scalings.values())
         return ScalingState(
             scale=jnp.zeros(3, jnp.float32),
             history=jnp.zeros((3, length), jnp.float32),
@@ -141,7 +161,7 @@ class Recipe:
         observed: Array,
         loss_scale: Array | float | None = None,
     ) -> ScalingState:
-        """Enters the amaxes of one optimizer step; to be called once a step.
+        """Updates a state with the amaxes of one optimizer step. Call it once per step.
 
         The scale of the next step comes from the maximum of the history, or its last
         entry. An amax that is 0 or not finite tells nothing: it never enters the
@@ -151,8 +171,8 @@ class Recipe:
         Args:
           state: of the product.
           observed: f32[..., 3], the gradient with respect to ``state.scale``: the
-            amaxes of lhs, rhs and output gradient. Those of microbatches, or of several
-            uses of a layer, are to be merged by ``jnp.maximum``.
+            amaxes of lhs, rhs and output gradient. Merge those of microbatches, or of
+            several uses of a layer, by ``jnp.maximum`` (or `split_scales`).
           loss_scale: f32[], the loss scale of the step to come; None: the loss is not
             scaled. While that of the last step is not known, nothing is entered.
 
@@ -174,23 +194,17 @@ class Recipe:
         amaxes = jnp.where(known, amaxes, 0.0)
         history = jnp.concatenate([state.history[..., 1:], amaxes[..., None]], axis=-1)
         scales = []
-        for i, (name, scaling) in enumerate(self._scalings()):
-            scale = state.scale[..., i]
-            if isinstance(scaling, DelayedScaling):
-                recent = scaling.algorithm == "most_recent"
-                amax = (
-                    amaxes[..., i] if recent else jnp.max(history[..., i, :], axis=-1)
-                )
-                new = scaling.scale(amax) * (last if name == "grad" else 1.0)
-                scale = jnp.where(amax > 0, new, scale)
-            scales.append(scale)
+        for i, name in enumerate(TENSORS):
+            unit = last if name == "grad" else 1.0
+            scaling, scale = self.scalings[name], state.scale[..., i]
+            scales.append(scaling.next_scale(scale, history[..., i, :], unit))
         entered = dataclasses.replace(
             state, scale=jnp.stack(scales, axis=-1), history=history, loss_scale=last
         )
         return self.rescale(entered, loss_scale)
 
     def rescale(self, state: ScalingState, loss_scale: Array | float) -> ScalingState:
-        """The state for a step with another loss scale; after a skipped step, say.
+        """The state for a step with another loss scale, as after a skipped step.
 
         Args:
           state: of the product.
@@ -209,10 +223,10 @@ class Recipe:
         last = state.loss_scale
         ratio = jnp.where(last > 0, loss_scale / jnp.where(last > 0, last, 1.0), 1.0)
         scale = jnp.clip(state.scale * for_grad(ratio), 2.0**-126, 2.0**126)
+        # An array of its own for each state, which may be donated with the optimizer's.
+        coming = jnp.array(jnp.broadcast_to(loss_scale, last.shape), last.dtype)
         return dataclasses.replace(
-            state,
-            scale=jnp.where(state.scale > 0, scale, 0.0),
-            loss_scale=jnp.broadcast_to(loss_scale, last.shape).astype(last.dtype),
+            state, scale=jnp.where(state.scale > 0, scale, 0.0), loss_scale=coming
         )
 
     def agrees_with(self, other: "Recipe") -> bool:
@@ -227,13 +241,9 @@ class Recipe:
           >>> mpjax.current_scaling().fnuz().grad.dtype.name
           'float8_e5m2fnuz'
         """
-        names = {
-            "float8_e4m3fn": "float8_e4m3fnuz",
-            "float8_e5m2": "float8_e5m2fnuz",
-        }
         scalings = {
-            field: dataclasses.replace(s, dtype=names.get(s.dtype.name, s.dtype.name))
-            for field, s in self._scalings()
+            field: dataclasses.replace(s, dtype=format_info(s.dtype).fnuz)
+            for field, s in self.scalings.items()
         }
         return dataclasses.replace(self, **scalings)
 
@@ -243,8 +253,9 @@ class Recipe:
         Where it does not, the product is emulated: the same numbers, no speed-up.
 
         Args:
-          target: one of ``"cpu"``, ``"a100"``, ``"h100"``, ``"b200"``, ``"mi300"``,
-            ``"v4"``, ``"v5e"``, ``"v5p"``, ``"v6e"``, ``"v7x"``.
+          target: a name such as ``"h100"`` or ``"v5e"`` of those that
+            ``python -m mpjax targets`` lists, or the path of a file of figures of
+            another GPU.
 
         Returns:
           The answer and the reason.
@@ -258,27 +269,14 @@ class Recipe:
           (False, 'v6e multiplies no float8_e4m3fn with float8_e4m3fn (product out)')
         """
         device = get_target(target)
-        pairs = {
-            "out": (self.lhs, self.rhs),
-            "lhs_grad": (self.grad, self.rhs),
-            "rhs_grad": (self.lhs, self.grad),
-        }
         for product in self.quantized:
-            one, two = pairs[product]
-            names = f"{one.dtype.name} with {two.dtype.name} (product {product})"
-            blocked = isinstance(one, BlockScaling) or isinstance(two, BlockScaling)
-            if blocked and not (device.block_scaled and _is_mx(one) and _is_mx(two)):
+            pair = [self.scalings[tensor] for tensor in OPERANDS[product]]
+            lhs, rhs = (scaling.dtype.name for scaling in pair)
+            names = f"{lhs} with {rhs} (product {product})"
+            blocked = any(scaling.block_size is not None for scaling in pair)
+            native = device.block_scaled and all(s.has_mx_products for s in pair)
+            if blocked and not native:
                 return False, f"{device.name} has no scales within a product of {names}"
-            if not device.multiplies(one.dtype.name, two.dtype.name):
+            if not device.multiplies(lhs, rhs):
                 return False, f"{device.name} multiplies no {names}"
         return True, f"{device.name} has units for every quantized product"
-
-
-def _is_mx(scaling: Scaling) -> bool:
-    return (
-        isinstance(scaling, BlockScaling)
-        and scaling.size == 32
-        and not scaling.square
-        and scaling.scale_dtype == jnp.float8_e8m0fnu
-        and format_info(scaling.dtype).is_float8
-    )

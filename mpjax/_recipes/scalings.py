@@ -1,66 +1,65 @@
-"""The rules by which a tensor is scaled to a format."""
+"""The rules by which a tensor is scaled to a format: one class per rule."""
 
-import abc
 import dataclasses
 from typing import Literal
 
 import jax.numpy as jnp
 
+from mpjax._numerics.formats import holds_scales
 from mpjax._numerics.scales import (
     Block,
-    Rounding,
     amax_to_scale,
-    check_format,
-    check_rounding,
     check_scale_dtype,
     whole_number,
 )
+from mpjax._recipes.abstract import Scaling, StatelessScaling, check_scaling
 from mpjax._typing import Array, DType
 
 
 @dataclasses.dataclass(frozen=True)
-class Scaling(abc.ABC):
-    """A format and the rule by which tensors are scaled to it.
+class CurrentScaling(StatelessScaling):
+    """One scale per tensor, from the tensor's own amax.
 
     Attributes:
       dtype: the format.
-      rounding: of the scale: ``"exact"``, ``"up"`` or ``"floor"`` (``amax_to_scale``).
-    """
+      rounding: of the scale: ``"exact"``, ``"up"`` or ``"floor"`` (`amax_to_scale`).
 
-    dtype: DType
-    rounding: Rounding = "up"
-
-    def __post_init__(self):
-        object.__setattr__(self, "dtype", check_format(self.dtype))
-        check_rounding(self.rounding)
-
-    def __str__(self):
-        return type(self).__name__.removesuffix("Scaling").lower()
-
-    @abc.abstractmethod
-    def block(self, shape: tuple[int, ...], contracting: tuple[int, ...]) -> Block:
-        """Which elements share a scale in a product over ``contracting`` axes."""
-
-
-@dataclasses.dataclass(frozen=True)
-class CurrentScaling(Scaling):
-    """One scale a tensor, from the tensor's own amax.
+    Raises:
+      TypeError: ``dtype`` is no low-precision format.
+      ValueError: tensors are not scaled to ``dtype``, or there is no such rounding.
 
     Example:
       >>> import jax.numpy as jnp, mpjax
       >>> mpjax.CurrentScaling(jnp.float8_e4m3fn).block((8, 4), contracting=(1,))
       (-1, -1)
+
+    References:
+      Micikevicius et al., FP8 Formats for Deep Learning, arXiv 2209.05433.
     """
 
+    def __post_init__(self):
+        check_scaling(self)
+
+    def __str__(self) -> str:
+        return "current"
+
     def block(self, shape: tuple[int, ...], contracting: tuple[int, ...]) -> Block:
-        """Everything shares one scale."""
+        """All elements share a scale."""
         del contracting
         return (-1,) * len(shape)
 
 
 @dataclasses.dataclass(frozen=True)
-class ChannelScaling(Scaling):
+class ChannelScaling(StatelessScaling):
     """One scale for each index of the axes that are not contracted ("row-wise").
+
+    Attributes:
+      dtype: the format.
+      rounding: of the scale: ``"exact"``, ``"up"`` or ``"floor"`` (`amax_to_scale`).
+
+    Raises:
+      TypeError: ``dtype`` is no low-precision format.
+      ValueError: tensors are not scaled to ``dtype``, or there is no such rounding.
 
     Example:
       >>> import jax.numpy as jnp, mpjax
@@ -68,21 +67,34 @@ class ChannelScaling(Scaling):
       (1, -1)
     """
 
+    def __post_init__(self):
+        check_scaling(self)
+
+    def __str__(self) -> str:
+        return "channel"
+
     def block(self, shape: tuple[int, ...], contracting: tuple[int, ...]) -> Block:
         """The contracted axes share a scale."""
         return tuple(-1 if i in contracting else 1 for i in range(len(shape)))
 
 
 @dataclasses.dataclass(frozen=True)
-class BlockScaling(Scaling):
+class BlockScaling(StatelessScaling):
     """One scale for every ``size`` elements along the last contracted axis.
 
     Attributes:
+      dtype: the format.
+      rounding: of the scales: ``"exact"``, ``"up"`` or ``"floor"`` (`amax_to_scale`).
       size: length of a block.
       square: blocks of ``size x size``, which also span the last axis that is not
         contracted. They are the same for a matrix and its transpose, so that one
         quantization serves forward and backward.
       scale_dtype: float32, or float8_e8m0fnu for scales that are powers of two.
+
+    Raises:
+      TypeError: ``dtype`` is no low-precision format, or ``size`` no whole number.
+      ValueError: tensors are not scaled to ``dtype``, there is no such rounding, a
+        block is too small, or the scales would not fit ``scale_dtype``.
 
     Example:
       >>> import jax.numpy as jnp, mpjax
@@ -92,6 +104,7 @@ class BlockScaling(Scaling):
 
     References:
       DeepSeek-AI, DeepSeek-V3 Technical Report, arXiv 2412.19437, section 3.3.2.
+      OCP Microscaling Formats (MX) Specification v1.0.
     """
 
     size: int = 128
@@ -99,7 +112,7 @@ class BlockScaling(Scaling):
     scale_dtype: DType = "float32"
 
     def __post_init__(self):
-        super().__post_init__()
+        check_scaling(self)
         scale_dtype = check_scale_dtype(self.scale_dtype, self.rounding)
         object.__setattr__(self, "scale_dtype", scale_dtype)
         object.__setattr__(self, "size", whole_number("size", self.size))
@@ -109,8 +122,8 @@ class BlockScaling(Scaling):
                 "CurrentScaling and ChannelScaling need no size."
             )
 
-    def __str__(self):
-        is_mx = self.scale_dtype == jnp.float8_e8m0fnu and not self.square
+    def __str__(self) -> str:
+        is_mx = holds_scales(self.scale_dtype) and not self.square
         return f"{'mx' if is_mx else 'block'} {self.size}"
 
     def block(self, shape: tuple[int, ...], contracting: tuple[int, ...]) -> Block:
@@ -124,18 +137,21 @@ class BlockScaling(Scaling):
 
 @dataclasses.dataclass(frozen=True)
 class DelayedScaling(Scaling):
-    """One scale a tensor, from the amaxes of earlier steps.
+    """One scale per tensor, from the amaxes of earlier steps.
 
     No reduction then stands before the quantization. The numbers live in a
-    ``ScalingState``; ``Recipe`` has the functions that make, read and update it.
+    `ScalingState`; `Recipe` has the functions that make, read and update it.
 
     Attributes:
+      dtype: the format.
+      rounding: of the scale: ``"exact"``, ``"up"`` or ``"floor"`` (`amax_to_scale`).
       history_length: how many steps are remembered.
       algorithm: ``"max"`` of the history, or its ``"most_recent"`` entry.
       margin: the scale is made ``2^margin`` times larger, to leave headroom.
 
     Raises:
-      TypeError: ``history_length`` is no whole number, or ``margin`` no number.
+      TypeError: ``dtype`` is no low-precision format, ``history_length`` is no whole
+        number, or ``margin`` no number.
       ValueError: one of the attributes is out of range.
 
     Example:
@@ -152,7 +168,7 @@ class DelayedScaling(Scaling):
     margin: float = 0.0
 
     def __post_init__(self):
-        super().__post_init__()
+        check_scaling(self)
         length = whole_number("history_length", self.history_length)
         object.__setattr__(self, "history_length", length)
         if self.history_length < 1:
@@ -179,8 +195,11 @@ class DelayedScaling(Scaling):
                 f"{margin}."
             )
 
+    def __str__(self) -> str:
+        return "delayed"
+
     def block(self, shape: tuple[int, ...], contracting: tuple[int, ...]) -> Block:
-        """Everything shares one scale."""
+        """All elements share a scale."""
         del contracting
         return (-1,) * len(shape)
 
@@ -188,3 +207,18 @@ class DelayedScaling(Scaling):
         """f32[...], the scale for an amax, margin included."""
         scale = amax_to_scale(amax, self.dtype, self.rounding)
         return jnp.clip(scale * 2.0**self.margin, 2.0**-126, 2.0**126)
+
+    def next_scale(self, scale: Array, history: Array, unit: Array | float) -> Array:
+        """The scale for the largest or the newest amax, if that is known."""
+        newest = self.algorithm == "most_recent"
+        amax = history[..., -1] if newest else jnp.max(history, axis=-1)
+        return jnp.where(amax > 0, self.scale(amax) * unit, scale)
+
+
+# Those that a serialized program may name.
+SCALINGS: tuple[type[Scaling], ...] = (
+    CurrentScaling,
+    ChannelScaling,
+    BlockScaling,
+    DelayedScaling,
+)

@@ -1,7 +1,7 @@
 """What delayed scaling remembers of one product."""
 
 import dataclasses
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,11 @@ from mpjax._typing import Array
 
 if TYPE_CHECKING:
     from mpjax._recipes.recipe import Recipe
+
+TensorName: TypeAlias = Literal["lhs", "rhs", "grad"]
+# The tensors of a product in the order of the last axis of scales and of amaxes.
+TENSORS: tuple[TensorName, ...] = ("lhs", "rhs", "grad")
+LHS, RHS, GRAD = range(3)
 
 
 @jax.tree_util.register_dataclass
@@ -35,6 +40,7 @@ class ScalingState:
     The last axis of ``scale`` runs over lhs, rhs and output gradient; axes before it
     are those of stacked layers. A loss is differentiated with respect to the whole
     state; in place of ``scale`` the gradient then holds the amaxes of the step.
+    `Recipe.init` makes a state, and `Recipe.update` that of the next step.
 
     Attributes:
       scale: f32[..., 3], what a product takes as ``scales``: in units of the gradient
@@ -46,6 +52,12 @@ class ScalingState:
         where that is not known.
       recipe: the recipe of the product.
       weight: what `keep_weights` keeps of rhs, or ``None``.
+
+    Example:
+      >>> import mpjax
+      >>> state = mpjax.delayed_scaling(history_length=16).init()
+      >>> state.scale.shape, state.history.shape
+      ((3,), (3, 16))
     """
 
     scale: Array
@@ -57,6 +69,6 @@ class ScalingState:
 
 
 def for_grad(factor: Array) -> Array:
-    """f32[..., 3], 1 for the operands."""
+    """A factor for gradients alone: f32[..., 3], 1 for the two operands."""
     one = jnp.ones_like(factor)
     return jnp.stack([one, one, factor], axis=-1)

@@ -1,63 +1,168 @@
-"""Scales that are known from the first step on."""
+"""Scales that are known before training begins."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.core import Tracer
+from jax.sharding import NamedSharding
 
-from mpjax._recipes.scalings import DelayedScaling
-from mpjax._recipes.state import ScalingState
-from mpjax._scaling_states.update import found_states, is_state
+from mpjax._loss_scaling.loss import value_and_grad
+from mpjax._loss_scaling.state import LossScalingState, loss_scale
+from mpjax._recipes.recipe import OPERANDS
+from mpjax._recipes.state import GRAD, TENSORS, ScalingState
+from mpjax._scaling_states.update import (
+    Step,
+    by_path,
+    found_states,
+    is_state,
+    updated_by_path,
+)
 from mpjax._typing import ArrayTree
 
 
-def calibrate_scaling(states: ArrayTree) -> ArrayTree:
-    """The same states with a promise: their scales are known.
+def calibrate(
+    loss_fn: Callable[..., Any],
+    variables: ArrayTree,
+    *args: Any,
+    opt_state: ArrayTree | None = None,
+    has_aux: bool = False,
+    **kwargs: Any,
+) -> ArrayTree:
+    """Measures the scales of delayed scaling on one batch, before training.
 
-    In its first step delayed scaling has nothing but the current amax, and a program
-    that can take it waits for that amax in every step. To be called once, between two
-    steps, when `update_scaling` has seen a step; what is jitted is then compiled again,
-    and no quantization waits for a reduction. A gradient that was all zeros so far,
-    whose scale is unknown, has the scale 1 until it has been seen. The states of layers
-    whose operands have not been seen stay as they were: those that no gradient reaches,
-    behind ``jax.lax.stop_gradient`` say, go on with the current amax. ::
+    Before its first step delayed scaling knows no amaxes, and scales by the current
+    ones; a program that can do that waits for them in every step. States that are
+    calibrated promise that their scales are known, and no quantization waits for a
+    reduction. To be called once, on one batch::
 
-        scaling = train_step(...)
-        scaling = mpjax.calibrate_scaling(scaling)
+        variables = model.init(key, batch)
+        variables = mpjax.calibrate(loss_fn, variables, batch)
+
+    Parameters and optimizer are as they were. A gradient that is all zeros or not
+    finite, whose scale stays unknown, has the scale 1 until it has been seen. The
+    states of layers whose operands are not seen stay as they were: those that no
+    gradient reaches, behind ``jax.lax.stop_gradient`` say, go on with the current amax.
 
     Args:
-      states: a tree of ``ScalingState``, and of anything else, a whole train state say.
+      loss_fn: a function of ``variables``, ``args`` and ``kwargs`` that returns a loss,
+        or a loss and something else.
+      variables: a tree with ``ScalingState`` in it: those of a Linen model.
+      *args: further arguments of the loss. Those that are no arrays are static.
+      opt_state: the state of the optimizer, if it scales the loss.
+      has_aux: whether ``loss_fn`` returns a pair of a loss and auxiliary data.
+      **kwargs: the same, by name.
 
     Returns:
-      The tree with states whose recipes are ``calibrated``; of other static structure,
-      so not for the carry of a loop that has begun without. States that are traced are
-      taken to be known.
+      The variables with states that have seen a step, and whose recipes are
+      ``calibrated``. They are of another static structure: not for a function that has
+      been compiled, or the carry of a loop that has begun, without.
 
     Raises:
-      ValueError: no scale of the states is known yet.
+      ValueError: there is no state in ``variables``, or none whose operands the
+        gradient reaches.
 
     Example:
-      >>> import jax.numpy as jnp, mpjax
-      >>> recipe = mpjax.delayed_scaling()
-      >>> states = {"kernel": recipe.update(recipe.init(), jnp.ones(3))}
-      >>> mpjax.calibrate_scaling(states)["kernel"].recipe.calibrated
-      True
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, mpjax, mpjax.linen
+      >>> rule = mpjax.Rule(".*", "mixed_bfloat16", mpjax.delayed_scaling())
+      >>> model = mpjax.linen.MixedPrecision(nn.Dense(16), rule)
+      >>> x = jnp.ones((4, 8))
+      >>> variables = model.init(jax.random.key(0), x)
+      >>> def loss_fn(variables, x):
+      ...     return model.apply(variables, x).mean()
+      >>> variables = mpjax.calibrate(loss_fn, variables, x)
+      >>> print(f"{variables['scaling']['kernel'].scale[0]:.5f}")  # 1 / 448, rounded up
+      0.00391
+    """
+    if not found_states(variables, ScalingState):
+        raise ValueError(
+            "There is no scaling state to calibrate. Pass all variables of a model "
+            "whose rules have a recipe with delayed scaling; other recipes need no "
+            "calibration."
+        )
+
+    def observe(variables, opt_state, *args, **kwargs):
+        grad_fn: Callable = jax.value_and_grad(loss_fn, has_aux=has_aux)
+        if found_states(opt_state, LossScalingState):
+            grad_fn = value_and_grad(loss_fn, opt_state, has_aux=has_aux)
+        _, grads = grad_fn(variables, *args, **kwargs)
+        return list(calibrated(variables, grads, opt_state).values())
+
+    def observe_arrays(arrays):
+        given = [a if a is not None else s for a, s in zip(arrays, static, strict=True)]
+        args, kwargs = structure.unflatten(given)
+        return observe(*args, **kwargs)
+
+    leaves, structure = jax.tree.flatten(((variables, opt_state, *args), kwargs))
+    arrays = [x if isinstance(x, jax.Array | np.ndarray) else None for x in leaves]
+    static = [None if isinstance(x, jax.Array | np.ndarray) else x for x in leaves]
+    old = found_states(variables, ScalingState)
+    new = iter(jax.jit(observe_arrays, out_shardings=_shardings(old))(arrays))
+    return promise(
+        jax.tree.map(
+            lambda node: next(new) if is_state(node) else node,
+            variables,
+            is_leaf=is_state,
+        )
+    )
+
+
+def calibrated(
+    states: ArrayTree, grads: ArrayTree, opt_state: ArrayTree | None
+) -> dict[Any, ScalingState]:
+    """States, by path, that have seen a gradient and no step of the optimizer.
+
+    Args:
+      states: a tree with states in it, and the parameters that they keep copies of.
+      grads: the gradient with respect to all of it.
+      opt_state: the state of the optimizer that scales the loss.
+    """
+    kept = {p: node for p, node in by_path(states).items() if is_state(node)}
+    seen = {p: node for p, node in by_path(grads).items() if is_state(node)}
+    many = found_states(opt_state, optax.MultiStepsState)
+    step = Step(
+        loss_scale(opt_state) if found_states(opt_state, LossScalingState) else None,
+        applied=None,
+        made=jnp.array(True) if many else None,
+    )
+    return updated_by_path(kept, seen, step, states)
+
+
+def promise(states: ArrayTree) -> ArrayTree:
+    """The same states with a promise: their scales are known.
+
+    Args:
+      states: a tree of ``ScalingState``, and of anything else. Those that are traced
+        are taken to be known.
+
+    Raises:
+      ValueError: the operands of no state have been seen.
     """
     found = found_states(states, ScalingState)
     if not any(map(_has_seen_operands, found)):
         raise ValueError(
-            "Scaling states are calibrated by at least one step: call update_scaling "
-            f"before calibrate_scaling. Got {len(found)} states of which none has been "
-            "updated."
+            "Scaling states are calibrated by a gradient that reaches them, and none "
+            f"of these {len(found)} has seen one. Pass the loss that is trained, and "
+            "inputs that are finite and not all zeros."
         )
 
-    def promise(leaf):
+    def mark(leaf):
         if not (is_state(leaf) and _has_seen_operands(leaf)):
             return leaf
         return replace(leaf, recipe=replace(leaf.recipe, calibrated=True))
 
-    return jax.tree.map(promise, states, is_leaf=is_state)
+    return jax.tree.map(mark, states, is_leaf=is_state)
+
+
+def _shardings(states: list[ScalingState]) -> Any:
+    """Those of the states, for the new ones to fit the same program, or None."""
+    found = jax.tree.map(lambda x: getattr(x, "sharding", None), states)
+    known = [isinstance(s, NamedSharding) for s in jax.tree.leaves(found)]
+    return found if known and all(known) else None
 
 
 def _has_seen_operands(state: ScalingState) -> bool:
@@ -67,9 +172,11 @@ def _has_seen_operands(state: ScalingState) -> bool:
     """
     if isinstance(state.scale, Tracer):
         return True
-    recipe, read = state.recipe, {"out": (0, 1), "lhs_grad": (1,), "rhs_grad": (0,)}
-    operands = {i for product in recipe.quantized for i in read[product]}
+    recipe = state.recipe
+    read = {tensor for product in recipe.quantized for tensor in OPERANDS[product]}
     delayed = [
-        i for i in operands if isinstance((recipe.lhs, recipe.rhs)[i], DelayedScaling)
+        i
+        for i, tensor in enumerate(TENSORS)
+        if tensor in read - {"grad"} and recipe.scalings[tensor].is_delayed
     ]
-    return bool((np.asarray(state.scale)[..., delayed or [2]] > 0).all())
+    return bool((np.asarray(state.scale)[..., delayed or [GRAD]] > 0).all())

@@ -16,17 +16,11 @@ import jax.export
 from mpjax._loss_scaling.state import LossScalingState
 from mpjax._numerics.qarray import QArray
 from mpjax._recipes.recipe import Recipe
-from mpjax._recipes.scalings import (
-    BlockScaling,
-    ChannelScaling,
-    CurrentScaling,
-    DelayedScaling,
-)
+from mpjax._recipes.scalings import SCALINGS
 from mpjax._recipes.state import ScalingState, WeightCopy
 
 _KINDS: dict[str, Callable[..., Any]] = {
-    kind.__name__: kind
-    for kind in (Recipe, CurrentScaling, ChannelScaling, BlockScaling, DelayedScaling)
+    kind.__name__: kind for kind in (Recipe, *SCALINGS)
 }
 
 

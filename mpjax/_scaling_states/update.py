@@ -12,8 +12,8 @@ import optax
 from jax.tree_util import keystr
 
 from mpjax._loss_scaling.state import LossScalingState, last_step_finite, loss_scale
-from mpjax._recipes.state import ScalingState
-from mpjax._scaling_states.weights import copy_weights, seen_by_copy
+from mpjax._recipes.state import GRAD, ScalingState
+from mpjax._scaling_states.weights import copied, seen_by_copy
 from mpjax._tree import select_tree
 from mpjax._typing import Array, ArrayTree
 
@@ -71,53 +71,15 @@ def update_scaling(
       >>> print(f"{scaling['kernel'].scale[0]:.5f}")  # 1 / 448, rounded up
       0.00391
     """
-    step = _Step.of(opt_state)
     structure = jax.tree.structure(states, is_leaf=is_state)
-    new = structure.unflatten(
-        _updated(state, seen, step) for state, seen in _pairs(states, observed)
+    new = updated_by_path(
+        by_path(states), by_path(observed), Step.of(opt_state), params
     )
-    return copy_weights(new, params)
-
-
-def rescale_scaling(states: ArrayTree, opt_state: ArrayTree) -> ArrayTree:
-    """The scaling states of a model for a step with another loss scale.
-
-    `update_scaling` takes care of what an optimizer does to its loss scale. This is for
-    what happens beside that: states that are restored without the optimizer's, or a
-    loss scale that is set by hand. Without it the gradients of one step would be
-    quantized by scales of another magnitude, and could saturate.
-
-    Args:
-      states: a tree of ``ScalingState``.
-      opt_state: any tree in which there is one `LossScalingState`, that of the step to
-        come.
-
-    Returns:
-      States with the same histories.
-
-    Raises:
-      ValueError: there is no loss scale in ``opt_state``.
-
-    Example:
-      >>> import jax.numpy as jnp, mpjax, optax
-      >>> recipe = mpjax.delayed_scaling()
-      >>> states = {"kernel": recipe.update(recipe.init(8.0), jnp.full(3, 448.0), 8.0)}
-      >>> tx = mpjax.static_loss_scaling(optax.sgd(0.1), 4.0)
-      >>> states = mpjax.rescale_scaling(states, tx.init(jnp.ones(2)))
-      >>> print(states["kernel"].loss_scale)
-      4.0
-    """
-    coming = loss_scale(opt_state)
-
-    def rescale(state: ScalingState) -> ScalingState:
-        # A copy for each, or a step to which states are donated gets one array twice.
-        return state.recipe.rescale(state, jnp.copy(coming))
-
-    return jax.tree.map(rescale, states, is_leaf=is_state)
+    return structure.unflatten(new.values())
 
 
 @dataclass(frozen=True)
-class _Step:
+class Step:
     """What the state of an optimizer tells of the step that it has taken.
 
     Attributes:
@@ -131,7 +93,7 @@ class _Step:
     made: Array | None
 
     @classmethod
-    def of(cls, opt_state: ArrayTree | None) -> "_Step":
+    def of(cls, opt_state: ArrayTree | None) -> "Step":
         if opt_state is None:
             return cls(None, None, None)
         many = found_states(opt_state, optax.MultiStepsState)
@@ -148,7 +110,26 @@ class _Step:
         )
 
 
-def _updated(state: ScalingState, seen: ScalingState, step: _Step) -> ScalingState:
+def updated_by_path(
+    states: Mapping[Any, Any],
+    observed: Mapping[Any, Any],
+    step: Step,
+    params: ArrayTree | None,
+) -> dict[Any, ScalingState]:
+    """The states of a model after a step, by their paths.
+
+    Raises:
+      ValueError: ``observed`` is not their gradient, or a parameter is missing of which
+        one keeps a copy.
+    """
+    check_observed(states, observed)
+    new = {
+        path: _updated(state, observed[path], step) for path, state in states.items()
+    }
+    return {path: copied(state, params, path) for path, state in new.items()}
+
+
+def _updated(state: ScalingState, seen: ScalingState, step: Step) -> ScalingState:
     """The state of a product after a step.
 
     Args:
@@ -187,7 +168,7 @@ def _accumulated(
       made: bool[], whether the step is made.
     """
     recipe, last = state.recipe, state.loss_scale[..., None]
-    unit = jnp.where(jnp.arange(3) == 2, last, 1.0)
+    unit = jnp.where(jnp.arange(3) == GRAD, last, 1.0)
     known = jnp.isfinite(seen) & (last > 0)
     amaxes = jnp.where(known, seen / jnp.where(known, unit, 1.0), 0.0)
     amaxes = jnp.maximum(amaxes, state.history[..., -1])
@@ -204,16 +185,11 @@ def _accumulated(
     return recipe.rescale(state, loss_scale)
 
 
-def _pairs(states: ArrayTree, observed: ArrayTree) -> list[tuple[Any, Any]]:
-    """The states of a tree, each with its gradient.
-
-    Raises:
-      ValueError: they do not belong together.
-    """
-    wanted, found = _by_path(states), _by_path(observed)
-    for path in [*wanted, *found]:
+def check_observed(states: Mapping[Any, Any], observed: Mapping[Any, Any]) -> None:
+    """Raises ValueError unless the second is the gradient of the first, by paths."""
+    for path in [*states, *observed]:
         name = repr(keystr(path, simple=True, separator="/"))
-        state, seen = wanted.get(path), found.get(path)
+        state, seen = states.get(path), observed.get(path)
         if state is None or seen is None:
             wrong = f"{name} is only in {'states' if seen is None else 'observed'}"
         elif not (is_state(state) and is_state(seen)):
@@ -229,15 +205,20 @@ def _pairs(states: ArrayTree, observed: ArrayTree) -> list[tuple[Any, Any]]:
             "observed is the gradient with respect to states, which has their "
             f"structure; got one in which {wrong}."
         )
-    return [(state, found[path]) for path, state in wanted.items()]
 
 
-def _by_path(tree: ArrayTree) -> dict[Any, Any]:
+def by_path(tree: ArrayTree) -> dict[Any, Any]:
     return dict(jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_state)[0])
 
 
 def _all(conditions: list[Array]) -> Array | None:
     return functools.reduce(operator.and_, conditions) if conditions else None
+
+
+def step_of_optimizer(opt_state: ArrayTree) -> ArrayTree | None:
+    """An optimizer's state, if `update_scaling` learns of a step from it, or None."""
+    kinds = LossScalingState, optax.MultiStepsState
+    return opt_state if any(found_states(opt_state, k) for k in kinds) else None
 
 
 def found_states(tree: ArrayTree, kind: type) -> list[Any]:

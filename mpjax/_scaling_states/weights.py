@@ -11,8 +11,7 @@ from mpjax._mesh import varying_axes
 from mpjax._numerics.formats import format_info
 from mpjax._numerics.qarray import QArray
 from mpjax._numerics.scales import block_amax, quantize_with_scale, round_scale_up
-from mpjax._recipes.scalings import DelayedScaling
-from mpjax._recipes.state import ScalingState, WeightCopy
+from mpjax._recipes.state import RHS, ScalingState, WeightCopy
 from mpjax._typing import Array, ArrayTree
 
 
@@ -22,7 +21,9 @@ def keep_weights(states: ArrayTree, params: ArrayTree) -> ArrayTree:
     A weight is quantized where the optimizer has just computed it, in the same pass
     over memory, and the steps to come read a byte per element. Its scale is the delayed
     one. It is rounded from the parameter itself, without a cast to the compute dtype in
-    between. To be called once, before training or after parameters were replaced; from
+    between. Recipes with ``keep_weights=True`` make such states from the start, and
+    `mpjax.scaled` and `mpjax.nnx.Optimizer` renew the copies. In a loop of another kind
+    this is to be called once, before training or after parameters were replaced; from
     then on `update_scaling` takes the new parameters::
 
         scaling = mpjax.keep_weights(scaling, params)
@@ -35,9 +36,10 @@ def keep_weights(states: ArrayTree, params: ArrayTree) -> ArrayTree:
     ``SpectralNorm``. A kernel that other modules change before it multiplies is not to
     be kept.
 
-    A layer multiplies with the copy, whatever parameters it is given. Others (an EMA, a
-    teacher, a reference model) take states of `drop_weights`, and after any change
-    without `update_scaling` this is to be called again. The gradient with respect to
+    A layer compares a few elements of the copy with those of its weight: given other
+    parameters it raises, or returns NaN where it is traced. Others (an EMA, a teacher,
+    a reference model) take states of `drop_weights`, and after any change without
+    `update_scaling` this is to be called again. The gradient with respect to
     such states has zeros of the size of the copies: use it within the ``jit`` that
     computes it.
 
@@ -65,8 +67,8 @@ def keep_weights(states: ArrayTree, params: ArrayTree) -> ArrayTree:
 
     def keep(path, state: ScalingState) -> ScalingState:
         nonlocal found
-        kernel, scaling = _at(params, path), state.recipe.rhs
-        if kernel is None or not isinstance(scaling, DelayedScaling):
+        kernel, scaling = parameter_at(params, path), state.recipe.rhs
+        if kernel is None or not scaling.is_delayed:
             return state
         if not format_info(scaling.dtype).is_float8:
             raise ValueError(
@@ -95,6 +97,9 @@ def drop_weights(states: ArrayTree) -> ArrayTree:
     Returns:
       The tree with states that keep no weights; the same scales and histories.
 
+    Raises:
+      ValueError: there is no ``ScalingState`` in the tree.
+
     Example:
       >>> import jax.numpy as jnp, mpjax
       >>> params = {"kernel": jnp.ones((2, 3))}
@@ -103,10 +108,15 @@ def drop_weights(states: ArrayTree) -> ArrayTree:
       >>> print(states["kernel"].weight)
       None
     """
-    return jax.tree.map(
-        lambda leaf: replace(leaf, weight=None) if _is_scaling_state(leaf) else leaf,
-        states,
-        is_leaf=_is_scaling_state,
+    leaves, structure = jax.tree.flatten(states, is_leaf=_is_scaling_state)
+    if not any(map(_is_scaling_state, leaves)):
+        raise ValueError(
+            "drop_weights takes a tree with scaling states, such as the variables of a "
+            f"model under delayed scaling; got a {type(states).__name__} without any."
+        )
+    return structure.unflatten(
+        replace(leaf, weight=None) if _is_scaling_state(leaf) else leaf
+        for leaf in leaves
     )
 
 
@@ -128,7 +138,6 @@ def with_copy(state: ScalingState, kernel: Array, path=()) -> ScalingState:
 def refreshed_copy(state: ScalingState, kernel: Array) -> ScalingState:
     """The copy of a new kernel, by the scale that the state has now."""
     scaling = state.recipe.rhs
-    assert isinstance(scaling, DelayedScaling)
 
     def amax_of(kernel, block, scale):
         amax = block_amax(kernel, block).reshape(())
@@ -154,47 +163,54 @@ def refreshed_copy(state: ScalingState, kernel: Array) -> ScalingState:
 
     for _ in state.scale.shape[:-1]:
         copy = jax.vmap(copy)
-    return replace(state, weight=copy(state.scale[..., 1], kernel))
+    return replace(state, weight=copy(state.scale[..., RHS], kernel))
 
 
-def copy_weights(states: ArrayTree, params: ArrayTree | None) -> ArrayTree:
-    """The states with copies of new parameters, where they keep some.
+def copied(state: ScalingState, params: ArrayTree | None, path) -> ScalingState:
+    """The state with a copy of its new parameter, where it keeps one.
 
     Raises:
-      ValueError: a parameter is missing.
+      ValueError: the parameter is missing.
     """
-
-    def copy(path, state: ScalingState) -> ScalingState:
-        if state.weight is None:
-            return state
-        kernel = None if params is None else _at(params, path)
-        if kernel is None:
-            raise ValueError(
-                f"The scaling state of {keystr(path)} keeps a copy of a parameter and "
-                "would keep an old one: call update_scaling(states, observed, "
-                "opt_state, params) with the new parameters."
-            )
-        return refreshed_copy(state, kernel)
-
-    return jax.tree_util.tree_map_with_path(copy, states, is_leaf=_is_scaling_state)
+    if state.weight is None:
+        return state
+    kernel = None if params is None else parameter_at(params, path)
+    if kernel is None:
+        raise ValueError(
+            f"The scaling state of {keystr(path)} keeps a copy of a parameter and "
+            "would keep an old one: call update_scaling(states, observed, "
+            "opt_state, params) with the new parameters."
+        )
+    return refreshed_copy(state, kernel)
 
 
 def seen_by_copy(state: ScalingState, seen: ScalingState) -> ScalingState:
     """What was observed, with the amax of a weight that only its copy was read of."""
     if state.weight is None:
         return seen
-    return replace(seen, scale=seen.scale.at[..., 1].set(state.weight.amax))
+    return replace(seen, scale=seen.scale.at[..., RHS].set(state.weight.amax))
 
 
-def _at(tree: ArrayTree, path) -> Array | None:
-    """The parameter at the path of a state; boxes of partitioning are opened."""
-    for key in path:
-        name = getattr(key, "key", None)
+def parameter_at(params: ArrayTree, path) -> Array | None:
+    """The parameter that a state belongs to, or None; boxes of partitioning are opened.
+
+    It is at the path of the state. In the variables of a Linen model, it is at that
+    path with the collection ``"params"`` in place of the states'.
+    """
+    names = [getattr(key, "key", None) for key in path]
+    others = [[*names[:i], "params", *names[i + 1 :]] for i in range(len(names))]
+    found = (_at(params, names) for names in [names, *others])
+    return next((kernel for kernel in found if kernel is not None), None)
+
+
+def _at(tree: ArrayTree, names: list) -> Array | None:
+    for name in names:
         if not hasattr(tree, "keys") or name not in tree:
             return None
         tree = tree[name]
-    leaves = jax.tree.leaves(tree)
-    return leaves[0] if len(leaves) == 1 else None
+    leaves = jax.tree.leaves(tree, is_leaf=_is_scaling_state)
+    single = len(leaves) == 1 and not _is_scaling_state(leaves[0])
+    return leaves[0] if single else None
 
 
 def _is_scaling_state(node) -> bool:

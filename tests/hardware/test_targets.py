@@ -18,7 +18,7 @@ GPUS = ["a100", "h100", "b200"]
         *GPUS,
         *(
             pytest.param(name, marks=pytest.mark.long)
-            for name in support.COMPILED
+            for name in support.compiled_targets()
             if name not in GPUS
         ),
     ],
@@ -65,6 +65,39 @@ def test_targets_by_any_name():
         targets.get_target("gtx")
     with pytest.raises(FileNotFoundError):
         targets.get_target("no_such.txtpb")
+
+
+def test_a_target_is_one_row(monkeypatch, capsys):
+    int8 = ((targets.INT8, targets.INT8),)
+    row = targets.Target("v9", "tpu", int8, aliases=("tpu-v9",), chip="v9", axes=2)
+    monkeypatch.setitem(targets.TARGETS, "v9", row)
+    assert targets.get_target("TPU-v9") is row
+    assert mpjax.current_scaling("int8", "int8").is_supported("v9")[0]
+    assert not mpjax.current_scaling().is_supported("tpu-v9")[0]
+    assert row.topology(4) == ("v9:2x2", {"chips_per_host_bounds": [2, 2, 1]})
+    assert "v9" in support.compiled_targets()
+    assert command.main(["targets"]) == 0
+    header, *rows = capsys.readouterr().out.splitlines()[1:]
+    assert header.split()[-1] == "v9"
+    native = [row.split()[0] for row in rows if row.split()[-1:] == ["yes"]]
+    assert native == ["current_scaling('int8',"]
+    with pytest.raises(ValueError, match=r"v9, tpu-v9.*got 'gtx'"):
+        targets.get_target("gtx")
+
+
+def test_the_page_shows_the_table():
+    page = pathlib.Path(__file__).parents[2] / "docs" / "lowering.md"
+    header, _, *rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in page.read_text().partition("## Which recipe")[2].splitlines()
+        if line.startswith("|")
+    ]
+    names = [name for name in targets.TARGETS if name != "cpu"]
+    assert header == ["recipe", *names]
+    assert rows == [
+        [f"`{what}`", *("yes" * recipe.is_supported(name)[0] for name in names)]
+        for what, recipe in support.RECIPES.items()
+    ]
 
 
 def test_figures_of_gpus_are_package_data():

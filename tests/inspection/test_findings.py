@@ -1,5 +1,9 @@
 """What is wrong with a model is found, and what is meant is not."""
 
+import pathlib
+import re
+import typing
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -12,6 +16,7 @@ from jax import lax
 
 import mpjax.linen
 import mpjax.lowering
+from mpjax._inspection import findings as findings_table
 
 Struct = jax.ShapeDtypeStruct
 BF16, F32, E4M3 = jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn
@@ -109,7 +114,7 @@ def test_promotions_are_caught_without_names():
         (lax.rsqrt, "statistics", "rsqrt in bfloat16"),
         (
             lambda x: x.astype(F32).T.astype(BF16),
-            "round trip",
+            "round_trip",
             "bfloat16 to float32 and back",
         ),
         (
@@ -254,3 +259,31 @@ def residual_layers(x):
 )
 def test_float32_in_one_scope_and_safe_functions_are_no_findings(fn):
     assert census(fn, half(64, 64)).findings == ()
+
+
+def test_a_kind_is_one_row(monkeypatch):
+    def sines(program):
+        for index, step in enumerate(program):
+            if step.eqn.primitive.name == "sin":
+                yield index, "a sine"
+
+    kind = findings_table.FindingKind("sine", "A sine.", sines, "Take a cosine.")
+    monkeypatch.setitem(findings_table.KINDS, "sine", kind)
+    made = census(lambda x: jnp.exp(jnp.sin(x)), half(4))
+    assert [f.kind for f in made.findings] == ["sine", "exponential"]
+    sine = made.findings[0]
+    assert (sine.detail, sine.remedy) == ("a sine", "Take a cosine.")
+    assert "sine: Take a cosine." in str(made)
+    assert made.to_dict()["findings"][0]["remedy"] == "Take a cosine."
+
+
+def test_kinds_are_named_and_documented():
+    names = list(findings_table.KINDS)
+    assert names == list(typing.get_args(findings_table.Kind))
+    documented = re.findall(r'^\s*- "(\w+)": ', findings_table.Finding.__doc__, re.M)
+    assert documented == names
+    page = pathlib.Path(__file__).parents[2] / "docs" / "lowering.md"
+    rows = re.findall(r"^\| `(\w+)` \| (.*) \| (.*) \|$", page.read_text(), re.M)
+    kinds = findings_table.KINDS.values()
+    shown = [(name, text, remedy.replace("`", "")) for name, text, remedy in rows]
+    assert shown == [(k.name, k.meaning, k.remedy) for k in kinds]

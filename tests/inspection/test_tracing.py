@@ -80,7 +80,7 @@ def test_meshes_that_a_program_names_itself(fn):
     x = half(512, 512)
     assert trace(fn, (x, x), {}).mesh == {"data": 4}
     made = mpjax.lowering.report(fn, x, x, target="h100")
-    assert (made.flops, made.native) == (2 * 512**3, 1)
+    assert (made.flops, made.native_share) == (2 * 512**3, 1)
     assert made.memory.output == 2 * 512**2 // 4
 
 
@@ -124,7 +124,7 @@ def test_directories_with_a_space(tmp_path, monkeypatch):
     directory.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(directory))
     made = mpjax.lowering.report(jnp.dot, half(128, 128), half(128, 128), target="v5e")
-    assert made.native == 1
+    assert made.native_share == 1
 
 
 def test_ways_of_gpus_that_are_none():

@@ -106,7 +106,7 @@ def test_a_recipe_belongs_to_a_model_and_not_to_the_process():
     """Models of the same shapes, interleaved, run each under its own recipe."""
     x = normal(0, 16, 32)
     rules = {
-        "current": rule(mpjax.current_scaling(power_of_two=False)),
+        "current": rule(mpjax.current_scaling(rounding="exact")),
         "mx": rule(mpjax.mx_scaling()),
         "none": "mixed_bfloat16",
     }

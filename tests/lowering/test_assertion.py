@@ -61,7 +61,7 @@ def test_products_are_native_fp8(target, recipe):
         written = {product.traced.lhs, product.traced.rhs}
         assert all(name.startswith("float8") for name in written), product
         assert product.verdict == "native" and evidence in product.evidence, product
-    assert report.native == 1.0
+    assert report.native_share == 1.0
 
 
 @pytest.mark.long
@@ -88,7 +88,7 @@ def test_attention_stays_in_bfloat16_unless_asked_for():
     report = mpjax.lowering.report(fn, *args, target="h100")
     units = [p.unit for p in report.products]
     assert units.count("bfloat16") == PRODUCTS - 3 * LAYERS
-    assert report.native == 1.0
+    assert report.native_share == 1.0
 
 
 @pytest.mark.long

@@ -1,4 +1,4 @@
-"""Which products each target multiplies natively: the tables of LOWERING.md."""
+"""Which products each target multiplies natively."""
 
 import functools
 
@@ -16,7 +16,7 @@ E4M3, E5M2, INT8 = jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.int8
 BF16, F16, F32 = jnp.bfloat16, jnp.float16, jnp.float32
 SIZE = 512
 TPUS = ["v4", "v5e", "v5p", "v6e", "v7x"]
-# The table of LOWERING.md: does the matrix unit multiply 8 bits? If not, what?
+# Does the matrix unit multiply 8 bits? If not, what?
 _F32 = dict.fromkeys(TPUS, "float32") | dict(v4="bfloat16")
 TPU_TABLE = {
     "e4m3": dict(v4="bfloat16", v5e="float32", v5p="float32", v6e="float32", v7x="yes"),
@@ -37,13 +37,13 @@ def test_single_products_on_tpus(target, quick):
     for name, units in TPU_TABLE.items():
         row = rows[name]
         if units[target] == "yes":
-            assert row.native and row.traced.operands == row.unit, (name, row)
+            assert row.is_native and row.traced.operands == row.unit, (name, row)
         elif name == "dequantize":
-            assert row.native and row.traced.lhs == row.unit == "bfloat16", row
+            assert row.is_native and row.traced.lhs == row.unit == "bfloat16", row
         else:
             assert (row.verdict, row.unit) == ("upcast", units[target]), (name, row)
         assert row.evidence.startswith("vmatmul.")
-    assert rows["bf16"].native and rows["f32 highest"].native
+    assert rows["bf16"].is_native and rows["f32 highest"].is_native
     assert (rows["f32"].verdict, rows["f32"].unit) == ("narrowed", "bfloat16")
     f16 = ("narrowed", "bfloat16") if target in ("v4", "v7x") else ("upcast", "float32")
     assert (rows["f16"].verdict, rows["f16"].unit) == f16
@@ -86,8 +86,8 @@ def test_single_products_on_gpus(target):
     eight = ["e4m3", "e5m2", "e4m3 x e5m2", "int8", "scale after", "on the fly"]
     for name in (*eight, "rows after"):
         row = rows[name]
-        assert row.native == (name in GPU_NATIVE[target]), (name, row)
-        if row.native:
+        assert row.is_native == (name in GPU_NATIVE[target]), (name, row)
+        if row.is_native:
             assert row.unit == row.traced.operands
             assert ("$f8" in row.evidence) == (name != "int8")
         else:
@@ -95,10 +95,10 @@ def test_single_products_on_gpus(target):
     # cuBLASLt takes the scales of a tensor in, so that XLA narrows the product again.
     narrows = target != "a100"
     assert rows["dequantize"].verdict == ("narrowed" if narrows else "native")
-    assert rows["rows before"].native and rows["rows before"].unit == "bfloat16"
+    assert rows["rows before"].is_native and rows["rows before"].unit == "bfloat16"
     assert (rows["f32"].verdict, rows["f32"].unit) == ("narrowed", "tf32")
     assert rows["f32 highest"].unit == "float32"
-    assert rows["bf16"].native and rows["f16"].native
+    assert rows["bf16"].is_native and rows["f16"].is_native
     assert made.cycles is None and made.bytes_accessed > made.memory.argument
 
 
@@ -108,7 +108,7 @@ def test_block_scaled_products_on_gpus(target):
         rows, _ = report(BLOCKS, target)
     for row in rows.values():
         if target == "b200":
-            assert row.verdict == "block-scaled" and row.native
+            assert row.verdict == "block-scaled" and row.is_native
             assert row.evidence == "__cudnn$blockScaledDot"
         else:
             assert (row.verdict, row.unit) == ("vector", "")  # decomposed, no MMA
@@ -134,9 +134,9 @@ def test_single_products_under_triton(target, products):
         assert rows["dequantize"].evidence == "mma bf16.bf16"
         return
     instruction = {"h100": "mma e4m3.e4m3", "b200": "tcgen05.mma f8f6f4"}[target]
-    assert rows["e4m3"].native and rows["e4m3"].evidence == instruction
+    assert rows["e4m3"].is_native and rows["e4m3"].evidence == instruction
     assert (rows["f32"].verdict, rows["f32"].unit) == ("narrowed", "tf32")
-    assert rows["e4m3 x e5m2"].native
+    assert rows["e4m3 x e5m2"].is_native
     # The older compiler has block scales for float8 only.
     formats = {"mxfp8": "mxf8f6f4", "nvfp4": "mxf4nvf4"}
     if jax.__version_info__ < (0, 12):
@@ -151,7 +151,7 @@ def test_single_products_under_triton(target, products):
 
 def test_single_products_on_cpu():
     rows, _ = report(PRODUCTS, "cpu")
-    assert rows["f32"].native and rows["f32 highest"].native
+    assert rows["f32"].is_native and rows["f32 highest"].is_native
     assert all(
         row.unit in ("float32", "float16", "bfloat16")
         for name, row in rows.items()
@@ -181,5 +181,5 @@ def test_batched_and_odd_sizes_forward_and_backward(target):
     }
     _, made = report(cells, target)
     assert len(made.products) == 3 * len(shapes)
-    assert made.native == 1
+    assert made.native_share == 1
     assert all(p.evidence == "__cublas$lt$matmul$f8" for p in made.products)

@@ -30,7 +30,7 @@ def test_own_gpu(tmp_path):
     path = tmp_path / "h200.txtpb"
     path.write_text(figures.read_text().replace("85", "141", 1))
     made = mpjax.lowering.report(dot, *PAIR, target=path)
-    assert (made.target, made.native) == ("h200", 1)
+    assert (made.target, made.native_share) == ("h200", 1)
 
 
 def test_readable_in_every_form():

@@ -142,7 +142,7 @@ def test_tabulate_shows_recipes_where_they_are_used():
         (
             lambda r: nnx.ConvTranspose(8, 4, 3, padding="CIRCULAR", rngs=r),
             CURRENT,
-            "pads in circles",
+            "has circular padding",
         ),
         (
             lambda r: nnx.Sequential(nnx.Linear(8, 4, dot_general=dot, rngs=r)),

@@ -24,7 +24,7 @@ from nnx_models import Foreign, RoutedBlock, Twice, rngs
 
 import mpjax
 import mpjax.nnx
-from mpjax.nnx import Scaling, mixed_precision
+from mpjax.nnx import ScalingStat, mixed_precision
 
 
 class Stack(nnx.Module):
@@ -50,7 +50,7 @@ class Stack(nnx.Module):
 
 def test_stacked_layers_have_stacked_states():
     model = mixed_precision(Stack(rngs()), rule(DELAYED, attention=True))
-    states = nnx.to_flat_state(nnx.state(model, Scaling))
+    states = nnx.to_flat_state(nnx.state(model, ScalingStat))
     assert len(list(states)) == 8  # with those of layers whose kernels tell nothing
     for _, variable in states:
         assert variable.get_value().history.shape == (3, 3, 4)
@@ -125,7 +125,8 @@ def test_update_scaling_wants_the_gradient_of_the_states():
     without = nnx.grad(lambda model: weigh(model(x)))
     with pytest.raises(ValueError, match=r"lack that of 'dense/kernel_scaling'"):
         mpjax.nnx.update_scaling(delayed, without(delayed))
-    mpjax.nnx.update_scaling(current, without(current))  # which has nothing to update
+    with pytest.raises(ValueError, match="no states of delayed scaling to update"):
+        mpjax.nnx.update_scaling(current, without(current))
 
 
 @pytest.mark.parametrize("kind", [nnx.WeightNorm, nnx.SpectralNorm])
@@ -164,7 +165,7 @@ def test_examples_under_vmap_observe_one_maximum():
 
 def test_jax_grad_of_split_states():
     model, x = mixed_precision(Twice(rngs()), rule(DELAYED)), normal(0, 4, 16)
-    graph, params, scaling, rest = nnx.split(model, nnx.Param, Scaling, ...)
+    graph, params, scaling, rest = nnx.split(model, nnx.Param, ScalingStat, ...)
 
     @jax.jit
     def gradients(params, scaling, rest):
@@ -233,7 +234,7 @@ def test_a_second_call_keeps_states_of_the_same_recipe():
     alone = mixed_precision(model, [mpjax.Rule("dense", None), "mixed_bfloat16"])
     assert type(alone.dense) is type(model.dense)
     np.testing.assert_array_equal(*(scales(m)["dense/kernel"] for m in (model, alone)))
-    other = mixed_precision(model, rule(mpjax.delayed_scaling(8)))
+    other = mixed_precision(model, rule(mpjax.delayed_scaling(history_length=8)))
     assert other.dense.kernel_scaling.history.shape == (3, 8)
     assert not np.any(scales(other)["dense/kernel"])
     assert not scales(mixed_precision(model, "mixed_bfloat16"))
@@ -242,7 +243,7 @@ def test_a_second_call_keeps_states_of_the_same_recipe():
 def test_abstract_models_have_abstract_states():
     abstract = nnx.eval_shape(lambda: Stack(rngs()))
     model = mixed_precision(abstract, rule(DELAYED))
-    for _, variable in nnx.to_flat_state(nnx.state(model, Scaling)):
+    for _, variable in nnx.to_flat_state(nnx.state(model, ScalingStat)):
         assert isinstance(variable.get_value().scale, jax.ShapeDtypeStruct)
     inside = nnx.eval_shape(lambda: mixed_precision(Stack(rngs()), rule(DELAYED)))
     assert nnx.split(inside)[0] == nnx.split(model)[0]

@@ -1,6 +1,9 @@
-"""The rules that the name of a policy stands for."""
+"""The rules that the name of a preset stands for."""
+
+import re
 
 import jax
+import pytest
 from module_types import (
     BatchNorm2d,
     Dense,
@@ -13,11 +16,13 @@ from module_types import (
 
 import mpjax
 from mpjax._policies.lookup import Matcher, matcher
+from mpjax._policies.presets import PRESETS, Preset, Protected, full_name
+from mpjax._policies.rule import read_rules
 
 
 def policies(rules, modules):
-    found = Matcher(mpjax.expand_rules(rules))
-    return {path: str(found.policy(path, t)) for path, t in modules.items()}
+    found = Matcher(read_rules(rules))
+    return {path: str(found.decision(path, t).policy) for path, t in modules.items()}
 
 
 def test_names_expand_to_rules_that_keep_norms_in_float32():
@@ -77,27 +82,85 @@ def test_mixed_float8_keeps_ends_and_fragile_layers_without_a_recipe():
     delayed = mpjax.delayed_scaling()
     for rules, recipe, size in (
         ("mixed_float8", mpjax.current_scaling(), 128),
-        (mpjax.get_policy("mixed_float8"), mpjax.current_scaling(), 128),
+        (mpjax.preset("mixed_float8"), mpjax.current_scaling(), 128),
         (mpjax.Rule(".*", "mixed_float8", delayed, min_size=32), delayed, 32),
     ):
-        found = Matcher(mpjax.expand_rules(rules))
+        found = Matcher(read_rules(rules))
         for path, (kind, served) in matching.items():
-            rule = found.rule(path, kind)
-            assert rule.recipe == (recipe if served else None), path
-            assert rule.min_size == (size if served else 0)
-    inner = Matcher(mpjax.expand_rules([mpjax.Rule("a/.*", "mixed_float8"), "c=bf16"]))
-    assert inner.rule("a/head", Dense).recipe is None
-    assert inner.rule("a/up", Dense).recipe == mpjax.current_scaling()
-    assert inner.rule("b/up", Dense).recipe is None
+            decision = found.decision(path, kind)
+            assert decision.recipe == (recipe if served else None), path
+            assert decision.min_size == (size if served else 0)
+    inner = Matcher(read_rules([mpjax.Rule("a/.*", "mixed_float8"), "c=bf16"]))
+    assert inner.decision("a/head", Dense).recipe is None
+    assert inner.decision("a/up", Dense).recipe == mpjax.current_scaling()
+    assert inner.decision("b/up", Dense).recipe is None
 
 
-def test_a_policy_that_was_asked_for_by_name_protects_as_the_name():
-    for name in ("mixed_float16", "bfloat16", "half"):
-        assert mpjax.expand_rules(mpjax.get_policy(name)) == mpjax.expand_rules(name)
-    literal = mpjax.get_policy("p=f32,c=f16,o=f32")
-    assert literal == mpjax.get_policy("mixed_float16")
-    assert len(mpjax.expand_rules(literal)) == 1
+def test_a_policy_is_literal_and_a_name_is_not():
+    modules = {"norm": LayerNorm, "up": Dense}
+    for name in ("mixed_float16", "mixed_float8", "bfloat16", "half"):
+        policy = mpjax.get_policy(name)
+        assert policies(policy, modules) == dict.fromkeys(modules, str(policy))
+        assert policies(mpjax.Rule(".*", policy), modules)["norm"] == str(policy)
+        assert policies(name, modules)["norm"] != str(policy)
+    assert Matcher(read_rules(policy)).decision("up", Dense).recipe is None
     assert mpjax.Rule(".*", jax.numpy.bfloat16).policy == mpjax.get_policy("bf16")
+
+
+def test_a_preset_is_literal_rules_that_mean_the_same_as_its_name():
+    modules = {
+        "": Dense,
+        "norm": LayerNorm,
+        "router": Dense,
+        "moe/Router_0": TopKRouter,
+        "head": Dense,
+        "up": Dense,
+    }
+    for name in PRESETS:
+        rules = mpjax.preset(name)
+        assert mpjax.get_policy(name) == rules[-1].policy
+        assert all(isinstance(rule.policy, mpjax.Policy) for rule in rules)
+        assert [rule.optional for rule in rules] == [True] * (len(rules) - 1) + [False]
+        one, other = Matcher(read_rules(name)), Matcher(read_rules(rules))
+        for path, kind in modules.items():
+            assert one.decision(path, kind) == other.decision(path, kind), name
+    assert [len(mpjax.preset(name)) for name in ("float32", "half")] == [1, 5]
+
+
+@pytest.mark.parametrize("name", ["mixed_f61", "c=bf16", "", None])
+def test_what_is_no_preset_has_no_rules(name):
+    with pytest.raises(ValueError, match=re.escape(f"no preset {name!r}, only mixed")):
+        mpjax.preset(name)
+
+
+def test_short_names_are_the_same_presets():
+    for short, name in (("mixed_bf16 ", "mixed_bfloat16"), ("f16", "float16")):
+        assert full_name(short) == full_name(name) == name
+        assert mpjax.Rule(".*", short) == mpjax.Rule(".*", name)
+        assert mpjax.preset(short) == mpjax.preset(name)
+
+
+def test_a_preset_is_one_entry_of_the_table(monkeypatch):
+    protected = (
+        Protected("first|last", compute_dtype="float32", output_dtype="compute"),
+        Protected(module_type="Batch.*", output_dtype="float16"),
+    )
+    recipe = mpjax.current_scaling()
+    monkeypatch.setitem(
+        PRESETS, "mixed_mine", Preset("c=bf16,o=f32", protected, recipe, min_size=4)
+    )
+    modules = {"first": Dense, "b": BatchNorm2d, "norm": LayerNorm, "up": Dense}
+    first, low = "p=f32,c=f32,o=bf16", "p=f32,c=bf16,o=f32"
+    expected = {"first": first, "b": "p=f32,c=bf16,o=f16", "norm": low, "up": low}
+    for rules in ("mixed_mine", mpjax.preset("mixed_mine")):
+        assert policies(rules, modules) == expected
+        found = Matcher(read_rules(rules))
+        assert found.decision("up", Dense).recipe == recipe
+        assert found.decision("first", Dense).recipe is None
+        found.check_all_used(modules)
+    assert str(mpjax.get_policy("mixed_mine")) == low
+    below = policies([mpjax.Rule("x/.*", "mixed_mine"), "f32"], {"x/up": Dense})
+    assert below == {"x/up": low}
 
 
 def test_a_name_in_a_rule_expands_under_its_path():
@@ -106,13 +169,17 @@ def test_a_name_in_a_rule_expands_under_its_path():
     assert found["x/n"] == "p=f32,c=f32,o=f16"
     assert found["x/d"] == "p=f32,c=f16,o=f32"
     assert found["n"] == "p=bf16,c=f32,o=bf16"
+    # The flags of an expression are those of that expression alone.
+    rules = mpjax.Rule("(?i)X/.*", "mixed_float16")
+    assert policies(rules, {"x/n": LayerNorm}) == {"x/n": "p=f32,c=f32,o=f16"}
     by_type = [mpjax.Rule(policy="mixed_float16", module_type=LayerNorm)]
     assert policies(by_type, {"n": LayerNorm}) == {"n": "p=f32,c=f16,o=f32"}
 
 
-def test_expansion_is_idempotent_and_hashable():
-    rules = mpjax.expand_rules([mpjax.Rule("a", None), "mixed_bfloat16"])
-    assert mpjax.expand_rules(rules) == rules
-    assert hash(rules) == hash(mpjax.expand_rules(rules))
-    assert matcher(rules) is matcher(mpjax.expand_rules(rules))
-    assert jax.jit(lambda r: len(r), static_argnums=0)(rules) == 6
+def test_rules_are_values():
+    rules = read_rules([mpjax.Rule("a", None), "mixed_bfloat16"])
+    assert read_rules(rules) == rules
+    assert hash(rules) == hash(read_rules(list(rules)))
+    assert matcher(rules) is matcher(read_rules(rules))
+    assert jax.jit(lambda r: len(r), static_argnums=0)(rules) == 2
+    assert hash(mpjax.preset("mixed_float8")) == hash(mpjax.preset("mixed_float8"))

@@ -4,6 +4,7 @@ import pytest
 from module_types import BatchNorm2d, Dense, LayerNorm, PreNorm, Quiet
 
 import mpjax
+from mpjax._policies.rule import read_rules
 
 
 @pytest.mark.parametrize(
@@ -45,7 +46,7 @@ def test_module_types(module_type, matching):
             lambda: mpjax.Rule(
                 "a",
                 "bf16",
-                mpjax.current_scaling(delayed_weights=True),
+                mpjax.delayed_weight_scaling(),
                 attention=True,
             ),
             ValueError,
@@ -56,14 +57,37 @@ def test_module_types(module_type, matching):
             ValueError,
             "at least 0",
         ),
-        (lambda: mpjax.expand_rules({".*": "f32"}), TypeError, "of type dict"),
-        (lambda: mpjax.Rule("a", "mixed_f61"), ValueError, "Unknown dtype"),
+        (lambda: read_rules({".*": "f32"}), TypeError, "of type dict"),
+        (
+            lambda: mpjax.Rule("a", "mixed_f61"),
+            ValueError,
+            "Unknown policy 'mixed_f61'",
+        ),
+        (lambda: mpjax.Rule("c = bf16"), ValueError, "where its path stands"),
         (lambda: mpjax.Rule("a", "q=f16"), ValueError, "Unknown key 'q'"),
-        (lambda: mpjax.expand_rules([]), ValueError, "At least one rule"),
-        (lambda: mpjax.expand_rules([3]), TypeError, "got 3 of type int"),
-        (lambda: mpjax.expand_rules("c=float8_e4m3fn"), ValueError, "needs scales"),
+        (lambda: read_rules([]), ValueError, "At least one rule"),
+        (lambda: read_rules([3]), TypeError, "got 3 of type int"),
+        (lambda: read_rules("c=float8_e4m3fn"), ValueError, "needs scales"),
+        (lambda: mpjax.Rule("a", "float8_e4m3fn"), ValueError, "needs scales"),
     ],
 )
 def test_bad_rules_say_what_is_right(make, error, match):
     with pytest.raises(error, match=match):
         make()
+
+
+def test_a_rule_prints_what_is_written_in_it():
+    assert str(mpjax.Rule("a", None)) == "Rule(path='a', policy=None)"
+    rule = mpjax.Rule("a", "mixed_float8", module_type="Dense", min_size=8)
+    assert str(rule) == (
+        "Rule(path='a', policy='mixed_float8', module_type='Dense', min_size=8)"
+    )
+    recipe = mpjax.current_scaling()
+    shown = str(mpjax.Rule(".*", "c=bf16", recipe, cast_inputs=False))
+    assert f"policy='p=f32,c=bf16,o=bf16', recipe='{recipe}'" in shown
+    assert shown.endswith(", cast_inputs=False)")
+
+
+def test_a_path_may_look_like_a_policy():
+    for path in ("half", "mixed_5b", "(?=a).*"):
+        assert mpjax.Rule(path).matches("a" if "a)" in path else path, Dense)

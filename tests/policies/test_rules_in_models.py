@@ -10,6 +10,7 @@ from helpers import normal
 from jaxprs import dots
 
 import mpjax
+from mpjax._policies.presets import PRESETS, Preset, Protected
 
 F16, F32 = np.dtype(np.float16), np.dtype(np.float32)
 X = normal(7, 2, 6, 8)
@@ -57,7 +58,7 @@ def test_borders_between_policies_cast_and_nothing_else_does(front_end):
         ([mpjax.Rule("haed", "f32"), "f16"], "matches no module.*'head'"),
         (
             ["mixed_float16", mpjax.Rule("head", "f32")],
-            r"taken by Rule\(path='.\*', policy='p=f32,c=f16,o=f32'",
+            r"taken by Rule\(path='.\*', policy='mixed_float16'",
         ),
         ([mpjax.Rule("hea", "f32"), "f16"], "whole path"),
         (
@@ -74,3 +75,11 @@ def test_a_rule_that_decides_nothing_raises(front_end, rules, match):
 def test_optional_rules_may_match_nothing(front_end):
     rules = [mpjax.Rule("haed", "f32", optional=True), "mixed_float16"]
     assert operands(front_end("head", rules, X)) == [{F16}, {F16}]
+
+
+def test_a_preset_added_to_the_table_is_a_name_like_the_others(front_end, monkeypatch):
+    head = (Protected("head", compute_dtype="float32"),)
+    monkeypatch.setitem(PRESETS, "mixed_mine", Preset("p=f32,c=f16,o=f32", head))
+    assert operands(front_end("head", "mixed_mine", X)) == [{F16}, {F32}]
+    rules = [mpjax.Rule("head", "mixed_mine"), "c=bf16"]
+    assert operands(front_end("head", rules, X)) == [{BF16}, {F32}]

@@ -16,9 +16,9 @@ import mpjax
 NHWC = ("NHWC", "HWIO", "NHWC")
 RECIPES = {
     "current": mpjax.current_scaling(),
-    "delayed": mpjax.delayed_scaling(16),
+    "delayed": mpjax.delayed_scaling(history_length=16),
     "channel": mpjax.per_channel_scaling(),
-    "channel exact": mpjax.per_channel_scaling(power_of_two=False),
+    "channel exact": mpjax.per_channel_scaling(rounding="exact"),
     "int8": mpjax.current_scaling("int8", "int8"),
 }
 CASES = {
@@ -129,12 +129,12 @@ def test_calls_in_a_row_observe_the_maximum():
     x, w = jnp.ones((1, 3, 8)), 2 * jnp.ones((3, 3, 1))
 
     def loss(scales):
-        y, scales = mpjax.observed_conv_general_dilated(
-            x, w, scales, (1,), "SAME", recipe=recipe
-        )
-        y, scales = mpjax.observed_conv_general_dilated(
-            y, w, scales, (1,), "SAME", recipe=recipe
-        )
+        y = x
+        for _ in range(2):
+            now, scales = mpjax.split_scales(scales)
+            y = mpjax.scaled_conv_general_dilated(
+                y, w, (1,), "SAME", recipe=recipe, scales=now
+            )
         return y.sum()
 
     np.testing.assert_allclose(jax.grad(loss)(jnp.zeros(3)), [6, 2, 6], rtol=1e-6)

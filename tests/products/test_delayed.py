@@ -48,7 +48,7 @@ def test_scales_of_the_state_are_used():
 
 
 def test_an_overflow_in_one_step_is_over_in_the_next():
-    recipe = mpjax.delayed_scaling(1024)
+    recipe = mpjax.delayed_scaling(history_length=1024)
     lhs, rhs = normal(0, 6, 40), normal(1, 40, 24)
 
     @jax.jit
@@ -73,14 +73,9 @@ def test_calls_in_a_row_observe_the_exact_maximum():
 
     def loss(scales, x, observed):
         for _ in range(3):
-            if observed:
-                x, scales = mpjax.observed_dot_general(
-                    x, rhs, scales, MATMUL, recipe=recipe
-                )
-            else:
-                x = mpjax.scaled_dot_general(
-                    x, rhs, MATMUL, recipe=recipe, scales=scales
-                )
+            now, later = mpjax.split_scales(scales) if observed else (scales, scales)
+            x = mpjax.scaled_dot_general(x, rhs, MATMUL, recipe=recipe, scales=now)
+            scales = later
         return x.sum()
 
     gradient = jax.jit(jax.grad(loss), static_argnums=2)
@@ -97,10 +92,9 @@ def test_scales_in_the_carry_of_a_scan_observe_the_maximum():
 
     def loss(scales):
         def body(scales, x):
-            out, scales = mpjax.observed_dot_general(
-                x, rhs, scales, MATMUL, recipe=recipe
-            )
-            return scales, out.sum()
+            now, later = mpjax.split_scales(scales)
+            out = mpjax.scaled_dot_general(x, rhs, MATMUL, recipe=recipe, scales=now)
+            return later, out.sum()
 
         return lax.scan(body, scales, xs)[1].sum()
 

@@ -63,13 +63,14 @@ def test_the_operands_keep_their_roles():
         np.testing.assert_array_equal(seen, [2, 3, 1])
 
 
-def test_scales_are_handed_on():
+def test_calls_that_split_scales_observe_the_maximum():
     recipe = mpjax.delayed_scaling()
     x, y = 2 * jnp.ones((4, 8)), 3 * jnp.ones((8, 5))
 
     def loss(scales):
-        one, scales = mpjax.observed_einsum("ij,jk", x, y, scales, recipe=recipe)
-        two, scales = mpjax.observed_einsum("ij,jk", x / 2, y, scales, recipe=recipe)
+        now, later = mpjax.split_scales(scales)
+        one = mpjax.einsum("ij,jk", x, y, recipe=recipe, scales=now)
+        two = mpjax.einsum("ij,jk", x / 2, y, recipe=recipe, scales=later)
         return one.sum() + two.sum()
 
     np.testing.assert_array_equal(jax.grad(loss)(jnp.zeros(3)), [2, 3, 1])
@@ -123,7 +124,7 @@ def test_what_it_does_not_do_is_said(subscripts, message):
 @pytest.mark.parametrize(
     "recipe",
     [
-        mpjax.current_scaling(power_of_two=True),
+        mpjax.current_scaling(rounding="up"),
         mpjax.mx_scaling(),
         dataclasses.replace(mpjax.current_scaling(), quantized=()),
     ],

@@ -40,9 +40,7 @@ def test_operands_reach_the_product_in_8_bits(name):
 
 
 def test_only_scales_of_two_to_the_k_follow_a_rounding():
-    found = dots(
-        jaxpr_of_step(mpjax.current_scaling(power_of_two=False)), gpu_forms=True
-    )
+    found = dots(jaxpr_of_step(mpjax.current_scaling(rounding="exact")), gpu_forms=True)
     assert {d.out for d in found} == {jnp.dtype(jnp.float32)}
     found = dots(jaxpr_of_step(mpjax.current_scaling(), jnp.float32), gpu_forms=True)
     assert {d.out for d in found} == {jnp.dtype(jnp.float32)}

@@ -14,27 +14,40 @@ from jax.sharding import PartitionSpec as P
 import mpjax
 from mpjax._layers.multiplier import Multiplier
 
-RECIPE = mpjax.delayed_scaling(16)
+RECIPE = mpjax.delayed_scaling(history_length=16)
 SCALES, W = jnp.zeros(3), 3 * jnp.ones((4, 4))
 # Of amax 1 to 6, and the gradient of each output is ten times that.
 X = jnp.arange(1.0, 7.0)[:, None, None] * jnp.ones((6, 2, 4))
 
 
-def dot(x, w, scales):
+def dot_general(x, w, scales):
     dims = (((1,), (0,)), ((), ()))
-    return mpjax.observed_dot_general(x, w, scales, dims, recipe=RECIPE)
+    return mpjax.scaled_dot_general(x, w, dims, recipe=RECIPE, scales=scales)
 
 
-def conv(x, w, scales):
+def convolution(x, w, scales):
     x, w = x[:, :, None], w.T[:, :, None]
-    y, scales = mpjax.observed_conv_general_dilated(
-        x, w, scales, (1,), "SAME", recipe=RECIPE
+    y = mpjax.scaled_conv_general_dilated(
+        x, w, (1,), "SAME", recipe=RECIPE, scales=scales
     )
-    return y[:, :, 0], scales
+    return y[:, :, 0]
 
 
 def einsum(x, w, scales):
-    return mpjax.observed_einsum("ij,jk->ki", x, w, scales, recipe=RECIPE)
+    return mpjax.einsum("ij,jk->ki", x, w, recipe=RECIPE, scales=scales).T
+
+
+def split(product):
+    """The product with the first half of its scales, and the second half."""
+
+    def call(x, w, scales):
+        now, later = mpjax.split_scales(scales)
+        return product(x, w, now), later
+
+    return call
+
+
+dot = split(dot_general)
 
 
 def layer(x, w, scales):
@@ -50,10 +63,15 @@ def layer(x, w, scales):
     return y + products.dot_general(x / 2, w, dims), held["kernel"]
 
 
-PRODUCTS = {"dot": dot, "conv": conv, "einsum": einsum, "layer": layer}
+PRODUCTS = {
+    "dot": dot,
+    "conv": split(convolution),
+    "einsum": split(einsum),
+    "layer": layer,
+}
 
 
-@pytest.mark.parametrize("product", [dot, conv, einsum])
+@pytest.mark.parametrize("product", [dot_general, convolution, einsum])
 @pytest.mark.parametrize(
     ("scales", "error", "message"),
     [
@@ -72,10 +90,66 @@ def test_scales_that_do_not_fit_are_refused(product, scales, error, message):
 
 def test_scales_go_with_a_recipe_that_has_a_use_for_them():
     with pytest.raises(ValueError, match=r"'current .* no use for scales; leave"):
-        mpjax.observed_einsum("ij,jk", X[0], W, SCALES, recipe=mpjax.current_scaling())
+        mpjax.einsum("ij,jk", X[0], W, recipe=mpjax.current_scaling(), scales=SCALES)
     for recipe in (mpjax.current_scaling, "current"):
         with pytest.raises(TypeError, match=r"recipe is what mpjax.current_scaling\("):
-            mpjax.observed_einsum("ij,jk", X[0], W, None, recipe=recipe)
+            mpjax.einsum("ij,jk", X[0], W, recipe=recipe)
+
+
+@pytest.mark.parametrize("scales", [None, RECIPE.init(), [0.0] * 3, jnp.zeros(3, int)])
+def test_what_is_no_scales_is_not_split(scales):
+    with pytest.raises(TypeError, match=r"pass state\.scale"):
+        mpjax.split_scales(scales)
+
+
+def in_a_loop(product, x, w, scales):
+    total = 0.0
+    for example in x:
+        y, scales = product(example, w, scales)
+        total += jnp.sum(y**2)
+    return total
+
+
+def in_a_scan(product, x, w, scales):
+    def step(carry, example):
+        scales, total = carry
+        y, scales = product(example, w, scales)
+        return (scales, total + jnp.sum(y**2)), None
+
+    return lax.scan(step, (scales, 0.0), x)[0][1]
+
+
+def in_a_vmap(product, x, w, scales):
+    y, _ = jax.vmap(product, (0, None, None), (0, None))(x, w, scales)
+    return jnp.sum(y**2)
+
+
+@pytest.mark.parametrize("product", [dot_general, convolution, einsum])
+@pytest.mark.parametrize("together", [in_a_loop, in_a_scan, in_a_vmap])
+def test_a_split_changes_no_value_and_observes_the_maximum(product, together):
+    keys = jax.random.split(jax.random.key(0))
+    x, w = jax.random.normal(keys[0], (5, 2, 4)), jax.random.normal(keys[1], (4, 4))
+    scales = jnp.array([0.01, 0.02, 0.03])
+
+    def unsplit(x, w, scales):
+        return product(x, w, scales), scales
+
+    def gradients(call):
+        function = functools.partial(together, call)
+        return jax.jit(jax.value_and_grad(function, (0, 1, 2)))(x, w, scales)
+
+    value, (x_grad, w_grad, seen) = gradients(split(product))
+    expected, (x_expected, w_expected, _) = gradients(unsplit)
+    np.testing.assert_array_equal(value, expected)
+    np.testing.assert_array_equal(x_grad, x_expected)
+    np.testing.assert_array_equal(w_grad, w_expected)
+    # The amaxes of each of the products alone.
+    alone = [
+        jax.jit(jax.grad(lambda s, one=one: jnp.sum(product(one, w, s) ** 2)))(scales)
+        for one in x
+    ]
+    np.testing.assert_array_equal(seen[:2], np.max(alone, axis=0)[:2])
+    np.testing.assert_allclose(seen[2], np.max(alone, axis=0)[2], rtol=1e-6)
 
 
 def loss(product, x, w, scales):

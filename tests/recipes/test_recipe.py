@@ -1,5 +1,7 @@
 import dataclasses
+import inspect
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,12 +9,16 @@ import pytest
 import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jaxprs import dots
 
 import mpjax
+import mpjax.linen
+from mpjax._lowering import support
 
 E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
 ALL = [
     mpjax.current_scaling,
+    mpjax.delayed_weight_scaling,
     mpjax.delayed_scaling,
     mpjax.per_channel_scaling,
     mpjax.block_scaling,
@@ -44,7 +50,7 @@ def test_formats_of_the_named_recipes():
         history_length=1024, algorithm="max", margin=0
     )
     current, weights = mpjax.current_scaling(), mpjax.DelayedScaling(E4M3, "up", 1)
-    delayed = mpjax.current_scaling(delayed_weights=True)
+    delayed = mpjax.delayed_weight_scaling()
     assert dataclasses.replace(delayed, rhs=current.rhs) == current
     assert dataclasses.replace(delayed.rhs, algorithm="max") == weights
     for make in (mpjax.per_channel_scaling, mpjax.block_scaling):
@@ -57,10 +63,21 @@ def test_formats_of_the_named_recipes():
     assert mpjax.mx_scaling(rounding="floor").lhs.rounding == "floor"
 
 
-@pytest.mark.parametrize("make", ALL[:4])
-def test_powers_of_two_are_an_option(make):
-    assert make(power_of_two=True).grad.rounding == "up"
-    assert make(power_of_two=False).grad.rounding == "exact"
+@pytest.mark.parametrize("make", ALL)
+def test_every_recipe_has_one_order_of_arguments_and_one_word_for_rounding(make):
+    first, second, *others = inspect.signature(make).parameters.values()
+    assert (first.name, second.name) == ("dtype", "grad_dtype")
+    assert {other.kind for other in others} == {inspect.Parameter.KEYWORD_ONLY}
+    for rounding in ("floor", "up"):
+        recipe = make(E4M3, E5M2, rounding=rounding)
+        assert {s.rounding for s in recipe.scalings.values()} == {rounding}
+        dtypes = [scaling.dtype for scaling in recipe.scalings.values()]
+        assert dtypes == [E4M3, E4M3, E5M2]
+    assert make() == make(rounding="up")
+    if make is not mpjax.mx_scaling:
+        assert make(rounding="exact").grad.rounding == "exact"
+    with pytest.raises(ValueError, match="'exact', 'up' or 'floor', got 'down'"):
+        make(rounding="down")
 
 
 @pytest.mark.parametrize("make", ALL)
@@ -127,7 +144,7 @@ def test_a_reason_names_the_product_and_the_formats():
             ValueError,
             "have one size",
         ),
-        (lambda c: mpjax.delayed_scaling(0), ValueError, "at least 1"),
+        (lambda c: mpjax.delayed_scaling(history_length=0), ValueError, "at least 1"),
         (lambda c: mpjax.mx_scaling(rounding="exact"), ValueError, "powers of two"),
         (lambda c: mpjax.current_scaling().init(), ValueError, "DelayedScaling"),
         (
@@ -168,11 +185,13 @@ AMAXES = st.sampled_from([0.0, 0.5, 1.0, 3.0, 448.0, 1e-6, 1e30, np.inf, np.nan]
     steps=st.lists(st.tuples(AMAXES, AMAXES, AMAXES), min_size=1, max_size=12),
     algorithm=st.sampled_from(["max", "most_recent"]),
     margin=st.sampled_from([0, 1, -0.5]),
-    power_of_two=st.booleans(),
+    rounding=st.sampled_from(["up", "exact"]),
 )
-def test_update_follows_the_oracle(steps, algorithm, margin, power_of_two):
-    margin = round(margin) if power_of_two else margin
-    recipe = mpjax.delayed_scaling(3, algorithm, margin, power_of_two=power_of_two)
+def test_update_follows_the_oracle(steps, algorithm, margin, rounding):
+    margin = round(margin) if rounding == "up" else margin
+    recipe = mpjax.delayed_scaling(
+        history_length=3, algorithm=algorithm, margin=margin, rounding=rounding
+    )
     state, update = recipe.init(), jax.jit(recipe.update)
     oracles = [Oracle(m, 3, algorithm, margin) for m in (448, 448, 57344)]
     for amaxes in steps:
@@ -180,14 +199,14 @@ def test_update_follows_the_oracle(steps, algorithm, margin, power_of_two):
         for oracle, amax in zip(oracles, amaxes, strict=True):
             oracle.update(amax)
         expected = np.array([oracle.scale for oracle in oracles])
-        if power_of_two:
+        if rounding == "up":
             known = expected > 0
             expected[known] = 2.0 ** np.ceil(np.log2(expected[known]))
         np.testing.assert_allclose(state.scale, np.float32(expected), rtol=2e-7)
 
 
 def test_a_step_of_an_unknown_loss_scale_divides_by_no_zero():
-    recipe = mpjax.delayed_scaling(2)
+    recipe = mpjax.delayed_scaling(history_length=2)
     with jax.debug_nans(True):
         state = recipe.update(recipe.init(0.0), jnp.ones(3), 8.0)
     assert not state.history.any() and not state.scale.any()
@@ -205,7 +224,7 @@ def test_an_overflow_is_forgotten_at_once():
 
 
 def test_the_history_forgets_what_is_too_old():
-    recipe = mpjax.delayed_scaling(history_length=2, power_of_two=False)
+    recipe = mpjax.delayed_scaling(history_length=2, rounding="exact")
     state = recipe.init()
     for amax, expected in ((8.0, 8.0), (1.0, 8.0), (2.0, 2.0), (0.0, 2.0), (0.0, 2.0)):
         state = recipe.update(state, jnp.full(3, amax))
@@ -229,7 +248,7 @@ def test_the_scale_of_the_gradient_follows_the_loss_scale():
 
 
 def test_nothing_is_entered_while_the_loss_scale_is_not_known():
-    recipe = mpjax.delayed_scaling(4)
+    recipe = mpjax.delayed_scaling(history_length=4)
     observed = jnp.array([1.0, 2.0, 3.0])
     state = recipe.update(recipe.init(loss_scale=0), observed, 8.0)
     assert (
@@ -243,7 +262,7 @@ def test_nothing_is_entered_while_the_loss_scale_is_not_known():
 
 
 def test_scales_stay_normal_numbers():
-    recipe = mpjax.delayed_scaling(4)
+    recipe = mpjax.delayed_scaling(history_length=4)
     state = recipe.update(recipe.init(), jnp.full(3, 1e-30))
     for loss_scale in (2.0**-126, 2.0**127):
         moved = recipe.rescale(state, loss_scale).scale
@@ -251,7 +270,7 @@ def test_scales_stay_normal_numbers():
 
 
 def test_states_of_stacked_layers_update_as_one():
-    recipe = mpjax.delayed_scaling(4)
+    recipe = mpjax.delayed_scaling(history_length=4)
     one = recipe.init()
     stack = jax.tree.map(lambda x: jnp.stack([x] * 5), one)
     observed = jnp.arange(1.0, 16.0).reshape(5, 3)
@@ -268,9 +287,33 @@ def test_states_of_stacked_layers_update_as_one():
 
 
 def test_update_keeps_shapes_and_dtypes():
-    recipe = mpjax.delayed_scaling(4)
+    recipe = mpjax.delayed_scaling(history_length=4)
     state = recipe.init()
     new = jax.eval_shape(recipe.update, state, jnp.ones(3))
     for old, leaf in zip(jax.tree.leaves(state), jax.tree.leaves(new), strict=True):
         assert (old.shape, old.dtype) == (leaf.shape, leaf.dtype)
     assert reference.dtype("float8_e4m3fn") == recipe.lhs.dtype
+
+
+def test_a_new_recipe_is_one_function(monkeypatch):
+    """Used through a rule, and shown for every device by `python -m mpjax targets`."""
+
+    def forward_scaling(dtype=E4M3):
+        return dataclasses.replace(mpjax.current_scaling(dtype), quantized=("out",))
+
+    monkeypatch.setitem(support.RECIPES, "forward_scaling()", forward_scaling())
+    (row,) = (
+        line for line in support.matrix().splitlines() if "forward_scaling" in line
+    )
+    assert "yes" in row
+    assert forward_scaling().is_supported("h100")[0]
+    rule = mpjax.Rule(".*", "mixed_bfloat16", forward_scaling())
+    model = mpjax.linen.mixed_precision(nn.Dense(8), rule)
+    x = jnp.ones((4, 16))
+    params = model.init(jax.random.key(0), x)
+
+    def loss(params):
+        return model.apply(params, x).sum()
+
+    found = dots(jax.make_jaxpr(jax.grad(loss))(params))
+    assert {dot.lhs.name for dot in found} >= {"float8_e4m3fn", "bfloat16"}

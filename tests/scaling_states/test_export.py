@@ -17,7 +17,7 @@ import mpjax.linen
 import mpjax.nnx
 
 E4M3 = jnp.float8_e4m3fn
-DELAYED = mpjax.delayed_scaling(4)
+DELAYED = mpjax.delayed_scaling(history_length=4)
 RULE = mpjax.Rule(".*", "mixed_float16", DELAYED)
 # Loss scaling lays gradients out row by row; see dynamic_loss_scaling.
 LAYOUTS = [jax.export.DisabledSafetyCheck.custom_call("LayoutConstraint")]

@@ -18,8 +18,9 @@ from jaxprs import equations
 import mpjax
 import mpjax.linen
 import mpjax.nnx
+from mpjax._scaling_states.calibrate import promise
 
-DELAYED = mpjax.delayed_scaling(4)
+DELAYED = mpjax.delayed_scaling(history_length=4)
 RULE = mpjax.Rule(".*", "mixed_bfloat16", DELAYED)
 TX = optax.sgd(0.5)
 X = np.random.default_rng(0).normal(size=(16, 24)).astype(np.float32)
@@ -99,7 +100,7 @@ def test_a_copy_is_the_parameter_in_8_bits_by_the_delayed_scale():
 @pytest.mark.parametrize("keep", [False, True])
 def test_current_scaling_with_weights_of_a_step_ago(keep):
     """Activations and gradients have no state; a weight has the amax of one step."""
-    recipe = mpjax.current_scaling(delayed_weights=True)
+    recipe = mpjax.delayed_weight_scaling()
     rule = mpjax.Rule(".*", "mixed_bfloat16", recipe)
     model, variables = linen_model(2, rule)
     params, scaling = variables["params"], variables["scaling"]
@@ -118,7 +119,7 @@ def test_current_scaling_with_weights_of_a_step_ago(keep):
             expected = np.stack([zero, known, zero], axis=-1)
             np.testing.assert_array_equal(seen.scale, expected)
         if step == 0:
-            scaling = mpjax.calibrate_scaling(scaling)
+            scaling = promise(scaling)
     if keep:
         for kernel, seen in zip(kernels(params), states_of(scaling), strict=True):
             for layer, scale in enumerate(seen.scale[:, 1]):
@@ -145,8 +146,6 @@ def test_a_forward_pass_reads_the_copies():
     kept = mpjax.keep_weights(scaling, params)
     loss = loss_of(model, params, kept)
     assert loss == loss_of(model, params, scaling)
-    nothing = jax.tree.map(jnp.zeros_like, params)  # all biases are 0 anyway
-    assert loss == loss_of(model, nothing, kept)
     # No 8-bit cast of a weight is left in the step: they are as large as no other.
     jaxpr = jax.make_jaxpr(jax.grad(functools.partial(loss_of, model)))(params, kept)
     shapes = {x.shape[1:] for x in kernels(params)}
@@ -221,10 +220,10 @@ def test_copies_are_saved_and_restored():
 def test_calibrated_states_wait_for_no_amax():
     model, variables = linen_model()
     params, scaling = variables["params"], variables["scaling"]
-    with pytest.raises(ValueError, match="call update_scaling before"):
-        mpjax.calibrate_scaling(scaling)
+    with pytest.raises(ValueError, match="none of these"):
+        promise(scaling)
     params, scaling, state = train_step(model, params, scaling, TX.init(params))
-    promised = mpjax.calibrate_scaling({"anything": 3, "scaling": scaling})["scaling"]
+    promised = promise({"anything": 3, "scaling": scaling})["scaling"]
     jax.tree.map(
         np.testing.assert_array_equal,
         jax.tree.leaves(promised),
@@ -262,7 +261,7 @@ def test_what_no_gradient_reaches_is_not_calibrated(keeps):
     if keeps:
         scaling = mpjax.keep_weights(scaling, params)
     params, scaling, _ = train_step(model, params, scaling, TX.init(params))
-    promised = mpjax.calibrate_scaling(scaling)
+    promised = promise(scaling)
     known = {k: v["kernel"].recipe.calibrated for k, v in promised.items()}
     assert known == {"below": False, "above": True, "gated": True}
     outs = [
@@ -270,9 +269,9 @@ def test_what_no_gradient_reaches_is_not_calibrated(keeps):
     ]
     np.testing.assert_array_equal(*outs)
     only_frozen = {"below": scaling["below"]}
-    with pytest.raises(ValueError, match="call update_scaling before"):
-        mpjax.calibrate_scaling(only_frozen)
-    traced = jax.jit(mpjax.calibrate_scaling)(only_frozen)
+    with pytest.raises(ValueError, match="none of these"):
+        promise(only_frozen)
+    traced = jax.jit(promise)(only_frozen)
     assert traced["below"]["kernel"].recipe.calibrated
 
 
@@ -282,15 +281,15 @@ def test_what_no_gradient_reaches_is_not_calibrated(keeps):
         (dataclasses.replace(DELAYED, quantized=("out",)), [1, 1, 0]),
         (dataclasses.replace(DELAYED, quantized=("lhs_grad",)), [0, 1, 1]),
         (dataclasses.replace(DELAYED, quantized=("rhs_grad",)), [1, 0, 1]),
-        (mpjax.current_scaling(delayed_weights=True), [0, 1, 0]),
+        (mpjax.delayed_weight_scaling(), [0, 1, 0]),
         (dataclasses.replace(mpjax.current_scaling(), grad=DELAYED.grad), [0, 0, 1]),
     ],
 )
 def test_only_scales_that_are_read_have_to_be_known(recipe, observed):
-    with pytest.raises(ValueError, match="call update_scaling before"):
-        mpjax.calibrate_scaling(recipe.init())
+    with pytest.raises(ValueError, match="none of these"):
+        promise(recipe.init())
     state = recipe.update(recipe.init(), jnp.array(observed, jnp.float32))
-    assert mpjax.calibrate_scaling(state).recipe.calibrated
+    assert promise(state).recipe.calibrated
 
 
 def test_nnx_models_do_both_in_place():
@@ -301,7 +300,7 @@ def test_nnx_models_do_both_in_place():
     )
     model = mpjax.nnx.mixed_precision(model, RULE)
     optimizer = nnx.Optimizer(model, TX, wrt=nnx.Param)
-    wrt = nnx.DiffState(0, nnx.Any(nnx.Param, mpjax.nnx.Scaling))
+    wrt = nnx.DiffState(0, nnx.Any(nnx.Param, mpjax.nnx.ScalingStat))
 
     @nnx.jit
     def step(model, optimizer):
@@ -309,11 +308,8 @@ def test_nnx_models_do_both_in_place():
         optimizer.update(model, grads)
         mpjax.nnx.update_scaling(model, grads)
 
-    with pytest.raises(ValueError, match="call update_scaling before"):
-        mpjax.nnx.calibrate_scaling(model)
     mpjax.nnx.keep_weights(model)
-    step(model, optimizer)
-    mpjax.nnx.calibrate_scaling(model)
+    mpjax.nnx.calibrate(lambda model: jnp.mean(model(X) ** 2), model)
     for _ in range(2):
         step(model, optimizer)
     for layer in (model.layers[0], model.layers[2]):
@@ -338,14 +334,27 @@ def test_other_parameters_take_states_without_copies():
     jax.tree.map(np.testing.assert_array_equal, dropped, scaling)
     average = jax.tree.map(lambda x: x / 2, params)
     expected = loss_of(model, average, scaling)
-    assert loss_of(model, average, dropped) == expected != loss_of(model, average, kept)
+    assert loss_of(model, average, dropped) == expected
+    assert np.isnan(loss_of(model, average, kept))  # traced, in a scan
+    # A single number is enough, if it is another in 8 bits.
+    dense = mpjax.linen.MixedPrecision(nn.Dense(8), RULE)
+    variables = dense.init(jax.random.key(0), X)
+    params, scaling = variables["params"], variables["scaling"]
+    kept = mpjax.keep_weights(scaling, params)
+    moved = params | {"kernel": params["kernel"].at[0, 5].multiply(1.25)}
+    with pytest.raises(ValueError, match=r"copy of other parameters.*drop_weights"):
+        loss_of(dense, moved, kept)
+    assert np.isnan(jax.jit(functools.partial(loss_of, dense))(moved, kept))
+    assert np.isfinite(loss_of(dense, params, kept))
 
     net = mpjax.nnx.mixed_precision(nnx.Linear(24, 8, rngs=nnx.Rngs(0)), RULE)
     net.kernel[...] = net.kernel.astype(jnp.bfloat16).astype(jnp.float32)
     mpjax.nnx.keep_weights(net)
     teacher = nnx.clone(net)
     teacher.kernel[...] = -net.kernel[...]
-    np.testing.assert_array_equal(teacher(X), net(X))
+    with pytest.raises(ValueError, match=r"copy of other parameters.*drop_weights"):
+        teacher(X)
+    assert np.all(np.isnan(nnx.jit(lambda model: model(X))(teacher)))
     mpjax.nnx.drop_weights(teacher)
     np.testing.assert_array_equal(teacher(X), -net(X))
     assert net.kernel_scaling.get_value().weight is not None
@@ -362,7 +371,7 @@ def test_normalized_weights_are_not_kept():
     mpjax.nnx.keep_weights(model)
     kept = [
         s.get_value().weight
-        for _, s in nnx.to_flat_state(nnx.state(model, mpjax.nnx.Scaling))
+        for _, s in nnx.to_flat_state(nnx.state(model, mpjax.nnx.ScalingStat))
     ]
     assert [copy is None for copy in kept] == [True, False]
     np.testing.assert_allclose(model(X), before, rtol=0.1, atol=0.05)
@@ -388,15 +397,15 @@ def test_copies_of_zeros_and_of_what_is_not_finite():
 def test_keeping_weights_calibrates_nothing():
     _, variables = linen_model()
     kept = mpjax.keep_weights(variables["scaling"], variables["params"])
-    with pytest.raises(ValueError, match="call update_scaling before"):
-        mpjax.calibrate_scaling(kept)
+    with pytest.raises(ValueError, match="none of these"):
+        promise(kept)
 
 
 def test_a_copy_has_scales_of_the_recipe():
     old = dataclasses.replace(DELAYED.init(), scale=jnp.full(3, 0.003))
     kept = mpjax.keep_weights({"kernel": old}, {"kernel": jnp.ones((24, 8))})
     assert kept["kernel"].weight.values.scale == 2.0**-8
-    int8 = mpjax.delayed_scaling(4, dtype="int8").init()
+    int8 = mpjax.delayed_scaling(history_length=4, dtype="int8").init()
     with pytest.raises(ValueError, match="keeps weights in fp8, got int8"):
         mpjax.keep_weights({"kernel": int8}, {"kernel": jnp.ones((24, 8))})
 

@@ -19,8 +19,8 @@ import mpjax.linen
 import mpjax.nnx
 
 BF16 = jnp.dtype(jnp.bfloat16)
-CURRENT, DELAYED = mpjax.current_scaling(), mpjax.delayed_scaling(4)
-WRT = nnx.DiffState(0, nnx.Any(nnx.Param, mpjax.nnx.Scaling))
+CURRENT, DELAYED = mpjax.current_scaling(), mpjax.delayed_scaling(history_length=4)
+WRT = nnx.DiffState(0, nnx.Any(nnx.Param, mpjax.nnx.ScalingStat))
 
 
 def rule(recipe, policy="mixed_bfloat16", **kwargs):
@@ -50,7 +50,7 @@ def by_path(tree):
 def scales(tree):
     """What stands in place of the scales, as {path: [lhs, rhs, grad]}."""
     if isinstance(tree, nnx.Module | nnx.State):
-        tree = _pure(tree, mpjax.nnx.Scaling)
+        tree = _pure(tree, mpjax.nnx.ScalingStat)
     return {
         path.removesuffix("_scaling"): state.scale
         for path, state in by_path(tree).items()
@@ -158,11 +158,6 @@ class LinenTrainer:
         """The jaxpr of the gradients."""
         return jax.make_jaxpr(self._grads)(self.variables, self.opt_state, *inputs)
 
-    def rescale(self, opt_state):
-        """States that follow the loss scale of another optimizer."""
-        scaling = mpjax.rescale_scaling(self.variables["scaling"], opt_state)
-        self.variables = {**self.variables, "scaling": scaling}
-
     @property
     def params(self):
         """{path: array}."""
@@ -199,24 +194,19 @@ class NnxTrainer:
         model = nnx_models.NAMED[model]() if isinstance(model, str) else model
         self.model, self.loss = mpjax.nnx.mixed_precision(model, rules), loss
         tx = optax.sgd(0.0) if tx is None else tx
-        self.optimizer, self.traces = nnx.Optimizer(self.model, tx, wrt=nnx.Param), 0
+        self.optimizer, self.traces = mpjax.nnx.Optimizer(self.model, tx), 0
         self._gradients, self._step = nnx.jit(self._grads), nnx.jit(self._make_step)
 
     def _grads(self, model, optimizer, *inputs):
         def loss_fn(model):
-            loss = self.loss(model(*inputs))
-            if _has_loss_scale(optimizer.opt_state):
-                return mpjax.scale_loss(loss, optimizer.opt_state), loss
-            return loss, loss
+            return self.loss(model(*inputs))
 
-        grads, loss = nnx.grad(loss_fn, argnums=WRT, has_aux=True)(model)
-        return loss, grads
+        return mpjax.nnx.value_and_grad(loss_fn, optimizer)(model)
 
     def _make_step(self, model, optimizer, *inputs):
         self.traces += 1
         _, grads = self._grads(model, optimizer, *inputs)
         optimizer.update(model, grads)
-        mpjax.nnx.update_scaling(model, grads, _known(optimizer.opt_state))
         return grads
 
     def apply(self, *inputs):
@@ -247,10 +237,6 @@ class NnxTrainer:
 
         return jax.make_jaxpr(run)(state, *inputs)
 
-    def rescale(self, opt_state):
-        """States that follow the loss scale of another optimizer."""
-        mpjax.nnx.rescale_scaling(self.model, opt_state)
-
     @property
     def opt_state(self):
         """Of the optimizer."""
@@ -268,13 +254,13 @@ class NnxTrainer:
     @property
     def states(self):
         """{path: ScalingState}."""
-        states = by_path(_pure(self.model, mpjax.nnx.Scaling))
+        states = by_path(_pure(self.model, mpjax.nnx.ScalingStat))
         return {path.removesuffix("_scaling"): s for path, s in states.items()}
 
     @states.setter
     def states(self, states):
-        tree = _with_states(_pure(self.model, mpjax.nnx.Scaling), states)
-        _write(self.model, mpjax.nnx.Scaling, tree)
+        tree = _with_states(_pure(self.model, mpjax.nnx.ScalingStat), states)
+        _write(self.model, mpjax.nnx.ScalingStat, tree)
 
     @property
     def everything(self):

@@ -320,10 +320,15 @@ class RoutedBlock(nnx.Module):
 # What both front ends have under one name, for front_ends.
 
 
+def unchanged(run):
+    """A transformation that does nothing, and that can be pickled."""
+    return run
+
+
 class Twice(nnx.Module):
     """A layer that is called twice, the second time with four times its output."""
 
-    def __init__(self, rngs, transform=None):
+    def __init__(self, rngs, transform=unchanged):
         self.dense = nnx.Linear(16, 16, use_bias=False, rngs=rngs)
         self.transform = transform
 
@@ -331,8 +336,7 @@ class Twice(nnx.Module):
         def run(dense, x):
             return dense(4 * dense(x))
 
-        run = self.transform(run) if self.transform else run
-        return run(self.dense, x)
+        return self.transform(run)(self.dense, x)
 
 
 class Overflow(nnx.Module):
@@ -360,7 +364,7 @@ class Again(nnx.Module):
         return loop(self.dense, x)
 
 
-CARRIED = nnx.StateAxes({mpjax.nnx.Scaling: nnx.Carry, ...: None})
+CARRIED = nnx.StateAxes({mpjax.nnx.ScalingStat: nnx.Carry, ...: None})
 
 
 class Head(nnx.Module):

@@ -9,12 +9,12 @@ import mpjax
 MATMUL = (((1,), (0,)), ((), ()))
 RECIPES = {
     "current": mpjax.current_scaling(),
-    "current exact": mpjax.current_scaling(power_of_two=False),
-    "delayed": mpjax.delayed_scaling(16),
-    "delayed weights": mpjax.current_scaling(delayed_weights=True),
+    "current exact": mpjax.current_scaling(rounding="exact"),
+    "delayed": mpjax.delayed_scaling(history_length=16),
+    "delayed weights": mpjax.delayed_weight_scaling(),
     "channel": mpjax.per_channel_scaling(),
     "block": mpjax.block_scaling(size=16),
-    "block exact": mpjax.block_scaling(size=16, power_of_two=False),
+    "block exact": mpjax.block_scaling(size=16, rounding="exact"),
     "mx": mpjax.mx_scaling(),
     "mx floor": mpjax.mx_scaling(rounding="floor"),
     "mx fp6": mpjax.mx_scaling("float6_e2m3fn", "float6_e3m2fn"),
