@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
+from jax.extend import core
 
 from mpjax._inspection import steps, tags
 
@@ -32,7 +33,7 @@ def test_jaxprs_are_laid_out_as_this_library_reads_them():
         ("outer/inner", True, 2),
     ]
     assert {steps.where(p).split(":")[0] for p in products} == {"test_steps.py"}
-    same = jax.jit(jax.extend.core.jaxpr_as_fun(tagged))
+    same = jax.jit(core.jaxpr_as_fun(tagged))
     text = same.trace(Struct((4, 4), F32)).lower().as_text(debug_info=True)
     assert "mpjax.1" in text  # nobody needs the first
     assert tags.tag_of("jit(f)/jvp(outer)/inner/mpjax.12/dot_general") == (12, True)

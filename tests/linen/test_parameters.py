@@ -1,7 +1,7 @@
 """Parameters: as they are stored, drawn and read, and the dtypes that name theirs."""
 
-import flax
 import flax.linen as nn
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np

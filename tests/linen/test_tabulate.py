@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.core import Tracer
 from linen_models import Jitted, X
 
 import mpjax
@@ -32,7 +33,7 @@ def test_tabulate_takes_what_init_takes():
     class Model(nn.Module):
         @nn.compact
         def __call__(self, x, train, *, mask=None, scale=2.0):
-            assert mask is None or isinstance(mask, jax.core.Tracer)
+            assert mask is None or isinstance(mask, Tracer)
             x = x if mask is None else jnp.where(mask, x, 0)
             return nn.Dense(4)(x) * (scale if train else 1)
 

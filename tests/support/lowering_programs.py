@@ -151,8 +151,10 @@ def report(products, target, **options):
         return results
 
     made = mpjax.lowering.report(program, *args, target=target, **options)
-    rows = {row.traced.path.split("/")[0]: row for row in made.products}
-    return {name: rows.get(name.replace(" ", "_")) for name in products}, made
+    names = {name.replace(" ", "_"): name for name in products}
+    rows = {names[row.traced.path.split("/")[0]]: row for row in made.products}
+    assert rows.keys() == products.keys()
+    return rows, made
 
 
 def fp8(policy="mixed_bfloat16"):

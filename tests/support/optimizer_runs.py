@@ -9,6 +9,8 @@ import numpy as np
 import optax
 import optax.contrib
 
+import mpjax
+
 GRADIENT = {".": 1.0, "x": np.inf, "n": np.nan, "-": -np.inf, "h": 1e20}
 standard_promotion = functools.partial(jax.numpy_dtype_promotion, "standard")
 
@@ -19,7 +21,7 @@ def gradients(params, kind, dtype=None):
     )
 
 
-def run(tx, kinds, params):
+def run(tx, kinds, params) -> list[mpjax.LossScalingState]:
     """The states after each step of a run in which every step is one of GRADIENT."""
     update, opt_state, states = jax.jit(tx.update), tx.init(params), []
     for kind in kinds:
