@@ -82,10 +82,11 @@ class StateStore:
         Raises:
           ValueError: there is no state for it, or one of another recipe.
         """
-        param, keeps = name, recipe.keep_weights and weight is not None
+        param = name
         owner, name = self._place(layer, path, name)
         state = _state(owner, path, recipe, name)
-        if keeps and layer.is_initializing() and owner is layer:
+        is_made = layer.is_initializing() and owner is layer
+        if weight is not None and recipe.keep_weights and is_made:
             state = _keep_copy(layer, param, weight.shape, state)
         for trace, scales in self._handed_on.get((owner.path, name), ()):
             if trace == get_opaque_trace_state():

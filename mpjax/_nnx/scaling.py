@@ -162,7 +162,7 @@ def drop_weights(model: nnx.Module) -> None:
     write_states(model, weights.drop_weights(values(states)))
 
 
-def scaling_stats(model: nnx.Module) -> dict[tuple, nnx.Variable]:
+def scaling_stats(model: nnx.Module | nnx.State) -> dict[tuple, nnx.Variable]:
     """The states of a model, by path."""
     return dict(nnx.to_flat_state(nnx.state(model, ScalingStat)))
 

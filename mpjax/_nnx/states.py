@@ -72,7 +72,7 @@ def keep_copies(
             stat = getattr(module, f"{name}_scaling", None)
             if stat is None or not may_read_copy(module, name):
                 continue
-            state, kernel = stat.get_value(), params.get(places.get(id(stat)))
+            state, kernel = stat.get_value(), params.get(places.get(id(stat), ()))
             if kernel is None or state.weight or not state.recipe.keep_weights:
                 continue
             is_shape = isinstance(kernel, jax.ShapeDtypeStruct)

@@ -113,7 +113,9 @@ def scaled(
             return grads, new_opt_state
         step = Step.of(step_of_optimizer(new_opt_state))
         keep_copies = any(state.weight is not None for state in states.values())
-        new_params = optax.apply_updates(bare, grads) if keep_copies else None
+        new_params = None
+        if keep_copies and bare is not None:
+            new_params = optax.apply_updates(bare, grads)
         new = updated_by_path(states, observed, step, new_params)
         return _with_states(updates, grads, new), new_opt_state
 

@@ -151,7 +151,7 @@ class Net(nnx.Module):
 
 def arrays(state):
     def array(x):
-        is_key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+        is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
         return np.asarray(jax.random.key_data(x) if is_key else x)
 
     return jax.tree.map(array, nnx.to_pure_dict(state))
