@@ -122,10 +122,12 @@ class Matcher:
             if index is None:
                 continue
             self._used.add(index)
-            if decision is not None and decision.recipe is not None:
+            has_recipe = decision is not None and decision.recipe is not None
+            # A recipe that the user wrote is to serve, even if all is protected.
+            if has_recipe or self.rules[index].recipe is not None:
                 self._with_recipe.add(index)
-                if served is not None and served.get(path):
-                    self._serving.add(index)
+            if has_recipe and served is not None and served.get(path):
+                self._serving.add(index)
         idle = set() if served is None else self._with_recipe - self._serving
         for index, rule in enumerate(self.rules):
             if rule.optional or (index in self._used and index not in idle):
