@@ -65,8 +65,9 @@ def test_the_rows_of_wide_formats_agree_with_numpy(name):
 def test_xla_calls_a_format_by_its_name_of_hlo(name):
     fmt = numerics.format_info(name)
     if not fmt.has_arrays:
-        with pytest.raises(jax.errors.JaxRuntimeError, match="Invalid XLA Primitive"):
-            jnp.zeros(3, fmt.dtype)
+        # jax 0.12 makes such arrays, and cannot compute with them.
+        with pytest.raises(jax.errors.JaxRuntimeError):
+            jnp.zeros(3, fmt.dtype).astype(jnp.float32)
         fmt = numerics.format_info(fmt.stored_as)
     text = jax.jit(lambda x: x).lower(jnp.zeros(3, fmt.dtype)).as_text("hlo")
     assert f" {fmt.hlo_name}[3]" in text

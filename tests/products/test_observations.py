@@ -54,7 +54,7 @@ def layer(x, w, scales):
     """That is used twice, the second time with half of the input."""
     held = {"kernel": scales}
 
-    def read(name):
+    def read(name, weight=None):
         return dataclasses.replace(RECIPE.init(), scale=held[name])
 
     products = Multiplier("", RECIPE, 1, read, held.__setitem__, set())
