@@ -8,7 +8,7 @@ import numpy as np
 
 from mpjax._numerics.formats import Format, all_formats, find_format
 from mpjax._policies.presets import PRESETS, full_name
-from mpjax._tree import cast_floating
+from mpjax._tree import cast_floating, convert_floating
 from mpjax._typing import ArrayTree, DType
 
 _KEYS = {
@@ -83,6 +83,8 @@ class Policy:
         Returns:
           The tree, its other leaves as they are.
         """
+        if self.param_dtype.itemsize == 1:  # parameters that it stores in eight bits
+            return convert_floating(tree, self.compute_dtype)
         return cast_floating(tree, self.compute_dtype)
 
     def cast_to_output(self, tree: ArrayTree) -> ArrayTree:
