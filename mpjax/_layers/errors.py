@@ -8,7 +8,7 @@ _DTYPE = re.compile(r"\b(bfloat16|float16|float32|float64)\b")
 
 
 def mixed_dtypes(
-    error: TypeError, path: str, kind: type, policy: Policy, rule: str
+    error: TypeError, path: str, kind: type, policy: Policy, rule: str, below: str
 ) -> TypeError | None:
     """Says of an error of JAX in which module arrays of several dtypes have met.
 
@@ -18,6 +18,7 @@ def mixed_dtypes(
       kind: its class.
       policy: of the module.
       rule: the rule that gives it, or the policy, as text.
+      below: a regular expression for the paths of the module and of what is in it.
 
     Returns:
       An error to raise from the other; None: that is about something else, or says it
@@ -27,17 +28,18 @@ def mixed_dtypes(
     compute, found = policy.compute_dtype.name, set(_DTYPE.findall(text))
     if compute not in found or len(found) < 2 or "mpjax." in text:
         return None
-    below = f"{path}(/.*)?" if path else ".*"
+    others = " and ".join(sorted(found - {compute}))
     return TypeError(
-        f"Module {path!r} ({kind.__name__}) follows {rule} and computes in {compute}; "
-        f"its own code has arrays of {' and '.join(sorted(found - {compute}))} as well, "
-        f"and JAX wants one dtype here:\n\n{text}\n\nA policy casts what enters and "
-        "leaves modules, and the parameters in them, but not what a module computes "
-        "between these: arrays that it makes, or results of layers whose rule returns "
-        "another dtype. Cast such an array to the dtype of what it meets, as in "
-        "jnp.zeros(shape, x.dtype); make the body of a loop a module of its own, which "
-        "returns its carry in the dtype in which it came; or let the module compute in "
-        f"float32, by mpjax.Rule({below!r}, 'float32') before the other rules."
+        f"Module {path!r} ({kind.__name__}) follows {rule} and computes in {compute}. "
+        f"Its own code has arrays of {others} as well, and JAX wants one dtype "
+        f"here:\n\n{text}\n\nA policy casts what enters and leaves modules, and the "
+        "parameters in them, but not what a module computes between these: arrays and "
+        "variables that it makes, arguments under cast_inputs=False, results of layers "
+        "whose rule returns another dtype. Cast such an array to the dtype of what it "
+        "meets, as in jnp.zeros(shape, x.dtype); or make the body of a loop a module of "
+        "its own, which returns its carry in the dtype in which it came; or let the "
+        f"module compute in float32, by mpjax.Rule({below!r}, 'float32') before the "
+        "other rules."
     )
 
 

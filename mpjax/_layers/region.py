@@ -12,8 +12,8 @@ from mpjax._policies.policy import Policy
 # The policy of the module whose method runs; None outside of models. JAX has it in the
 # key of its caches of traced functions, and each thread has its own.
 running_policy = jax.make_user_context(None)
-# The module whose method runs, or its path, and the trace in which it does; None outside
-# of models.
+# The module whose method runs, or its path, and the trace in which it does; None
+# outside of models.
 running_method: ContextVar[tuple[Any, Any] | None] = ContextVar(
     "mpjax_method", default=None
 )

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mpjax._tree import cast_floating, is_castable
@@ -250,4 +249,6 @@ def _hides_arrays(leaf: Any, dtype: np.dtype) -> bool:
     if isinstance(leaf, (*_ARRAYS, np.generic, type)) or inspect.isroutine(leaf):
         return False
     inside = jax.tree.leaves(list(getattr(leaf, "__dict__", {}).values()))
-    return any(isinstance(x, _ARRAYS) and cast_floating(x, dtype) is not x for x in inside)
+    return any(
+        isinstance(x, _ARRAYS) and cast_floating(x, dtype) is not x for x in inside
+    )

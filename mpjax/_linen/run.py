@@ -5,7 +5,6 @@ from contextvars import ContextVar
 from typing import Any
 
 import flax.linen as nn
-
 from jax.extend.core import get_opaque_trace_state
 
 from mpjax._layers.dtypes import is_of_flax
@@ -113,7 +112,10 @@ class Run:
             assert policy is not None  # which it was to be cast for
             raise no_pytree(type(module), path, str(error), policy) from None
         except TypeError as error:
-            if policy is None or (told := self._explain(error, module, path, policy)) is None:
+            if (
+                policy is None
+                or (told := self._explain(error, module, path, policy)) is None
+            ):
                 raise
             raise told from error
         finally:
@@ -131,7 +133,8 @@ class Run:
     ) -> TypeError | None:
         index = self.rules.find(path, type(module))
         rule = str(policy) if index is None else str(self.rules.rules[index])
-        return mixed_dtypes(error, path, type(module), policy, rule)
+        below = f"{path}(/.*)?" if path else ".*"
+        return mixed_dtypes(error, path, type(module), policy, rule, below)
 
     def _path(self, module: nn.Module) -> str:
         """The path of a module in the model.

@@ -27,7 +27,9 @@ def attention(*args, einsum: Callable[..., Array] = plain_einsum, **kwargs) -> A
     names = "query", "key", "value"
     arrays = {name: given[name] for name in names}
     dtype = given["dtype"] or given["query"].dtype
-    return attend({**given, **convert_floating(arrays, dtype)}, nnx.Intermediate, einsum)
+    return attend(
+        {**given, **convert_floating(arrays, dtype)}, nnx.Intermediate, einsum
+    )
 
 
 def is_stock_attention(value: Any) -> bool:

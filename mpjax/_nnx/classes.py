@@ -15,7 +15,7 @@ from jax.extend.core import get_opaque_trace_state
 
 from mpjax._layers.dtypes import any_complex, complex_error, is_of_flax, says_dtype
 from mpjax._layers.errors import mixed_dtypes, no_pytree
-from mpjax._layers.region import Exit, running_policy, running_method
+from mpjax._layers.region import Exit, running_method, running_policy
 from mpjax._layers.results import NoPytreeError
 from mpjax._nnx.hooks import derive
 from mpjax._nnx.parameters import map_params, reader_for, unwrap_for_storage
@@ -195,7 +195,10 @@ def _method(bare: type, name: str, decision: Decision | None) -> Callable:
 
 
 def _explain(error: TypeError, bare: type, policy: Policy) -> TypeError | None:
-    return mixed_dtypes(error, running_path(), bare, policy, f"policy {policy}")
+    path = running_path()
+    inside = path.partition("/")[2]  # of the module whose method was called first
+    below = f"{inside}(/.*)?" if inside else ".*"
+    return mixed_dtypes(error, path, bare, policy, f"the policy {policy}", below)
 
 
 def _check_real(module, policy: Policy, args: tuple) -> None:

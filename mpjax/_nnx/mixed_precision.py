@@ -7,6 +7,7 @@ the graph definition, which is in the key of every jit cache, and not in the sta
 
 import functools
 import inspect
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TypeVar
 
@@ -106,9 +107,9 @@ def mixed_precision(model: M, rules: Rules) -> M:
     for path, nodes in layers.items():
         decision = found[path]
         if decision is None:
-            below = (found[inner] for inner in layers if is_inside(inner, path))
-            if any(below) and decision_of(nodes[0]) is None:
-                set_type(nodes[0], None)  # left alone, it ends the region around it
+            if decision_of(nodes[0]) is None and _meets_a_rule(path, found):
+                if not isinstance(nodes[0], nnx.bridge.ToNNX):
+                    set_type(nodes[0], None)  # left alone, it ends the region around it
             continue
         decision, policy = _used(decision, served[path]), decision.policy
         for node in nodes:
@@ -127,6 +128,14 @@ def _used(decision: Decision, served: set[str]) -> Decision:
     if served:
         return decision
     return replace(decision, recipe=None, min_size=0, attention=False)
+
+
+def _meets_a_rule(path: str, found: Mapping[str, Decision | None]) -> bool:
+    """Whether a module stands around or inside of one that follows a rule."""
+    return any(
+        decision is not None and (is_inside(other, path) or is_inside(path, other))
+        for other, decision in found.items()
+    )
 
 
 def _check(path: str, module) -> None:
