@@ -36,8 +36,8 @@ def mixed_dtypes(
         "parameters in them, but not what a module computes between these: arrays and "
         "variables that it makes, arguments under cast_inputs=False, results of layers "
         "whose rule returns another dtype. Cast such an array to the dtype of what it "
-        "meets, as in jnp.zeros(shape, x.dtype); or make the body of a loop a module of "
-        "its own, which returns its carry in the dtype in which it came; or let the "
+        "meets, as in jnp.zeros(shape, x.dtype); or make the body of a loop a module "
+        "of its own, which returns its carry in the dtype in which it came; or let the "
         f"module compute in float32, by mpjax.Rule({below!r}, 'float32') before the "
         "other rules."
     )

@@ -90,6 +90,37 @@ def of_model(result: Any, given: Given, output_dtype: np.dtype, opaque: Opaque) 
     return _cast(result, matches, output_dtype, True, opaque)
 
 
+def carried(given: Given, around: Given, opaque: Opaque) -> Given:
+    """The arguments of a module in a loop, with the carry that the loop was given.
+
+    The body of a loop may have widened it before it called the module, as a reset to
+    float32 zeros does. If the method around the loop takes several arguments, one that
+    resembles an argument of the module is what the loop has begun with.
+
+    Args:
+      given: positional and named arguments of the module.
+      around: those of the method that runs the loop.
+      opaque: as of `inside_region`.
+    """
+    others = [other for other in _in_order(around) if not _is_static(other)]
+    if len(others) < 2:
+        return given
+
+    def first(argument):
+        for other in others:
+            if _alike(argument, other, opaque) and _is_narrower(other, argument):
+                return other
+        return argument
+
+    args, kwargs = given
+    return tuple(map(first, args)), {name: first(a) for name, a in kwargs.items()}
+
+
+def _is_narrower(one: Any, two: Any) -> bool:
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True)
+    return any(a.dtype.itemsize < b.dtype.itemsize for a, b in pairs)
+
+
 # Which argument a result resembles, by the place of the result; None: all of it.
 _Matches: TypeAlias = dict[int | None, Any]
 

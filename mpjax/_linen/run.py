@@ -9,7 +9,7 @@ from jax.extend.core import get_opaque_trace_state
 
 from mpjax._layers.dtypes import is_of_flax
 from mpjax._layers.errors import mixed_dtypes, no_pytree
-from mpjax._layers.region import Exit, running_method
+from mpjax._layers.region import Exit, RunningMethod, running_method
 from mpjax._layers.results import NoPytreeError
 from mpjax._linen.attributes import check_real, method_under_rule, overrides
 from mpjax._linen.cache_keys import CacheKeys
@@ -80,11 +80,12 @@ class Run:
         policy = None if decision is None else decision.policy
         around, trace = enclosing_policy.get(), get_opaque_trace_state()
         outer = running_method.get()
-        is_own = outer is not None and outer[0] == (self, path)
+        is_own = outer is not None and outer.module == (self, path)
         end = Exit(
             policy,
             around,
-            None if outer is None else outer[1] != trace,
+            outer,
+            outer is not None and outer.trace != trace,
             decision is not None and decision.cast_outputs,
             is_own or _is_layer(type(module), context.method_name),
         )
@@ -97,7 +98,10 @@ class Run:
             check_real(module, path, policy, name, args, kwargs)
             method = method_under_rule(module, products, policy, name, method)
         before = {name: own.get(name, _ABSENT) for name in replaced}
-        tokens = enclosing_policy.set(policy), running_method.set(((self, path), trace))
+        if decision is not None and policy != around and decision.cast_inputs:
+            args, kwargs = decision.policy.cast_to_compute(given)
+        running = RunningMethod((self, path), trace, (args, kwargs))
+        tokens = enclosing_policy.set(policy), running_method.set(running)
         outside = self._inside, states.owner
         self._inside = path
         if isinstance(module, StateOwner.kinds):
@@ -105,8 +109,6 @@ class Run:
         # A bound module is Flax's private clone of the user's, and may be changed.
         own.update(replaced)
         try:
-            if decision is not None and policy != around and decision.cast_inputs:
-                args, kwargs = decision.policy.cast_to_compute(given)
             return end.cast(method(*args, **kwargs), given, _is_opaque)
         except NoPytreeError as error:
             assert policy is not None  # which it was to be cast for

@@ -15,7 +15,7 @@ from jax.extend.core import get_opaque_trace_state
 
 from mpjax._layers.dtypes import any_complex, complex_error, is_of_flax, says_dtype
 from mpjax._layers.errors import mixed_dtypes, no_pytree
-from mpjax._layers.region import Exit, running_method, running_policy
+from mpjax._layers.region import Exit, RunningMethod, running_method, running_policy
 from mpjax._layers.results import NoPytreeError
 from mpjax._nnx.hooks import derive
 from mpjax._nnx.parameters import map_params, reader_for, unwrap_for_storage
@@ -163,18 +163,18 @@ def _method(bare: type, name: str, decision: Decision | None) -> Callable:
             _check_real(self, policy, (*args, *kwargs.values()))
         around, trace = running_policy.value, get_opaque_trace_state()
         outer, given = running_method.get(), (args, kwargs)
-        in_loop = None if outer is None else outer[1] != trace
-        is_new = is_layer or (outer is not None and outer[0] is self)
-        token = running_method.set((self, trace))
+        in_loop = outer is not None and outer.trace != trace
+        is_new = is_layer or (outer is not None and outer.module is self)
+        if decision is not None and around != policy and decision.cast_inputs:
+            args, kwargs = _cast(given, decision.policy.compute_dtype)
+        token = running_method.set(RunningMethod(self, trace, (args, kwargs)))
         try:
             if around == policy:
                 outputs = run(self, *args, **kwargs)
             else:
-                if decision is not None and decision.cast_inputs:
-                    args, kwargs = _cast(given, decision.policy.compute_dtype)
                 with running_policy(policy):
                     outputs = run(self, *args, **kwargs)
-            end = Exit(policy, around, in_loop, casts_outputs, is_new)
+            end = Exit(policy, around, outer, in_loop, casts_outputs, is_new)
             return end.cast(outputs, given, _is_opaque)
         except NoPytreeError as error:
             assert policy is not None  # which it was to be cast for

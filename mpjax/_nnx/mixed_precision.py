@@ -50,7 +50,10 @@ def mixed_precision(model: M, rules: Rules) -> M:
     the module around it, floating arguments of its public methods are cast to
     ``compute_dtype`` and results to ``output_dtype``; elsewhere nothing is cast, so
     that under ``"mixed_bfloat16"`` everything between the model's inputs and its
-    float32 outputs flows in bfloat16. Stock attention computes its softmax in float32.
+    float32 outputs flows in bfloat16. What a module is given and returns changed leaves
+    it in the dtype in which it came: carries of loops, the stream of residual layers,
+    and caches and other state that go through the model. Stock attention computes its
+    softmax in float32.
     A plain list or dict of parameters is read as a copy, to which no method may append;
     ``nnx.List`` and ``nnx.Dict`` are themselves. Other state than ``nnx.Param`` holds
     what the model writes there, as it writes it: batch statistics in float32, but
@@ -76,7 +79,9 @@ def mixed_precision(model: M, rules: Rules) -> M:
         cannot follow its rule (complex parameters, a Linen module inside, a
         ``dot_general`` of its own, a bound method kept); the message has the path.
         Later, when a method runs, a layer of Flax gets a complex argument.
-      TypeError: ``model`` is no NNX module.
+      TypeError: ``model`` is no NNX module. Later, when a method runs: arrays of two
+        dtypes meet in its code, where JAX wants one, or a result that is to be cast is
+        no pytree.
 
     Example:
       >>> from flax import nnx

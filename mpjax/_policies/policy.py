@@ -33,7 +33,8 @@ class Policy:
     Attributes:
       param_dtype: parameters and their initial values; float32 unless given.
       compute_dtype: operands of the layers; follows ``param_dtype`` unless given.
-      output_dtype: what comes out; follows ``compute_dtype`` unless given.
+      output_dtype: what comes out; follows ``compute_dtype`` unless given. Carries and
+        state that a module takes and returns keep their own.
 
     Raises:
       ValueError: a dtype is unknown, not a real floating dtype, or float64 while
