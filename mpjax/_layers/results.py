@@ -40,9 +40,15 @@ def inside_region(
       may_be_stream: whether a result that is a single array may be a carry.
       opaque: says which nodes are no arrays to a front end, whatever is in them.
     """
-    dtype = getattr(result, "dtype", None)
-    if dtype is not None and dtype == getattr(_first(given), "dtype", None):
-        return result
+    if isinstance(result, _ARRAYS):
+        first, dtype = _first(given), result.dtype
+        if dtype.itemsize <= 2 and not in_loop:
+            return result
+        if isinstance(first, _ARRAYS) and (first.dtype, first.shape) == (
+            dtype,
+            result.shape,
+        ):
+            return result
     matches = _first_match(result, given, may_be_stream, opaque)
     return _cast(result, matches, None, in_loop, opaque) if matches else result
 
