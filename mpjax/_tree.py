@@ -1,5 +1,7 @@
 """Casts and selections over pytrees."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +13,9 @@ def cast_floating(tree: ArrayTree, dtype: DType) -> ArrayTree:
     """Casts the real floating-point arrays of a tree and leaves all else alone.
 
     Integers, booleans, complex numbers, PRNG keys, ``None``, strings and Python
-    scalars (whose type is weak: they follow the arrays they meet) stay what they are,
-    and so do a ``QArray`` and a ``ScalingState``.
+    scalars (whose type is weak: they follow the arrays they meet) stay what they are.
+    So do arrays of floats in eight bits or fewer, whose values mean nothing without the
+    scale that goes with them, a ``QArray`` and a ``ScalingState``.
 
     Args:
       tree: any pytree. Leaves may be jax arrays, numpy arrays and numpy scalars, or
@@ -20,8 +23,8 @@ def cast_floating(tree: ArrayTree, dtype: DType) -> ArrayTree:
       dtype: a floating dtype.
 
     Returns:
-      The tree with every floating leaf in ``dtype``. A leaf that has it already is
-      returned as it is; numpy leaves come back as numpy.
+      The tree with every floating leaf of 16 bits and more in ``dtype``. A leaf that
+      has it already is returned as it is; numpy leaves come back as numpy.
 
     Raises:
       TypeError: the dtype is not a floating one.
@@ -33,22 +36,31 @@ def cast_floating(tree: ArrayTree, dtype: DType) -> ArrayTree:
       >>> cast["w"].dtype.name, cast["step"].dtype.name, cast["name"]
       ('bfloat16', 'int32', 'layer')
     """
+    return _convert(tree, dtype, is_castable)
+
+
+def convert_floating(tree: ArrayTree, dtype: DType) -> ArrayTree:
+    """As `cast_floating`, and arrays of floats in eight bits or fewer as well."""
+    return _convert(tree, dtype, _is_floating)
+
+
+def _convert(tree: ArrayTree, dtype: DType, is_converted: Callable) -> ArrayTree:
     dtype = jnp.dtype(dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"cast_floating casts to floating dtypes, got {dtype}.")
 
     def cast(leaf):
-        if not _is_floating(leaf) or leaf.dtype == dtype:
+        if not is_converted(leaf) or leaf.dtype == dtype:
             return leaf
         if isinstance(leaf, jax.ShapeDtypeStruct):
             return leaf.update(dtype=dtype)
         with np.errstate(over="ignore"):  # of numpy arrays: jax has no such warning
             return leaf.astype(dtype)
 
-    return jax.tree.map(cast, tree, is_leaf=_keeps_dtypes)
+    return jax.tree.map(cast, tree, is_leaf=keeps_dtypes)
 
 
-def _keeps_dtypes(node) -> bool:
+def keeps_dtypes(node) -> bool:
     """Whether the dtypes of what is inside are a part of what it means."""
     return getattr(type(node), "keeps_dtypes", False)
 
@@ -58,7 +70,7 @@ def widen(tree: ArrayTree) -> ArrayTree:
 
     def cast(leaf):
         narrow = _is_floating(leaf) and jnp.finfo(leaf.dtype).bits < 32
-        return cast_floating(leaf, jnp.float32) if narrow else leaf
+        return convert_floating(leaf, jnp.float32) if narrow else leaf
 
     return jax.tree.map(cast, tree)
 
@@ -67,6 +79,11 @@ def _is_floating(leaf) -> bool:
     return isinstance(
         leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct
     ) and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def is_castable(leaf) -> bool:
+    """Whether `cast_floating` casts a leaf: an array of floats in 16 bits or more."""
+    return _is_floating(leaf) and leaf.dtype.itemsize > 1
 
 
 def select_tree(pred: Array, on_true: ArrayTree, on_false: ArrayTree) -> ArrayTree:

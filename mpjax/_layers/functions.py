@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import jax.numpy as jnp
 
 from mpjax._layers.multiplier import Multiplier
-from mpjax._tree import cast_floating
+from mpjax._tree import convert_floating
 from mpjax._typing import Array
 
 Read: TypeAlias = Callable[[str], Any]
@@ -20,7 +20,7 @@ def attend(
     layer: Any, products: Multiplier, read: Read, query: Array, **options
 ) -> Array:
     """``Embed.attend``: f[..., features] and f[embeddings, features]."""
-    query, embedding = cast_floating((query, read("embedding")), layer.dtype)
+    query, embedding = convert_floating((query, read("embedding")), layer.dtype)
     contracting = (query.ndim - 1,), (1,)
     return products.dot_general(
         query, embedding, (contracting, ((), ())), name="embedding", **options
@@ -36,7 +36,7 @@ def einsum(
 ) -> Array:
     """``Einsum``: the bias has the indices of the kernel that the result has."""
     subscripts = einsum_str or layer.einsum_str
-    inputs, kernel, bias = cast_floating(
+    inputs, kernel, bias = convert_floating(
         (inputs, read("kernel"), read("bias")), layer.dtype
     )
     out = products.einsum(
@@ -76,7 +76,7 @@ def conv_transpose(
     if not isinstance(padding, str):
         padding = [(p, p) if isinstance(p, int) else tuple(p) for p in each(padding)]
     mask = 1 if layer.mask is None else layer.mask
-    inputs, kernel, bias = cast_floating((inputs, kernel * mask, bias), layer.dtype)
+    inputs, kernel, bias = convert_floating((inputs, kernel * mask, bias), layer.dtype)
     batch, example = inputs.shape[: -1 - space], inputs.shape[-1 - space :]
     out = products.conv_transpose(
         inputs.reshape(-1, *example),

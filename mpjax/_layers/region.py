@@ -1,7 +1,96 @@
-"""The policy of the module whose method runs."""
+"""The module whose method runs, and how its results leave it."""
+
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
+
+from mpjax._layers.results import (
+    Given,
+    Opaque,
+    at_border,
+    carried,
+    inside_region,
+    of_model,
+)
+from mpjax._policies.policy import Policy
 
 # The policy of the module whose method runs; None outside of models. JAX has it in the
 # key of its caches of traced functions, and each thread has its own.
 running_policy = jax.make_user_context(None)
+
+
+class RunningMethod(NamedTuple):
+    """The method of a module that runs.
+
+    Attributes:
+      module: the module, or what tells it from others.
+      trace: in which it runs.
+      given: its arguments, as it got them.
+    """
+
+    module: Any
+    trace: Any
+    given: Given
+
+
+running_method: ContextVar[RunningMethod | None] = ContextVar(
+    "mpjax_method", default=None
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """How the results of a method leave a module for the one around it.
+
+    Attributes:
+      policy: of the module; None: it is left alone.
+      around: the policy of the module around it; None: that has none, or there is none.
+      outer: the method of the module around it; None: there is none.
+      in_loop: whether it runs in a function that the module around it has given to a
+        transformation of JAX.
+      cast_outputs: whether the rule of the module lets results be cast.
+      is_new: whether a result is new, unless a loop needs it to be a carry: of Flax's
+        own layers, and of methods that a module calls on itself.
+    """
+
+    policy: Policy | None
+    around: Policy | None
+    outer: RunningMethod | None
+    in_loop: bool
+    cast_outputs: bool
+    is_new: bool
+
+    def cast(self, result: Any, given: Given, opaque: Opaque) -> Any:
+        """The result, each part of it in the dtype in which it leaves.
+
+        Args:
+          result: a pytree.
+          given: positional and named arguments, before they were cast.
+          opaque: says which nodes are no arrays to a front end, whatever is in them.
+
+        Raises:
+          NoPytreeError: a result that is to be cast is no pytree.
+        """
+        if result is None:
+            return None
+        policy, casts, in_loop = self.policy, self.cast_outputs, self.in_loop
+        if in_loop and self.outer is not None:
+            given = carried(given, self.outer.given, opaque)
+        if policy is None:
+            if self.around is None or not in_loop:
+                return result
+            return at_border(result, given, None, True, True, opaque)
+        if policy == self.around:
+            if not in_loop and (self.is_new or not casts):
+                return result
+            return inside_region(result, given, in_loop, casts, opaque)
+        if self.outer is None:
+            dtype = policy.output_dtype
+            return of_model(result, given, dtype, opaque) if casts else result
+        if not in_loop and not casts:
+            return result
+        dtype = policy.output_dtype if casts else None
+        may_be_stream = in_loop and casts and not self.is_new
+        return at_border(result, given, dtype, in_loop, may_be_stream, opaque)

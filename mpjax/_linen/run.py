@@ -1,16 +1,23 @@
 """One run of a wrapped model, and the interceptor of its methods."""
 
+import functools
 from contextvars import ContextVar
 from typing import Any
 
 import flax.linen as nn
+from jax.extend.core import get_opaque_trace_state
 
+from mpjax._layers.dtypes import is_of_flax
+from mpjax._layers.errors import mixed_dtypes, no_pytree
+from mpjax._layers.region import Exit, RunningMethod, running_method
+from mpjax._layers.results import NoPytreeError
 from mpjax._linen.attributes import check_real, method_under_rule, overrides
 from mpjax._linen.cache_keys import CacheKeys
 from mpjax._linen.recipes import make_multiplier
 from mpjax._linen.states import StateOwner, StateStore
 from mpjax._policies.lookup import Matcher
 from mpjax._policies.policy import Policy
+from mpjax._tree import keeps_dtypes
 
 # The policy of the module whose method runs. Traced calls nest, so it is put back on
 # the way out; each thread has its own. It is no context of JAX's, as NNX has one: that
@@ -22,6 +29,17 @@ enclosing_policy: ContextVar[Policy | None] = ContextVar(
 # Where a wrapper leaves what it has seen, for ``tabulate``.
 recording: ContextVar[dict | None] = ContextVar("mpjax_record", default=None)
 _ABSENT = object()
+
+
+@functools.cache
+def _is_layer(kind: type, method: str) -> bool:
+    """Whether a method is one of Flax's own layers, and none that runs others."""
+    function = getattr(kind, method, None)
+    return is_of_flax(function, "linen") and not issubclass(kind, nn.Sequential)
+
+
+def _is_opaque(node: Any) -> bool:
+    return isinstance(node, nn.Module | nn.Variable) or keeps_dtypes(node)
 
 
 class Run:
@@ -60,9 +78,19 @@ class Run:
         self.seen[path, type(module)] = None
         decision = self.rules.decision(path, type(module))
         policy = None if decision is None else decision.policy
-        boundary = policy if policy != enclosing_policy.get() else None
+        around, trace = enclosing_policy.get(), get_opaque_trace_state()
+        outer = running_method.get()
+        is_own = outer is not None and outer.module == (self, path)
+        end = Exit(
+            policy,
+            around,
+            outer,
+            outer is not None and outer.trace != trace,
+            decision is not None and decision.cast_outputs,
+            is_own or _is_layer(type(module), context.method_name),
+        )
         own, name, replaced = vars(module), context.method_name, {}
-        states = self._states
+        states, given = self._states, (args, kwargs)
         if decision is not None and policy is not None:
             served = self.served.setdefault(path, set())
             products = make_multiplier(module, path, decision, served, states)
@@ -70,25 +98,45 @@ class Run:
             check_real(module, path, policy, name, args, kwargs)
             method = method_under_rule(module, products, policy, name, method)
         before = {name: own.get(name, _ABSENT) for name in replaced}
-        token, outside = enclosing_policy.set(policy), (self._inside, states.owner)
+        if decision is not None and policy != around and decision.cast_inputs:
+            args, kwargs = decision.policy.cast_to_compute(given)
+        running = RunningMethod((self, path), trace, (args, kwargs))
+        tokens = enclosing_policy.set(policy), running_method.set(running)
+        outside = self._inside, states.owner
         self._inside = path
         if isinstance(module, StateOwner.kinds):
             states.owner = StateOwner(module)
         # A bound module is Flax's private clone of the user's, and may be changed.
         own.update(replaced)
         try:
-            if boundary is not None and decision is not None and decision.cast_inputs:
-                args, kwargs = boundary.cast_to_compute((args, kwargs))
-            result = method(*args, **kwargs)
-            return result if boundary is None else boundary.cast_to_output(result)
+            return end.cast(method(*args, **kwargs), given, _is_opaque)
+        except NoPytreeError as error:
+            assert policy is not None  # which it was to be cast for
+            raise no_pytree(type(module), path, str(error), policy) from None
+        except TypeError as error:
+            if (
+                policy is None
+                or (told := self._explain(error, module, path, policy)) is None
+            ):
+                raise
+            raise told from error
         finally:
             for name, value in before.items():
                 if value is _ABSENT:
                     del own[name]
                 else:
                     own[name] = value
-            enclosing_policy.reset(token)
+            enclosing_policy.reset(tokens[0])
+            running_method.reset(tokens[1])
             self._inside, states.owner = outside
+
+    def _explain(
+        self, error: TypeError, module: nn.Module, path: str, policy: Policy
+    ) -> TypeError | None:
+        index = self.rules.find(path, type(module))
+        rule = str(policy) if index is None else str(self.rules.rules[index])
+        below = f"{path}(/.*)?" if path else ".*"
+        return mixed_dtypes(error, path, type(module), policy, rule, below)
 
     def _path(self, module: nn.Module) -> str:
         """The path of a module in the model.

@@ -37,7 +37,10 @@ class MixedPrecision(nn.Module):
     module differs from that of the module around it, floating arguments are cast to
     ``compute_dtype`` and results to ``output_dtype``; elsewhere nothing is cast, so
     that under ``"mixed_bfloat16"`` everything between the inputs of the model and its
-    float32 outputs flows in bfloat16. Stock attention computes its softmax in float32.
+    float32 outputs flows in bfloat16. What a module is given and returns changed leaves
+    it in the dtype in which it came: carries of loops, the stream of residual layers,
+    and caches and other state that go through the model. Stock attention computes its
+    softmax in float32.
 
     Note:
       Delayed scaling has its states in a collection ``"scaling"``. A loss is
@@ -74,6 +77,8 @@ class MixedPrecision(nn.Module):
     Raises:
       ValueError: a rule has never decided for a module, or a layer cannot follow its
         policy (complex numbers, NNX inside); the message has the path.
+      TypeError: arrays of two dtypes meet in the code of a module, where JAX wants one,
+        or a result that is to be cast is no pytree.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, mpjax.linen

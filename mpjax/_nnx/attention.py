@@ -7,7 +7,7 @@ from typing import Any
 from flax import nnx
 
 from mpjax._layers.attention import attend, plain_einsum
-from mpjax._tree import cast_floating
+from mpjax._tree import convert_floating
 from mpjax._typing import Array
 
 _SIGNATURE = inspect.signature(nnx.dot_product_attention)
@@ -27,7 +27,9 @@ def attention(*args, einsum: Callable[..., Array] = plain_einsum, **kwargs) -> A
     names = "query", "key", "value"
     arrays = {name: given[name] for name in names}
     dtype = given["dtype"] or given["query"].dtype
-    return attend({**given, **cast_floating(arrays, dtype)}, nnx.Intermediate, einsum)
+    return attend(
+        {**given, **convert_floating(arrays, dtype)}, nnx.Intermediate, einsum
+    )
 
 
 def is_stock_attention(value: Any) -> bool:

@@ -11,16 +11,19 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 from flax import nnx
+from jax.extend.core import get_opaque_trace_state
 
 from mpjax._layers.dtypes import any_complex, complex_error, is_of_flax, says_dtype
-from mpjax._layers.region import running_policy
+from mpjax._layers.errors import mixed_dtypes, no_pytree
+from mpjax._layers.region import Exit, RunningMethod, running_method, running_policy
+from mpjax._layers.results import NoPytreeError
 from mpjax._nnx.hooks import derive
 from mpjax._nnx.parameters import map_params, reader_for, unwrap_for_storage
 from mpjax._nnx.recipes import hook_names, replacement_for, replacement_method
-from mpjax._nnx.scope_names import note, scope
+from mpjax._nnx.scope_names import note, running_path, scope
 from mpjax._policies.lookup import Decision
 from mpjax._policies.policy import Policy, spelled_like
-from mpjax._tree import cast_floating
+from mpjax._tree import cast_floating, keeps_dtypes
 
 
 def decision_of(module) -> Decision | None:
@@ -63,7 +66,7 @@ def _mixed_type(bare: type, decision: Decision | None, is_pytree: bool, dtype) -
         "__reduce__": _reduce,
     }
     for name in _public_methods(bare):
-        namespace[name] = _method(name, getattr(bare, name), decision)
+        namespace[name] = _method(bare, name, decision)
     namespace["__getattribute__"] = _getattribute(bare, decision)
     if decision is not None:
         namespace["__setattr__"] = _setattr(bare, decision)
@@ -145,26 +148,43 @@ def _compute_dtype(module):
     return type(module)._mpjax_decision.policy.compute_dtype
 
 
-def _method(name: str, function: Callable, decision: Decision | None) -> Callable:
+def _method(bare: type, name: str, decision: Decision | None) -> Callable:
+    function = getattr(bare, name)
     policy = None if decision is None else decision.policy
     run = function
     if decision is not None and decision.recipe is not None:
         run = replacement_method(function)
     of_flax = is_of_flax(function, "nnx")
+    is_layer = of_flax and not issubclass(bare, nnx.Sequential)
+    casts_outputs = decision is not None and decision.cast_outputs
 
     def under_policy(self, *args, **kwargs):
         if policy is not None and of_flax:
             _check_real(self, policy, (*args, *kwargs.values()))
-        if running_policy.value == policy:
-            return run(self, *args, **kwargs)
-        if decision is None or policy is None:
-            with running_policy(None):
-                return run(self, *args, **kwargs)
-        if decision.cast_inputs:
-            args, kwargs = _cast((args, kwargs), policy.compute_dtype)
-        with running_policy(policy):
-            outputs = run(self, *args, **kwargs)
-        return _cast(outputs, policy.output_dtype)
+        around, trace = running_policy.value, get_opaque_trace_state()
+        outer, given = running_method.get(), (args, kwargs)
+        in_loop = outer is not None and outer.trace != trace
+        is_new = is_layer or (outer is not None and outer.module is self)
+        if decision is not None and around != policy and decision.cast_inputs:
+            args, kwargs = _cast(given, decision.policy.compute_dtype)
+        token = running_method.set(RunningMethod(self, trace, (args, kwargs)))
+        try:
+            if around == policy:
+                outputs = run(self, *args, **kwargs)
+            else:
+                with running_policy(policy):
+                    outputs = run(self, *args, **kwargs)
+            end = Exit(policy, around, outer, in_loop, casts_outputs, is_new)
+            return end.cast(outputs, given, _is_opaque)
+        except NoPytreeError as error:
+            assert policy is not None  # which it was to be cast for
+            raise no_pytree(bare, running_path(), str(error), policy) from None
+        except TypeError as error:
+            if policy is None or (told := _explain(error, bare, policy)) is None:
+                raise
+            raise told from error
+        finally:
+            running_method.reset(token)
 
     @functools.wraps(function)
     def method(self, *args, **kwargs):
@@ -172,6 +192,13 @@ def _method(name: str, function: Callable, decision: Decision | None) -> Callabl
             return under_policy(self, *args, **kwargs)
 
     return method
+
+
+def _explain(error: TypeError, bare: type, policy: Policy) -> TypeError | None:
+    path = running_path()
+    inside = path.partition("/")[2]  # of the module whose method was called first
+    below = f"{inside}(/.*)?" if inside else ".*"
+    return mixed_dtypes(error, path, bare, policy, f"the policy {policy}", below)
 
 
 def _check_real(module, policy: Policy, args: tuple) -> None:
@@ -192,6 +219,10 @@ def _cast(tree, dtype):
 
 def _is_node(value) -> bool:
     return isinstance(value, nnx.Pytree | nnx.Variable)
+
+
+def _is_opaque(value) -> bool:
+    return _is_node(value) or keeps_dtypes(value)
 
 
 def computes_in_a_dtype(module) -> bool:

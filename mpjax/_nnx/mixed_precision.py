@@ -7,6 +7,7 @@ the graph definition, which is in the key of every jit cache, and not in the sta
 
 import functools
 import inspect
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TypeVar
 
@@ -49,7 +50,10 @@ def mixed_precision(model: M, rules: Rules) -> M:
     the module around it, floating arguments of its public methods are cast to
     ``compute_dtype`` and results to ``output_dtype``; elsewhere nothing is cast, so
     that under ``"mixed_bfloat16"`` everything between the model's inputs and its
-    float32 outputs flows in bfloat16. Stock attention computes its softmax in float32.
+    float32 outputs flows in bfloat16. What a module is given and returns changed leaves
+    it in the dtype in which it came: carries of loops, the stream of residual layers,
+    and caches and other state that go through the model. Stock attention computes its
+    softmax in float32.
     A plain list or dict of parameters is read as a copy, to which no method may append;
     ``nnx.List`` and ``nnx.Dict`` are themselves. Other state than ``nnx.Param`` holds
     what the model writes there, as it writes it: batch statistics in float32, but
@@ -75,7 +79,9 @@ def mixed_precision(model: M, rules: Rules) -> M:
         cannot follow its rule (complex parameters, a Linen module inside, a
         ``dot_general`` of its own, a bound method kept); the message has the path.
         Later, when a method runs, a layer of Flax gets a complex argument.
-      TypeError: ``model`` is no NNX module.
+      TypeError: ``model`` is no NNX module. Later, when a method runs: arrays of two
+        dtypes meet in its code, where JAX wants one, or a result that is to be cast is
+        no pytree.
 
     Example:
       >>> from flax import nnx
@@ -106,9 +112,9 @@ def mixed_precision(model: M, rules: Rules) -> M:
     for path, nodes in layers.items():
         decision = found[path]
         if decision is None:
-            below = (found[inner] for inner in layers if is_inside(inner, path))
-            if any(below) and decision_of(nodes[0]) is None:
-                set_type(nodes[0], None)  # left alone, it ends the region around it
+            if decision_of(nodes[0]) is None and _meets_a_rule(path, found):
+                if not isinstance(nodes[0], nnx.bridge.ToNNX):
+                    set_type(nodes[0], None)  # left alone, it ends the region around it
             continue
         decision, policy = _used(decision, served[path]), decision.policy
         for node in nodes:
@@ -127,6 +133,14 @@ def _used(decision: Decision, served: set[str]) -> Decision:
     if served:
         return decision
     return replace(decision, recipe=None, min_size=0, attention=False)
+
+
+def _meets_a_rule(path: str, found: Mapping[str, Decision | None]) -> bool:
+    """Whether a module stands around or inside of one that follows a rule."""
+    return any(
+        decision is not None and (is_inside(other, path) or is_inside(path, other))
+        for other, decision in found.items()
+    )
 
 
 def _check(path: str, module) -> None:

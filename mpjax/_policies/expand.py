@@ -85,6 +85,7 @@ def expand(rule: Rule) -> tuple[Rule, ...]:
             module_type=one.module_type,
             optional=True,
             cast_inputs=rule.cast_inputs,
+            cast_outputs=rule.cast_outputs,
         )
         for one in named.protected
         if one.module_type is None or rule.module_type is None

@@ -25,6 +25,7 @@ class Decision:
       min_size: products that sum over fewer elements, or give fewer features, go
         without the recipe.
       cast_inputs: whether floating arguments are cast where the policy begins.
+      cast_outputs: whether results are cast, where it ends and inside of it.
       attention: whether the recipe is also for the products of attention.
     """
 
@@ -32,6 +33,7 @@ class Decision:
     recipe: Recipe | None = None
     min_size: int = 0
     cast_inputs: bool = True
+    cast_outputs: bool = True
     attention: bool = False
 
 
@@ -186,6 +188,7 @@ def _decision(rule: Rule) -> Decision | None:
         rule.recipe,
         rule.min_size or 0,
         rule.cast_inputs,
+        rule.cast_outputs,
         rule.attention,
     )
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from mpjax._numerics.formats import Format, all_formats, find_format
 from mpjax._policies.presets import PRESETS, full_name
-from mpjax._tree import cast_floating
+from mpjax._tree import cast_floating, convert_floating
 from mpjax._typing import ArrayTree, DType
 
 _KEYS = {
@@ -33,7 +33,8 @@ class Policy:
     Attributes:
       param_dtype: parameters and their initial values; float32 unless given.
       compute_dtype: operands of the layers; follows ``param_dtype`` unless given.
-      output_dtype: what comes out; follows ``compute_dtype`` unless given.
+      output_dtype: what comes out; follows ``compute_dtype`` unless given. Carries and
+        state that a module takes and returns keep their own.
 
     Raises:
       ValueError: a dtype is unknown, not a real floating dtype, or float64 while
@@ -83,6 +84,8 @@ class Policy:
         Returns:
           The tree, its other leaves as they are.
         """
+        if self.param_dtype.itemsize == 1:  # parameters that it stores in eight bits
+            return convert_floating(tree, self.compute_dtype)
         return cast_floating(tree, self.compute_dtype)
 
     def cast_to_output(self, tree: ArrayTree) -> ArrayTree:

@@ -32,6 +32,9 @@ class Rule:
       cast_inputs: whether floating arguments of a module that the rule makes the entry
         of a policy are cast to its compute dtype. False keeps, say, time steps or
         coordinates in float32 until the layers that take them cast them.
+      cast_outputs: whether what a module returns is cast: at the end of a policy to its
+        output dtype, and a stream inside of one to the dtype in which it came. False
+        leaves results as the module makes them, but for the carry of a loop of JAX.
       min_size: products that sum over fewer elements than this, or give fewer features,
         stay in the compute dtype; None: 0, or what the preset says. Only with a recipe.
       attention: let the recipe also serve the two products between queries, keys and
@@ -60,6 +63,7 @@ class Rule:
     )
     optional: bool = dataclasses.field(default=False, kw_only=True)
     cast_inputs: bool = dataclasses.field(default=True, kw_only=True)
+    cast_outputs: bool = dataclasses.field(default=True, kw_only=True)
     min_size: int | None = dataclasses.field(default=None, kw_only=True)
     attention: bool = dataclasses.field(default=False, kw_only=True)
 
