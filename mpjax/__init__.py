@@ -4,6 +4,7 @@ The front ends are ``mpjax.linen`` and ``mpjax.nnx``, to be imported by these na
 """
 
 from mpjax import numerics as numerics
+from mpjax._loss_scaling.checks import check_training
 from mpjax._loss_scaling.loss import scale_loss, value_and_grad
 from mpjax._loss_scaling.state import (
     LossScalingState,
@@ -60,6 +61,7 @@ __all__ = [
     "block_scaling",
     "calibrate",
     "cast_floating",
+    "check_training",
     "current_scaling",
     "delayed_scaling",
     "delayed_weight_scaling",

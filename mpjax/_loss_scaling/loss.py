@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from mpjax._loss_scaling.marks import mark_bad_loss
 from mpjax._loss_scaling.state import is_instance, loss_scale
 from mpjax._recipes.state import ScalingState
 from mpjax._tree import widen
@@ -120,6 +121,10 @@ def value_and_grad(
         kwargs = {key: rescale_states(arg, scale) for key, arg in kwargs.items()}
         grads, (loss, aux) = grad_fn(*args, **kwargs)
         grads = with_loss_scale(grads, scale)
+        if isinstance(argnums, int):
+            grads = mark_bad_loss(grads, loss)
+        else:
+            grads = tuple(mark_bad_loss(tree, loss) for tree in grads)
         return ((loss, aux) if has_aux else loss), grads
 
     return loss_and_scaled_grads

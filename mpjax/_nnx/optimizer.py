@@ -15,6 +15,7 @@ from mpjax._loss_scaling.loss import (
     scale_loss,
     with_loss_scale,
 )
+from mpjax._loss_scaling.marks import mark_bad_loss
 from mpjax._loss_scaling.state import LossScalingState, loss_scale
 from mpjax._nnx.scaling import (
     ScalingStat,
@@ -172,6 +173,10 @@ def value_and_grad(
         grads, (loss, aux) = grad_fn(*args)
         if scales_loss:
             grads = with_loss_scale(grads, loss_scale(opt_state))
+            if is_single:
+                grads = mark_bad_loss(grads, loss)
+            else:
+                grads = tuple(mark_bad_loss(tree, loss) for tree in grads)
         return ((loss, aux) if has_aux else loss), grads
 
     return loss_and_grads
