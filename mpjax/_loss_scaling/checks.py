@@ -42,11 +42,11 @@ def check_training(
     Example:
       >>> import jax.numpy as jnp, mpjax
       >>> mpjax.check_training({"w": jnp.ones(3)})
-      >>> mpjax.check_training({"w": jnp.array([1.0, jnp.nan])})
-      Traceback (most recent call last):
-      ...
-      ValueError: Parameters are not finite: 'w' in 1 of 2 elements. Every step from
-      here is skipped or spreads them: go back to a checkpoint without.
+      >>> try:
+      ...     mpjax.check_training({"w": jnp.array([1.0, jnp.nan])})
+      ... except ValueError as error:
+      ...     print(str(error).partition(".")[0])
+      Parameters are not finite: 'w' in 1 of 2 elements
     """
     if isinstance(max_consecutive_skips, bool):
         raise TypeError(
