@@ -11,6 +11,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from mpjax._loss_scaling.marks import has_bad_loss
 from mpjax._loss_scaling.state import LossScalingState, is_instance
+from mpjax._mesh import unchecked_axes, varying_axes
 from mpjax._recipes.state import ScalingState
 from mpjax._tree import select_tree, widen
 
@@ -27,7 +28,7 @@ def guarded(inner, scale, hysteresis, adjust, axis_name):
       adjust: makes the state of the next step, from the state, whether the step is
         applied, and whether the loss was not finite before it was scaled; None: the
         scale is constant.
-      axis_name: over which devices agree.
+      axis_name: over which devices agree; None: all that share a scale.
     """
     if not all(callable(getattr(inner, name, None)) for name in ("init", "update")):
         raise TypeError(
@@ -41,7 +42,7 @@ def guarded(inner, scale, hysteresis, adjust, axis_name):
         return LossScalingState(
             inner_state=inner.init(widen(params)),
             scale=jnp.asarray(scale, jnp.float32),
-            growth_tracker=jnp.zeros((), jnp.int32),
+            growth_tracker=jnp.full((), -1 if adjust is None else 0, jnp.int32),
             hysteresis_tracker=jnp.asarray(hysteresis, jnp.int32),
             last_finite=jnp.array(True),
             notfinite_count=jnp.zeros((), jnp.int32),
@@ -70,8 +71,8 @@ def guarded(inner, scale, hysteresis, adjust, axis_name):
             )
         grads = _unscale(updates, state.scale)
         finite = _all_squares_finite(grads)
-        bad_loss = False if adjust is None else has_bad_loss(given)
-        finite, bad_loss = _agreed(finite, bad_loss, axis_name)
+        bad_loss = jnp.array(False) if adjust is None else has_bad_loss(given)
+        finite, bad_loss = _agreed(finite, bad_loss, axis_name, state.scale)
 
         step = jax.jit(apply)  # for all that follows to trace it once
         args = (grads, state.inner_state, params)
@@ -105,9 +106,17 @@ def guarded(inner, scale, hysteresis, adjust, axis_name):
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _agreed(finite, bad_loss, axis_name):
-    """Both conditions for all devices: an overflow on one of them counts most."""
-    for axis in jax.tree.leaves(axis_name):  # they may vary over some of them only
+def _agreed(finite, bad_loss, axis_name, scale):
+    """Both conditions for all devices that share the scale.
+
+    An overflow on one of them counts most, and then a loss that is not finite.
+    """
+    differing = varying_axes(finite) | varying_axes(bad_loss)
+    axes = [*jax.tree.leaves(axis_name)]  # they may vary over some of them only
+    axes += sorted(differing - varying_axes(scale) - {*axes}, key=str)
+    if axis_name is None:
+        axes += unchecked_axes()
+    for axis in axes:
         rank = jnp.where(finite, 2, jnp.where(bad_loss, 1, 0))
         rank = lax.pmin(rank, axis)
         finite, bad_loss = rank == 2, rank == 1

@@ -83,9 +83,13 @@ def dynamic_loss_scaling(
         above 65504 itself. For a smaller ``init_scale``, 2**-126, below which a scale
         would be flushed to zero: it then has to grow back after a run of bad batches.
       max_scale: a ceiling.
-      axis_name: mapped axes (of ``shard_map``, ``pmap`` or ``vmap``) over which the
-        gradients differ: if one device overflows, all skip. Gradients themselves are
-        not reduced. Not needed under ``jit`` alone, however its arrays are sharded.
+      axis_name: mapped axes (of ``pmap`` or ``vmap``) over which the gradients differ:
+        if one device overflows, all skip. Gradients themselves are not reduced. Not
+        needed under ``jit`` alone, however its arrays are sharded, nor within
+        ``shard_map``, where all devices that share the state decide as one. With
+        ``check_vma=False``, which hides what they share, those are all devices of the
+        mapped axes, at the cost of a reduction of one number; ``axis_name=()`` leaves
+        each with a decision of its own.
 
     Returns:
       A transformation whose state is a `LossScalingState`.

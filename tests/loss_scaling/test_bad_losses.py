@@ -191,18 +191,22 @@ def test_a_model_of_nnx():
 
 
 def test_a_select_in_the_smallest_array_is_all_that_a_gradient_costs():
-    opt_state, params = (
-        mpjax.dynamic_loss_scaling(optax.sgd(0.1)).init(0.0),
-        params_of(),
-    )
+    params = params_of()
+    opt_state = mpjax.dynamic_loss_scaling(optax.sgd(0.1)).init(params)
 
-    def plain(params, x):
-        return jax.grad(lambda p: mpjax.scale_loss(loss_fn(p, x), opt_state))(params)
+    def plain(params, opt_state):
+        def scaled(params):
+            return mpjax.scale_loss(loss_fn(params, jnp.ones(4)), opt_state)
+
+        return jax.grad(scaled)(params)
+
+    def marked(params, opt_state):
+        return mpjax.value_and_grad(loss_fn, opt_state)(params, jnp.ones(4))
 
     def counts(fn):
-        jaxpr = jax.make_jaxpr(fn)(params, jnp.ones(4))
-        names = [eqn.primitive.name for eqn in jaxpr.jaxpr.eqns]
-        return collections.Counter(names)
+        eqns = jax.make_jaxpr(fn)(params, opt_state).jaxpr.eqns
+        return collections.Counter(eqn.primitive.name for eqn in eqns)
 
-    marked = counts(mpjax.value_and_grad(loss_fn, opt_state))
-    assert set(marked - counts(plain)) == {"is_finite", "jit"}  # of jnp.where
+    extra = counts(marked) - counts(plain)
+    assert sum(extra.values()) <= 3
+    assert set(extra) <= {"is_finite", "jit", "broadcast_in_dim"}  # jnp.where
