@@ -16,7 +16,11 @@ from mpjax._loss_scaling.loss import (
     with_loss_scale,
 )
 from mpjax._loss_scaling.marks import mark_bad_loss
-from mpjax._loss_scaling.state import LossScalingState, loss_scale
+from mpjax._loss_scaling.state import (
+    LossScalingState,
+    last_step_finite,
+    loss_scale,
+)
 from mpjax._nnx.scaling import (
     ScalingStat,
     scaling_stats,
@@ -33,7 +37,8 @@ class Optimizer(nnx.Optimizer):
 
     Its ``update`` enters what a step has observed into the states of the model, as
     `update_scaling` does, after the parameters. Steps that loss scaling skips are not
-    entered, and microbatches of ``optax.MultiSteps`` are entered together.
+    entered, and microbatches of ``optax.MultiSteps`` are entered together. ``step``
+    does not count steps that loss scaling skips.
 
     Args:
       model: an NNX module.
@@ -93,9 +98,14 @@ class Optimizer(nnx.Optimizer):
         Raises:
           ValueError: the gradients lack that of a state.
         """
+        before = self.step[...]
         updates = super().update(model, grads, **kwargs)
+        opt_state = _arrays(self)
+        if found_states(opt_state, LossScalingState):
+            made = last_step_finite(opt_state)
+            self.step[...] = jnp.where(made, self.step[...], before)
         if scaling_stats(model):
-            update_scaling(model, grads, step_of_optimizer(_arrays(self)))
+            update_scaling(model, grads, step_of_optimizer(opt_state))
         return updates
 
 
