@@ -4,6 +4,8 @@ The front ends are ``mpjax.linen`` and ``mpjax.nnx``, to be imported by these na
 """
 
 from mpjax import numerics as numerics
+from mpjax._layers import serialization as _serialization
+from mpjax._loss_scaling.checks import check_training
 from mpjax._loss_scaling.loss import scale_loss, value_and_grad
 from mpjax._loss_scaling.state import (
     LossScalingState,
@@ -60,6 +62,7 @@ __all__ = [
     "block_scaling",
     "calibrate",
     "cast_floating",
+    "check_training",
     "current_scaling",
     "delayed_scaling",
     "delayed_weight_scaling",
@@ -87,6 +90,7 @@ __all__ = [
     "value_and_grad",
 ]
 
-_export.register()  # so that programs with states can be stored
+_export.register()  # programs with states, in jax.export
+_serialization.register()  # states, in flax.serialization
 
 __version__ = "0.1.0"

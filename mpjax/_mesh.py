@@ -25,3 +25,18 @@ def match_varying(*operands: ArrayTree) -> tuple:
 def varying_axes(x: Array) -> frozenset[AxisName]:
     """The manual mesh axes over which an array differs between devices."""
     return jax.typeof(x).manual_axis_type.varying
+
+
+def unchecked_axes() -> tuple[AxisName, ...]:
+    """The axes of a ``shard_map`` with ``check_vma=False``, if this runs in one.
+
+    Arrays do not say there over which of them they differ between devices. Without the
+    axis of a ``pmap`` that has no name: its devices may train models of their own.
+    """
+    names = jax.sharding.get_abstract_mesh().manual_axes
+    return tuple(
+        name
+        for name in names
+        if not str(name).startswith("_internal_pmap")
+        and not varying_axes(lax.axis_index(name))
+    )

@@ -1,6 +1,5 @@
 """Mixed precision for Flax NNX: ``import mpjax.nnx``."""
 
-from mpjax._layers import serialization as _serialization
 from mpjax._nnx.calibrate import calibrate
 from mpjax._nnx.mixed_precision import mixed_precision
 from mpjax._nnx.optimizer import Optimizer, value_and_grad
@@ -18,5 +17,3 @@ __all__ = [
     "update_scaling",
     "value_and_grad",
 ]
-
-_serialization.register()  # states in flax.serialization

@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 from mpjax._layers.kept_weights import checked_copy
 from mpjax._layers.sizes import convolution_size, dot_size, einsum_size
@@ -167,6 +169,7 @@ class Multiplier:
         if not self.recipe.stateful:
             return product(self.recipe, None, None)
         state = self.read(name, weight)
+        self._check_not_optimized(state)
         copy = None
         if state.weight is not None and weight is not None:
             copy = checked_copy(self.path, weight, state.weight.values)
@@ -175,6 +178,29 @@ class Multiplier:
         now, later = split_scales(state.scale)
         self.write(name, later)
         return product(recipe, now, copy)
+
+    def _check_not_optimized(self, state: ScalingState) -> None:
+        """Raises ValueError if an optimizer has taken a state for parameters.
+
+        Its updates make scales negative; where they are traced, products give NaN.
+        """
+        if isinstance(state.scale, Tracer) or not (np.asarray(state.scale) < 0).any():
+            return
+        raise ValueError(
+            f"The scaling state of module {self.path!r} has negative scales: an "
+            "optimizer has been given it as a parameter. Make the optimizer with "
+            "mpjax.scaled(tx), which keeps the states among its parameters, or give it "
+            "parameters alone."
+        )
+
+
+def state_of_another_recipe(path: str, own: Recipe, wanted: Recipe) -> ValueError:
+    """The error for a module whose state was made under another recipe."""
+    return ValueError(
+        f"The scaling state of module {path!r} is one of {own!r}, and its rule has "
+        f"{wanted!r}. Take the recipe that the state was made with, or begin with the "
+        "states of a new init."
+    )
 
 
 def unserved(path: str, kind: type, why: str) -> ValueError:

@@ -1,7 +1,8 @@
 """Quantized arrays and scaling states for ``flax.serialization``.
 
-What is static, a block or a recipe, belongs to the program: it is not written, and is
-that of the target that is read into.
+What is static, a block or a recipe, belongs to the program, and is that of the target
+that is read into. What the numbers mean, a format and its rounding, is written with
+them as text, and compared when they are read.
 """
 
 import functools
@@ -9,17 +10,33 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 from flax import serialization
 
 from mpjax._numerics.qarray import QArray
 from mpjax._recipes.state import ScalingState, WeightCopy
 
+_MEANING = "meaning"
+
+
+def _meaning(node: Any) -> str | None:
+    """What the numbers of a node mean, in words; None: what is in it tells."""
+    if isinstance(node, ScalingState):
+        return node.recipe.signature
+    if isinstance(node, QArray):
+        return f"{node.dtype.name} {node.rounding} {node.block}"
+    return None
+
 
 def _to_state_dict(fields: tuple[str, ...], node: Any) -> dict[str, Any]:
-    return {
+    written = {
         name: serialization.to_state_dict(getattr(node, name))
         for name in _present(fields, node)
     }
+    meaning = _meaning(node)
+    if meaning is not None:  # as an array, which every store of arrays takes
+        written[_MEANING] = np.frombuffer(meaning.encode(), np.uint8)
+    return written
 
 
 def _present(fields: tuple[str, ...], node: Any) -> list[str]:
@@ -27,29 +44,42 @@ def _present(fields: tuple[str, ...], node: Any) -> list[str]:
 
 
 def _from_state_dict(fields: tuple[str, ...], node: Any, state: dict[str, Any]) -> Any:
-    present = _present(fields, node)
-    if state.keys() != set(present):
+    kind, path = type(node).__name__, serialization.current_path() or "."
+    present, meaning = _present(fields, node), _meaning(node)
+    expected = present if meaning is None else [*present, _MEANING]
+    if state.keys() != set(expected):
         raise ValueError(
-            f"A {type(node).__name__} is read from {', '.join(present)}, got "
-            f"{', '.join(state)}."
+            f"A {kind} is read from {', '.join(expected)}, got {', '.join(state)} at "
+            f"{path}."
         )
+    if meaning is not None:
+        got = bytes(np.asarray(state[_MEANING], np.uint8)).decode(errors="replace")
+        if got != meaning:
+            raise ValueError(
+                f"The {kind} at {path} was written as {got!r} and is read as "
+                f"{meaning!r}, where its numbers mean others. Read it with the recipe "
+                "that it was written with, or begin with new states."
+            )
     read: dict[str, Any] = {
         name: serialization.from_state_dict(getattr(node, name), state[name], name)
         for name in present
     }
     for name, value in read.items():
-        if name != "weight" and value.shape != getattr(node, name).shape:
+        if (
+            name not in ("weight", "values")
+            and value.shape != getattr(node, name).shape
+        ):
             raise ValueError(
-                f"The {name} of a {type(node).__name__} has shape "
-                f"{getattr(node, name).shape} here and {value.shape} in what is read: "
-                "read into a state of the same recipe and model."
+                f"The {name} of a {kind} has shape {getattr(node, name).shape} here "
+                f"and {value.shape} in what is read at {path}: read into a state of "
+                "the same recipe and model."
             )
     return replace(node, **read)
 
 
 @functools.cache
 def register() -> None:
-    """Lets ``flax.serialization`` write states; once, for the two front ends."""
+    """Lets ``flax.serialization`` write quantized arrays and states."""
     for kind, fields in (
         (QArray, ("qvalue", "scale")),
         (WeightCopy, ("values", "amax")),

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 from jax.extend.core import get_opaque_trace_state
 
+from mpjax._layers.multiplier import state_of_another_recipe
 from mpjax._recipes.recipe import Recipe
 from mpjax._recipes.state import ScalingState
 from mpjax._scaling_states.weights import refreshed_copy
@@ -130,11 +131,7 @@ def _state(owner: nn.Module, path: str, recipe: Recipe, name: str) -> ScalingSta
             owner.put_variable(SCALING, name, recipe.init(loss_scale=0))
     state = owner.get_variable(SCALING, name)
     if not state.recipe.agrees_with(recipe):
-        raise ValueError(
-            f"The scaling state of module {path!r} is one of {state.recipe!r}, and "
-            f"its rule has {recipe!r}. Take the recipe that the state was made "
-            "with, or begin with the states of a new init."
-        )
+        raise state_of_another_recipe(path, state.recipe, recipe)
     return state
 
 

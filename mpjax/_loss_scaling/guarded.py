@@ -9,7 +9,9 @@ from jax import lax
 from jax.core import Tracer
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from mpjax._loss_scaling.marks import has_bad_loss
 from mpjax._loss_scaling.state import LossScalingState, is_instance
+from mpjax._mesh import unchecked_axes, varying_axes
 from mpjax._recipes.state import ScalingState
 from mpjax._tree import select_tree, widen
 
@@ -17,7 +19,17 @@ FLOAT32 = jnp.finfo(jnp.float32)
 
 
 def guarded(inner, scale, hysteresis, adjust, axis_name):
-    """What the two have in common; ``adjust`` moves the scale."""
+    """What the two have in common.
+
+    Args:
+      inner: the optimizer.
+      scale: the first scale.
+      hysteresis: of the first state.
+      adjust: makes the state of the next step, from the state, whether the step is
+        applied, and whether the loss was not finite before it was scaled; None: the
+        scale is constant.
+      axis_name: over which devices agree; None: all that share a scale.
+    """
     if not all(callable(getattr(inner, name, None)) for name in ("init", "update")):
         raise TypeError(
             "inner must be a gradient transformation, such as optax.adamw(1e-3), got "
@@ -30,7 +42,7 @@ def guarded(inner, scale, hysteresis, adjust, axis_name):
         return LossScalingState(
             inner_state=inner.init(widen(params)),
             scale=jnp.asarray(scale, jnp.float32),
-            growth_tracker=jnp.zeros((), jnp.int32),
+            growth_tracker=jnp.full((), -1 if adjust is None else 0, jnp.int32),
             hysteresis_tracker=jnp.asarray(hysteresis, jnp.int32),
             last_finite=jnp.array(True),
             notfinite_count=jnp.zeros((), jnp.int32),
@@ -52,14 +64,15 @@ def guarded(inner, scale, hysteresis, adjust, axis_name):
             updates, _ = jax.eval_shape(step, *args)  # those of lookahead have more
             return jax.tree.map(_negative_zeros, updates), args[1]
 
+        given = updates
         if any(is_traced(g) for g in jax.tree.leaves(updates)):
             updates = lax.platform_dependent(
                 updates, cpu=_row_major, default=lambda grads: grads
             )
         grads = _unscale(updates, state.scale)
         finite = _all_squares_finite(grads)
-        for axis in jax.tree.leaves(axis_name):  # it may vary over some of them only
-            finite = lax.pmin(finite.astype(jnp.int32), axis).astype(bool)
+        bad_loss = jnp.array(False) if adjust is None else has_bad_loss(given)
+        finite, bad_loss = _agreed(finite, bad_loss, axis_name, state.scale)
 
         step = jax.jit(apply)  # for all that follows to trace it once
         args = (grads, state.inner_state, params)
@@ -76,7 +89,8 @@ def guarded(inner, scale, hysteresis, adjust, axis_name):
             )
         else:
             updates, inner_state = apply(*args) if finite else skip(*args)
-        return updates, adjust(state, finite)._replace(
+        adjusted = state if adjust is None else adjust(state, finite, bad_loss)
+        return updates, adjusted._replace(
             inner_state=inner_state,
             last_finite=finite,
             notfinite_count=jnp.where(
@@ -90,6 +104,23 @@ def guarded(inner, scale, hysteresis, adjust, axis_name):
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _agreed(finite, bad_loss, axis_name, scale):
+    """Both conditions for all devices that share the scale.
+
+    An overflow on one of them counts most, and then a loss that is not finite.
+    """
+    differing = varying_axes(finite) | varying_axes(bad_loss)
+    axes = [*jax.tree.leaves(axis_name)]  # they may vary over some of them only
+    axes += sorted(differing - varying_axes(scale) - {*axes}, key=str)
+    if axis_name is None:
+        axes += unchecked_axes()
+    for axis in axes:
+        rank = jnp.where(finite, 2, jnp.where(bad_loss, 1, 0))
+        rank = lax.pmin(rank, axis)
+        finite, bad_loss = rank == 2, rank == 1
+    return finite, bad_loss
 
 
 def _check_no_states(tree):

@@ -8,12 +8,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from mpjax._loss_scaling.state import is_instance, loss_scale
+from mpjax._loss_scaling.marks import mark_bad_loss
+from mpjax._loss_scaling.state import find_state, is_instance, loss_scale
 from mpjax._recipes.state import ScalingState
 from mpjax._tree import widen
 from mpjax._typing import Array, ArrayTree
+
+_ONE = np.float32(1)
 
 
 def scale_loss(loss: ArrayLike, opt_state: ArrayTree) -> Array:
@@ -35,7 +40,8 @@ def scale_loss(loss: ArrayLike, opt_state: ArrayTree) -> Array:
       float32[] (float64[] for a float64 loss).
 
     Raises:
-      ValueError: the loss is not a scalar, or there is no loss scale in the state.
+      ValueError: the loss is not a scalar, or there is no loss scale in the state, or
+        the state is a constant of a function that is being compiled.
       TypeError: the loss is not real and floating.
 
     Example:
@@ -59,7 +65,7 @@ def scale_loss(loss: ArrayLike, opt_state: ArrayTree) -> Array:
         raise TypeError(
             f"The loss must be real and floating to have a gradient, got {dtype}."
         )
-    scale = loss_scale(opt_state)
+    scale = _present_scale(opt_state)
     if dtype == jnp.float16:
         scale = jnp.where(scale == 2.0**16, 65504.0, scale)
     wide = widen(jnp.asarray(loss))
@@ -78,6 +84,14 @@ def value_and_grad(
     was when they were updated last: gradients are neither saturated nor flushed to zero
     where a loss scale is set by hand or states are restored without the optimizer's.
 
+    To be called in every step, with the state of that step. Unlike
+    ``jax.value_and_grad`` it cannot be made once before the steps: it would go on with
+    the first loss scale, which raises where the step is compiled.
+
+    The optimizer divides gradients by the loss scale. Those of ``jax.value_and_grad``,
+    of a loss that is not scaled, look no different to it, and the updates are too small
+    by that factor. See `docs/loss_scaling.md` for how to tell.
+
     Args:
       fun: a function that returns a loss, or a loss and something else. Its keyword
         arguments are passed on and not differentiated.
@@ -91,7 +105,8 @@ def value_and_grad(
       those of the scaled loss: give them to ``tx.update``, which unscales them.
 
     Raises:
-      ValueError: the loss is not a scalar, or there is no loss scale in the state.
+      ValueError: the loss is not a scalar, or there is no loss scale in the state, or
+        the state is a constant of a function that is being compiled.
       TypeError: the loss is not real and floating.
 
     Example:
@@ -120,9 +135,33 @@ def value_and_grad(
         kwargs = {key: rescale_states(arg, scale) for key, arg in kwargs.items()}
         grads, (loss, aux) = grad_fn(*args, **kwargs)
         grads = with_loss_scale(grads, scale)
+        if isinstance(argnums, int):
+            grads = mark_bad_loss(grads, loss)
+        else:
+            grads = tuple(mark_bad_loss(tree, loss) for tree in grads)
         return ((loss, aux) if has_aux else loss), grads
 
     return loss_and_scaled_grads
+
+
+def _present_scale(opt_state: ArrayTree) -> Array:
+    """The loss scale.
+
+    Raises:
+      ValueError: a program is being compiled in which it would stay what it is now.
+    """
+    state = find_state(opt_state)
+    scale = jnp.asarray(state.scale)
+    compiles = not isinstance(scale, Tracer) and isinstance(lax.neg(_ONE), Tracer)
+    if compiles and np.all(np.asarray(state.growth_tracker) >= 0):  # the scale varies
+        raise ValueError(
+            "The optimizer state is no argument of the function that is compiled, so "
+            "that its loss scale would be a constant there, and gradients scaled by it "
+            "after it has changed. Pass the state to the compiled function, and call "
+            "mpjax.value_and_grad(loss_fn, opt_state) or mpjax.scale_loss inside of "
+            "it, with the state of that step."
+        )
+    return scale
 
 
 def loss_and_aux(out: Any, has_aux: bool) -> tuple[Any, Any]:

@@ -16,7 +16,8 @@ class LossScalingState(NamedTuple):
     Attributes:
       inner_state: state of the wrapped transformation.
       scale: float32[], what the next loss is multiplied by.
-      growth_tracker: int32[], finite steps in a row since the scale last grew.
+      growth_tracker: int32[], finite steps in a row since the scale last grew; -1 if
+        it is constant.
       hysteresis_tracker: int32[], overflows left before the scale backs off.
       last_finite: bool[], whether the last step was applied.
       notfinite_count: int32[], steps skipped in a row, up to now.

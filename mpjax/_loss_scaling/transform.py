@@ -22,7 +22,7 @@ def dynamic_loss_scaling(
     backoff_factor: float = 0.5,
     growth_interval: int = 2000,
     hysteresis: int = 1,
-    min_scale: float = float(FLOAT32.tiny),
+    min_scale: float | None = None,
     max_scale: float = float(FLOAT32.max),
     axis_name: AxisName | Sequence[AxisName] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -36,11 +36,17 @@ def dynamic_loss_scaling(
                      S = min(S * growth_factor, max_scale), hysteresis refilled
         not finite:  zero updates, inner state untouched, one hysteresis spent;
                      with none left, S = max(S * backoff_factor, min_scale)
+        loss itself not finite:  zero updates, inner state and S untouched
 
-    The defaults are the state machine of PyTorch's ``GradScaler``, with a floor (the
-    smallest normal float32, below which a scale would be flushed to zero) and, as
-    there, the last finite scale for a ceiling. ``hysteresis=2, min_scale=1`` is that
-    of Megatron-LM.
+    The defaults are the state machine of PyTorch's ``GradScaler``, with a floor of 1
+    and, as there, the last finite scale for a ceiling. ``hysteresis=2`` is that of
+    Megatron-LM.
+
+    A loss that is infinite or NaN before it is scaled, of a broken batch say, tells
+    nothing about the scale. `value_and_grad` notes it in the gradients, by the NaN in
+    the smallest of them. Without it, by `scale_loss`, such a step counts as an
+    overflow; so it does where gradients are summed over devices by hand on a GPU.
+    `check_training` raises where a run does nothing but skip.
 
     Put it outermost. Whatever it wraps sees true gradients, so that clipping is by
     their true norm; whatever stands outside sees scaled ones. Gradient accumulation
@@ -73,12 +79,17 @@ def dynamic_loss_scaling(
       backoff_factor: what it is multiplied by after an overflow, between 0 and 1.
       growth_interval: finite steps in a row after which it grows.
       hysteresis: overflows it takes, since it last grew, for it to back off.
-      min_scale: a floor. At 1, as others have it, a long run of bad batches is over
-        when it ends; below, the scale has to grow back first.
+      min_scale: a floor; 1 by default, since a float16 gradient that overflows at 1 is
+        above 65504 itself. For a smaller ``init_scale``, 2**-126, below which a scale
+        would be flushed to zero: it then has to grow back after a run of bad batches.
       max_scale: a ceiling.
-      axis_name: mapped axes (of ``shard_map``, ``pmap`` or ``vmap``) over which the
-        gradients differ: if one device overflows, all skip. Gradients themselves are
-        not reduced. Not needed under ``jit`` alone, however its arrays are sharded.
+      axis_name: mapped axes (of ``pmap`` or ``vmap``) over which the gradients differ:
+        if one device overflows, all skip. Gradients themselves are not reduced. Not
+        needed under ``jit`` alone, however its arrays are sharded, nor within
+        ``shard_map``, where all devices that share the state decide as one. With
+        ``check_vma=False``, which hides what they share, those are all devices of the
+        mapped axes, at the cost of a reduction of one number; ``axis_name=()`` leaves
+        each with a decision of its own.
 
     Returns:
       A transformation whose state is a `LossScalingState`.
@@ -102,12 +113,19 @@ def dynamic_loss_scaling(
       Micikevicius et al., `Mixed Precision Training
       <https://arxiv.org/abs/1710.03740>`_, 2018
     """
+    if min_scale is None:
+        min_scale = _default_floor(init_scale)
     low = _number("min_scale", min_scale, "at least 2**-126", lambda x: x >= 2.0**-126)
     high = _number(
-        "max_scale", max_scale, f"at least min_scale={low}", lambda x: x >= low
+        "max_scale", max_scale, f"at least min_scale={low}", lambda x: _ordered(low, x)
     )
     within = f"between min_scale={low} and max_scale={high}"
-    init_scale = _number("init_scale", init_scale, within, lambda x: low <= x <= high)
+    init_scale = _number(
+        "init_scale",
+        init_scale,
+        within,
+        lambda x: _ordered(low, x) and _ordered(x, high),
+    )
     growth = _number("growth_factor", growth_factor, "above 1", lambda x: x > 1)
     backoff = _number(
         "backoff_factor", backoff_factor, "between 0 and 1", lambda x: 0 < x < 1
@@ -115,14 +133,14 @@ def dynamic_loss_scaling(
     growth_interval = _count("growth_interval", growth_interval)
     hysteresis = _count("hysteresis", hysteresis)
 
-    def adjust(state, finite):
+    def adjust(state, finite, bad_loss):
         grow = finite & (state.growth_tracker >= growth_interval - 1)
         left = jnp.maximum(state.hysteresis_tracker - 1, 0)
         grown = state.scale * growth
         grown = jnp.where(jnp.isfinite(grown), grown, state.scale)
         backed_off = jnp.where(left == 0, state.scale * backoff, state.scale)
         scale = jnp.where(finite, jnp.where(grow, grown, state.scale), backed_off)
-        return state._replace(
+        adjusted = state._replace(
             scale=jnp.fmax(jnp.fmin(scale, high), low),  # of NaN as well
             growth_tracker=jnp.where(
                 finite & ~grow, optax.safe_increment(state.growth_tracker), 0
@@ -130,6 +148,12 @@ def dynamic_loss_scaling(
             hysteresis_tracker=jnp.where(
                 finite, jnp.where(grow, hysteresis, state.hysteresis_tracker), left
             ),
+        )
+        return adjusted._replace(
+            **{
+                name: jnp.where(bad_loss, getattr(state, name), getattr(adjusted, name))
+                for name in ("scale", "growth_tracker", "hysteresis_tracker")
+            }
         )
 
     return guarded(inner, init_scale, hysteresis, adjust, axis_name)
@@ -167,7 +191,20 @@ def static_loss_scaling(
       [-2. -1.]
     """
     scale = _number("scale", scale, "at least 2**-126", lambda x: x >= 2.0**-126)
-    return guarded(inner, scale, 1, lambda state, finite: state, axis_name)
+    return guarded(inner, scale, 1, None, axis_name)
+
+
+def _default_floor(init_scale):
+    if is_traced(init_scale):
+        return jnp.where(init_scale < 1, FLOAT32.tiny, 1.0)
+    given = np.asarray(init_scale)
+    is_real = given.shape == () and given.dtype.kind in "iuf"
+    return float(FLOAT32.tiny) if is_real and given < 1 else 1.0
+
+
+def _ordered(low, high):
+    """Whether one number is no more than the other; what is traced is not looked at."""
+    return is_traced(low) or is_traced(high) or low <= high
 
 
 def _number(name, value, rule, holds):

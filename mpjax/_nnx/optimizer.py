@@ -15,7 +15,12 @@ from mpjax._loss_scaling.loss import (
     scale_loss,
     with_loss_scale,
 )
-from mpjax._loss_scaling.state import LossScalingState, loss_scale
+from mpjax._loss_scaling.marks import mark_bad_loss
+from mpjax._loss_scaling.state import (
+    LossScalingState,
+    last_step_finite,
+    loss_scale,
+)
 from mpjax._nnx.scaling import (
     ScalingStat,
     scaling_stats,
@@ -32,7 +37,8 @@ class Optimizer(nnx.Optimizer):
 
     Its ``update`` enters what a step has observed into the states of the model, as
     `update_scaling` does, after the parameters. Steps that loss scaling skips are not
-    entered, and microbatches of ``optax.MultiSteps`` are entered together.
+    entered, and microbatches of ``optax.MultiSteps`` are entered together. ``step``
+    does not count steps that loss scaling skips.
 
     Args:
       model: an NNX module.
@@ -92,9 +98,14 @@ class Optimizer(nnx.Optimizer):
         Raises:
           ValueError: the gradients lack that of a state.
         """
+        before = self.step[...]
         updates = super().update(model, grads, **kwargs)
+        opt_state = _arrays(self)
+        if found_states(opt_state, LossScalingState):
+            made = last_step_finite(opt_state)
+            self.step[...] = jnp.where(made, self.step[...], before)
         if scaling_stats(model):
-            update_scaling(model, grads, step_of_optimizer(_arrays(self)))
+            update_scaling(model, grads, step_of_optimizer(opt_state))
         return updates
 
 
@@ -172,6 +183,10 @@ def value_and_grad(
         grads, (loss, aux) = grad_fn(*args)
         if scales_loss:
             grads = with_loss_scale(grads, loss_scale(opt_state))
+            if is_single:
+                grads = mark_bad_loss(grads, loss)
+            else:
+                grads = tuple(mark_bad_loss(tree, loss) for tree in grads)
         return ((loss, aux) if has_aux else loss), grads
 
     return loss_and_grads

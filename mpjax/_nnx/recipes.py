@@ -19,6 +19,7 @@ from flax.errors import TraceContextError
 from mpjax._layers.multiplier import (
     Multiplier,
     check_convolution,
+    state_of_another_recipe,
     unserved,
     unserved_attention,
 )
@@ -126,7 +127,10 @@ def _products(module: Any) -> Multiplier:
                 "mpjax.nnx.ScalingStat variables on it, in nnx.merge, nnx.clone and "
                 "nnx.pop too; or give it a rule with mpjax.current_scaling()."
             )
-        return state.get_value()
+        value = state.get_value()
+        if not value.recipe.agrees_with(decision.recipe):
+            raise state_of_another_recipe(path, value.recipe, decision.recipe)
+        return value
 
     def write(name: str, scales: Array) -> None:
         state = vars(module)[f"{name}_scaling"]

@@ -204,10 +204,12 @@ def expand_scale(scale: Array, shape: tuple[int, ...], block: Block) -> Array:
 
 
 def round_scale_up(scale: Array) -> Array:
-    """The least power of two that is no smaller than a scale, f32; 0 where it is 0."""
-    bits = lax.bitcast_convert_type(jnp.maximum(scale, 0.0), jnp.int32)
-    up = (bits + 0x7FFFFF) & 0x7F800000
-    return lax.bitcast_convert_type(up, jnp.float32)
+    """The least power of two that is no smaller than a scale, f32.
+
+    0 where it is 0, and NaN where it is negative, which is no scale.
+    """
+    up = (lax.bitcast_convert_type(scale, jnp.int32) + 0x7FFFFF) & 0x7F800000
+    return jnp.where(scale < 0, jnp.nan, lax.bitcast_convert_type(up, jnp.float32))
 
 
 def check_block(block: Block | None, shape: tuple[int, ...]) -> Block:

@@ -53,7 +53,8 @@ def scaled_dot_general(
 
     Within ``shard_map`` each device scales what it holds, and observations are merged
     over devices by ``pmax``; with ``check_vma=False``, which hides what varies, that is
-    up to the caller. Reverse mode only: ``jax.jvp`` raises a TypeError.
+    left to `update_scaling` and the optimizers that do the same. Reverse mode only:
+    ``jax.jvp`` raises a TypeError.
 
     Args:
       lhs: f[...], usually activations.

@@ -100,8 +100,11 @@ def _delayed_scale(
 ) -> tuple[Array, Array]:
     """The scale out of a state, where it is known, and the amax that is observed."""
     # That of a gradient follows the loss scale, which may be any number.
-    scale = round_scale_up(scale) if scaling.rounding != "exact" else scale
+    if scaling.rounding != "exact":
+        scale = round_scale_up(scale)
+    else:
+        scale = jnp.where(scale < 0, jnp.nan, scale)  # an optimizer's, of no use
     observed = jnp.where(jnp.isfinite(amax), amax, jnp.inf).reshape(())
     known, _ = match_varying(scale.reshape(amax.shape), amax)
     unknown = 1.0 if calibrated else scaling.scale(amax)
-    return jnp.where(known > 0, known, unknown), observed
+    return jnp.where(known == 0, unknown, known), observed

@@ -233,6 +233,20 @@ class Recipe:
         """Whether states of one serve the other: all but ``calibrated`` is equal."""
         return dataclasses.replace(other, calibrated=self.calibrated) == self
 
+    @property
+    def signature(self) -> str:
+        """What the numbers of a state mean: format, rounding and margin by tensor.
+
+        Checkpoints have it beside the numbers, as a part of names.
+        """
+        parts = []
+        for name, scaling in self.scalings.items():
+            margin = getattr(scaling, "margin", 0.0)
+            words = [name, str(scaling), scaling.dtype.name, scaling.rounding]
+            words += [f"margin {margin:g}"] if margin else []
+            parts.append(" ".join(words))
+        return "-".join(parts).replace(" ", "_").replace(".", "p")
+
     def fnuz(self) -> "Recipe":
         """The same recipe in the fnuz formats of AMD's MI300.
 

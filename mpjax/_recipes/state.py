@@ -32,7 +32,6 @@ class WeightCopy:
     amax: Array
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ScalingState:
     """What delayed scaling remembers of one product; a pytree of float32 arrays.
@@ -41,6 +40,9 @@ class ScalingState:
     are those of stacked layers. A loss is differentiated with respect to the whole
     state; in place of ``scale`` the gradient then holds the amaxes of the step.
     `Recipe.init` makes a state, and `Recipe.update` that of the next step.
+
+    Checkpoints that match arrays by their paths, as Orbax's do, refuse a state of
+    another recipe: the path of ``history`` names formats, roundings and margins.
 
     Attributes:
       scale: f32[..., 3], what a product takes as ``scales``: in units of the gradient
@@ -66,6 +68,31 @@ class ScalingState:
     recipe: "Recipe" = dataclasses.field(metadata={"static": True})
     weight: WeightCopy | None = None
     keeps_dtypes: ClassVar[bool] = True
+
+
+_ARRAYS = ("scale", "history", "loss_scale", "weight")
+
+
+def _flatten(state: ScalingState) -> tuple[tuple, tuple["Recipe"]]:
+    return tuple(getattr(state, name) for name in _ARRAYS), (state.recipe,)
+
+
+def _flatten_with_keys(state: ScalingState) -> tuple[tuple, tuple["Recipe"]]:
+    arrays, static = _flatten(state)
+    names = {name: name for name in _ARRAYS}
+    names["history"] = f"history_of_{state.recipe.signature}"
+    keys = map(jax.tree_util.GetAttrKey, names.values())
+    return tuple(zip(keys, arrays, strict=True)), static
+
+
+def _unflatten(static: tuple["Recipe"], arrays: tuple) -> ScalingState:
+    scale, history, loss_scale, weight = arrays
+    return ScalingState(scale, history, loss_scale, *static, weight)
+
+
+jax.tree_util.register_pytree_with_keys(
+    ScalingState, _flatten_with_keys, _unflatten, _flatten
+)
 
 
 def for_grad(factor: Array) -> Array:

@@ -9,9 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 from jax.tree_util import keystr
 
 from mpjax._loss_scaling.state import LossScalingState, last_step_finite, loss_scale
+from mpjax._mesh import unchecked_axes
 from mpjax._recipes.state import GRAD, ScalingState
 from mpjax._scaling_states.weights import copied, seen_by_copy
 from mpjax._tree import select_tree
@@ -34,6 +36,9 @@ def update_scaling(
     are summed::
 
         observed = jax.tree.map(jnp.maximum, observed, observed_of_the_next)
+
+    Within ``jax.shard_map`` all devices that share the states enter the largest amax of
+    them. With ``check_vma=False``, which hides what they share, those are all devices.
 
     States that are not updated after a step keep their scales for the next. Nothing
     tells the program of a step that it is not called again: watch that ``history``
@@ -123,10 +128,25 @@ def updated_by_path(
         one keeps a copy.
     """
     check_observed(states, observed)
-    new = {
-        path: _updated(state, observed[path], step) for path, state in states.items()
-    }
+    seen = {path: seen_by_copy(state, observed[path]) for path, state in states.items()}
+    seen = _of_all_devices(seen)
+    new = {path: _updated(state, seen[path], step) for path, state in states.items()}
     return {path: copied(state, params, path) for path, state in new.items()}
+
+
+def _of_all_devices(seen: dict[Any, ScalingState]) -> dict[Any, ScalingState]:
+    """What was observed, within ``shard_map(check_vma=False)`` the largest of devices.
+
+    Elsewhere a product or XLA has merged it.
+    """
+    axes = unchecked_axes()
+    if not axes or not seen:
+        return seen
+    scales = lax.pmax([state.scale for state in seen.values()], axes)
+    return {
+        path: replace(state, scale=scale)
+        for (path, state), scale in zip(seen.items(), scales, strict=True)
+    }
 
 
 def _updated(state: ScalingState, seen: ScalingState, step: Step) -> ScalingState:
@@ -134,10 +154,9 @@ def _updated(state: ScalingState, seen: ScalingState, step: Step) -> ScalingStat
 
     Args:
       state: before it.
-      seen: the gradient with respect to ``state``.
+      seen: the gradient with respect to ``state``, of all devices.
       step: what the optimizer tells.
     """
-    seen = seen_by_copy(state, seen)
     recipe, used = state.recipe, seen.loss_scale  # 0 without value_and_grad
     state = recipe.rescale(state, jnp.where(used > 0, used, state.loss_scale))
     coming = step.loss_scale

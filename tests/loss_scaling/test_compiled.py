@@ -62,7 +62,9 @@ def test_inner_update_is_traced_once():
 
 
 def test_scan_and_vmap():
-    tx = mpjax.dynamic_loss_scaling(optax.sgd(1.0), init_scale=2.0, growth_interval=9)
+    tx = mpjax.dynamic_loss_scaling(
+        optax.sgd(1.0), init_scale=2.0, growth_interval=9, min_scale=0.25
+    )
     steps = jnp.array([[2.0, np.inf, 2.0], [np.nan, np.inf, 4.0]])
 
     @jax.jit

@@ -68,7 +68,7 @@ def test_shard_map_data_parallel_gradient_is_not_reduced_twice():
     loss, updates, opt_state = step(params, tx.init(params), x)
     np.testing.assert_allclose(loss, loss_fn(params, x), rtol=1e-6)
     np.testing.assert_allclose(updates, -jax.grad(loss_fn)(params, x), rtol=1e-6)
-    _, updates, opt_state = step(params, opt_state, x.at[7, 0].set(np.nan))
+    _, updates, opt_state = step(params, opt_state, x.at[7, 0].set(1e18))
     np.testing.assert_array_equal(updates, 0)
     assert mpjax.loss_scale(opt_state) == 2.0**15
 
@@ -90,6 +90,65 @@ def test_shard_map_over_more_axes_than_the_gradients_vary_over():
     updates, opt_state = step(params.at[7, 0].set(np.nan), opt_state)
     np.testing.assert_array_equal(updates, 0)
     assert opt_state.scale == 1.0
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_shard_map_devices_agree_without_axis_name(check_vma):
+    tx = mpjax.dynamic_loss_scaling(optax.sgd(1.0, momentum=0.9), init_scale=2.0)
+    params = jnp.ones((8, 3))
+    opt_state = tx.init(params)
+    rows = P(("data", "model"))
+    specs = jax.tree.map(lambda x: rows if x.ndim == 2 else P(), opt_state)
+    update = jax.jit(
+        jax.shard_map(
+            tx.update,
+            mesh=mesh(),
+            in_specs=(rows, specs, rows),
+            out_specs=(rows, specs),
+            check_vma=check_vma,
+        )
+    )
+    updates, opt_state = update(jnp.ones((8, 3)), opt_state, params)
+    np.testing.assert_array_equal(updates, -0.5)
+    grads = jnp.ones((8, 3)).at[5, 1].set(np.inf)
+    updates, new = update(grads, opt_state, params)
+    np.testing.assert_array_equal(updates, 0)
+    assert_identical(new.inner_state, opt_state.inner_state)
+    assert {float(s.data) for s in new.scale.addressable_shards} == {1.0}
+    text = update.lower(grads, opt_state, params).compile().as_text()
+    assert text.count(" all-reduce(") <= 2  # of one number: one for each axis, or both
+
+
+def test_devices_with_states_of_their_own_decide_alone():
+    def decide(axis_name, check_vma):
+        tx = mpjax.dynamic_loss_scaling(optax.sgd(1.0), axis_name=axis_name)
+        opt_states = jax.vmap(tx.init)(jnp.ones((4, 3)))
+
+        def update(grads, opt_state):
+            one = jax.tree.map(lambda x: x[0], opt_state)
+            return jax.tree.map(lambda x: x[None], tx.update(grads[0], one)[1])
+
+        update = jax.shard_map(
+            update,
+            mesh=jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,)),
+            in_specs=(P("d"), P("d")),
+            out_specs=P("d"),
+            check_vma=check_vma,
+        )
+        grads = jnp.ones((4, 3)).at[1].set(jnp.inf)
+        return jax.jit(update)(grads, opt_states).total_notfinite
+
+    alone = [0, 1, 0, 0]
+    np.testing.assert_array_equal(decide(None, True), alone)
+    np.testing.assert_array_equal(decide((), False), alone)
+    np.testing.assert_array_equal(decide(None, False), 1)
+
+
+def test_pmap_without_a_name_trains_a_model_on_each_device():
+    tx = mpjax.static_loss_scaling(optax.sgd(1.0), 1.0)
+    grads = jnp.ones((8, 3)).at[2].set(jnp.nan)
+    _, opt_states = jax.pmap(tx.update)(grads, jax.vmap(tx.init)(grads))
+    np.testing.assert_array_equal(opt_states.total_notfinite, np.eye(8)[2])
 
 
 def test_pmap_and_vmap_axes_agree():

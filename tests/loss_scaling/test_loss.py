@@ -10,8 +10,10 @@ import optax
 import pytest
 from flax import nnx
 from flax.training.dynamic_scale import DynamicScale
+from jax import lax
 
 import mpjax
+import mpjax.nnx
 
 SCALE = 2.0**10
 
@@ -49,12 +51,52 @@ def test_float64_loss_stays_float64(opt_state):
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
 def test_true_loss_and_scaled_gradients(opt_state, dtype):
     params = jnp.array([1.0, 2.0, 3.0])
-    grad_fn = mpjax.value_and_grad(lambda p: square(p).astype(dtype), opt_state)
-    for transform in (jax.jit, lambda f: f):
-        loss, grads = transform(grad_fn)(params)
+
+    def loss_and_grads(params, opt_state):
+        loss_fn = lambda p: square(p).astype(dtype)  # noqa: E731
+        return mpjax.value_and_grad(loss_fn, opt_state)(params)
+
+    for run in (jax.jit(loss_and_grads), loss_and_grads):
+        loss, grads = run(params, opt_state)
         assert loss.dtype == grads.dtype == jnp.float32
         assert loss == 14
         np.testing.assert_array_equal(grads, SCALE * 2 * params)
+
+
+def test_made_once_outside_of_the_step_it_is_refused(opt_state):
+    """The loss scale would be a constant of the compiled step."""
+    params, x = jnp.ones(2), jnp.ones(2)
+    outside = mpjax.value_and_grad(square, opt_state)
+
+    def step(params, x):  # closes over the state
+        return mpjax.value_and_grad(square, opt_state)(params, x)
+
+    def scaled_by_hand(params, x):
+        return jax.grad(lambda p: mpjax.scale_loss(square(p, x), opt_state))(params)
+
+    for fn in (outside, step, scaled_by_hand):
+        fn(params, x)  # not compiled, there is no constant
+        jax.vmap(fn, in_axes=(None, 0))(params, jnp.ones((3, 2)))
+        for compiled in (
+            jax.jit(fn),
+            lambda p, x, fn=fn: lax.scan(lambda c, x: (c, fn(c, x)), p, x[None]),
+        ):
+            with pytest.raises(ValueError, match="no argument of the function"):
+                compiled(params, x)
+
+
+def test_made_outside_of_the_step_for_a_model_of_nnx():
+    model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+    optimizer = mpjax.nnx.Optimizer(model, mpjax.dynamic_loss_scaling(optax.sgd(0.1)))
+    grad_fn = mpjax.nnx.value_and_grad(lambda m, x: m(x).sum(), optimizer)
+    with pytest.raises(ValueError, match="no argument of the function"):
+        nnx.jit(lambda model, x: grad_fn(model, x)[0])(model, jnp.ones((1, 2)))
+
+
+def test_a_constant_scale_may_be_a_constant_of_a_program():
+    opt_state = mpjax.static_loss_scaling(optax.sgd(0.1), 8.0).init(jnp.ones(2))
+    _, grads = jax.jit(mpjax.value_and_grad(square, opt_state))(jnp.ones(2))
+    np.testing.assert_array_equal(grads, 16.0)
 
 
 def test_signature_is_that_of_jax(opt_state):
@@ -276,7 +318,7 @@ def test_flax_grows_one_step_late_and_traces_twice():
 
 
 def test_flax_lets_devices_disagree_on_the_scale():
-    x = jnp.ones(8).at[3].set(np.inf)
+    x = jnp.ones(8).at[3].set(1e35)
 
     def flax_step(x):
         return DynamicScale().value_and_grad(lambda p: p * x)(jnp.float32(1.0))

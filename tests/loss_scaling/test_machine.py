@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import optax.contrib
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
@@ -144,7 +145,9 @@ def test_any_run_follows_the_oracle(kwargs, kinds):
 
 
 def test_floor_and_ceiling_hold_and_are_left_again():
-    tx = mpjax.dynamic_loss_scaling(optax.sgd(1.0), init_scale=4, growth_interval=1)
+    tx = mpjax.dynamic_loss_scaling(
+        optax.sgd(1.0), init_scale=4, growth_interval=1, min_scale=2.0**-126
+    )
     scale = run(tx, "x" * 140, jnp.ones(2))[-1].scale
     assert scale == 2.0**-126 == np.finfo(np.float32).tiny
     state = tx.init(jnp.ones(2))._replace(scale=scale)
@@ -155,6 +158,22 @@ def test_floor_and_ceiling_hold_and_are_left_again():
     states = run(tx, "....xxxxxxx.", jnp.ones(2))
     scales = [float(s.scale) for s in states]
     assert scales == [8, 16, 24, 24, 12, 6, 3, 1.5, 1, 1, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("init_scale", "floor"), [(4.0, 1.0), (1.0, 1.0), (0.5, 2.0**-126)]
+)
+def test_the_floor_is_one_unless_the_first_scale_is_smaller(init_scale, floor):
+    tx = mpjax.dynamic_loss_scaling(optax.sgd(1.0), init_scale=init_scale)
+    assert run(tx, "x" * 140, jnp.ones(2))[-1].scale == floor
+
+    @jax.jit
+    def of_traced_settings(init_scale):
+        tx = mpjax.dynamic_loss_scaling(optax.sgd(1.0), init_scale=init_scale)
+        state = tx.init(jnp.ones(2))._replace(scale=jnp.float32(0))
+        return tx.update(jnp.full(2, jnp.inf), state)[1].scale
+
+    assert of_traced_settings(init_scale) == floor
 
 
 def test_a_restored_state_outside_of_the_settings_recovers():

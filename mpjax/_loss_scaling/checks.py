@@ -1,0 +1,110 @@
+"""Checks of a run from outside of its step, where they can raise."""
+
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.tree_util import keystr
+
+from mpjax._loss_scaling.state import find_state
+from mpjax._typing import Array, ArrayTree
+
+_SHOWN = 5
+
+
+def check_training(
+    params: ArrayTree,
+    opt_state: ArrayTree | None = None,
+    *,
+    max_consecutive_skips: int = 100,
+) -> None:
+    """Raises if training has stopped to train, though no step has failed.
+
+    A step whose gradient is not finite is skipped. If a parameter is NaN, of a broken
+    checkpoint say, every step is, for ever, and nothing fails. A compiled step cannot
+    raise; this function can, called outside of it, at the end of an epoch or before a
+    checkpoint is written. It reads the parameters once and adds nothing to the step.
+
+    Args:
+      params: what is trained: any tree, an NNX model too.
+      opt_state: the state of the optimizer, if it scales the loss.
+      max_consecutive_skips: how many steps in a row may have been skipped, up to now.
+
+    Raises:
+      ValueError: a parameter has an infinity or a NaN; the message has its path. Or the
+        last ``max_consecutive_skips`` steps were all skipped, or there is no loss
+        scale in ``opt_state``. Or the arrays are traced.
+      TypeError: ``max_consecutive_skips`` is no whole number.
+
+    Example:
+      >>> import jax.numpy as jnp, mpjax
+      >>> mpjax.check_training({"w": jnp.ones(3)})
+      >>> try:
+      ...     mpjax.check_training({"w": jnp.array([1.0, jnp.nan])})
+      ... except ValueError as error:
+      ...     print(str(error).partition(".")[0])
+      Parameters are not finite: 'w' in 1 of 2 elements
+    """
+    if isinstance(max_consecutive_skips, bool):
+        raise TypeError(
+            "max_consecutive_skips is a whole number, got "
+            f"{max_consecutive_skips!r}; pass an int."
+        )
+    try:
+        most = operator.index(max_consecutive_skips)
+    except TypeError:
+        raise TypeError(
+            "max_consecutive_skips is a whole number, got "
+            f"{max_consecutive_skips!r}; pass an int."
+        ) from None
+    if most < 1:
+        raise ValueError(
+            f"max_consecutive_skips is at least 1, got {max_consecutive_skips!r}."
+        )
+    skips = None if opt_state is None else find_state(opt_state).notfinite_count
+    floating = {
+        keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+        if _is_inexact(leaf)
+    }
+    if any(isinstance(leaf, Tracer) for leaf in [skips, *floating.values()]):
+        raise ValueError(
+            "check_training reads numbers, and got traced arrays, which have none yet: "
+            "call it outside of jax.jit, between steps."
+        )
+    counts = jax.device_get(_count_not_finite(list(floating.values())))
+    bad = [
+        f"{path!r} in {count} of {np.size(leaf)} elements"
+        for (path, leaf), count in zip(floating.items(), counts, strict=True)
+        if count
+    ]
+    if bad:
+        more = [f"{len(bad) - _SHOWN} more"] if len(bad) > _SHOWN else []
+        raise ValueError(
+            f"Parameters are not finite: {', '.join([*bad[:_SHOWN], *more])}. Every "
+            "step from here is skipped or spreads them: go back to a checkpoint "
+            "without."
+        )
+    if skips is not None and int(skips) >= most:
+        scale = float(find_state(opt_state).scale)
+        raise ValueError(
+            f"The last {int(skips)} steps were all skipped, at a loss scale of {scale} "
+            f"now; at most {most - 1} in a row are allowed here. Their gradients are "
+            "not finite, whatever the scale: look for the first array that is not in "
+            "the forward pass, of float16 above 65504 say."
+        )
+
+
+@jax.jit
+def _count_not_finite(leaves: list[Any]) -> list[Array]:
+    return [jnp.sum(~jnp.isfinite(leaf)) for leaf in leaves]
+
+
+def _is_inexact(leaf: Any) -> bool:
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is None:
+        return isinstance(leaf, float | complex)
+    return jnp.issubdtype(dtype, jnp.inexact)
