@@ -13,6 +13,7 @@ from mpjax._layers.dtypes import (
     any_complex,
     complex_error,
     is_of_flax,
+    perturb_wide,
     says_dtype,
 )
 from mpjax._layers.multiplier import Multiplier, unserved_attention
@@ -91,6 +92,7 @@ def overrides(
     # Flax's own layers cast what they read where that is cheapest, except in setup.
     casts_itself = method != "setup" and is_of_flax(kind, "linen")
     replaced["param"] = Param(module, path, policy, computes_in_a_dtype, casts_itself)
+    replaced["perturb"] = partial(_perturb, module)
     return replaced
 
 
@@ -103,6 +105,11 @@ def method_under_rule(
     if getattr(type(module), name, None) is nn.SimpleCell.__call__:
         return partial(_simple_cell, policy, method)
     return method
+
+
+def _perturb(module: nn.Module, name: str, value: Any, *args, **kwargs):
+    perturb = type(module).perturb
+    return perturb_wide(lambda v: perturb(module, name, v, *args, **kwargs), value)
 
 
 def check_real(

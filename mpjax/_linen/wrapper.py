@@ -6,11 +6,11 @@ crosses the boundary between two policies. Nothing of the model is copied or rep
 so that parameters, names and random keys stay those of the bare model.
 """
 
+import dataclasses
 import functools
 import inspect
 import types
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import flax.linen as nn
@@ -23,6 +23,8 @@ from mpjax._linen.states import SCALING
 from mpjax._policies.lookup import Matcher, matcher
 from mpjax._policies.rule import Rules, read_rules
 
+_OPTIONS_OF_CLONE = inspect.signature(nn.Module.clone).parameters.keys()
+
 
 class MixedPrecision(nn.Module):
     """Runs a Linen module under a policy, or under rules that give each layer one.
@@ -30,7 +32,8 @@ class MixedPrecision(nn.Module):
     The wrapper adds nothing to the parameters: they have the bare module's names,
     shapes and, cast to ``param_dtype``, its initial values. It has the bare module's
     methods, fields and properties, so that ``model.apply(variables, tokens,
-    method="encode")`` works as before.
+    method="encode")`` works as before, and ``model.clone(deterministic=True)`` is the
+    wrapped variant.
 
     A layer with a ``dtype`` computes in the ``compute_dtype`` of its policy; parameters
     that a module reads itself are cast to it as they are read. Where the policy of a
@@ -97,7 +100,9 @@ class MixedPrecision(nn.Module):
         rules, inner = read_rules(self.rules), self.module
         if isinstance(inner, MixedPrecision):  # its rules come first
             first = read_rules(inner.rules)
-            outer = (replace(r, optional=True) for r in rules if r not in first)
+            outer = (
+                dataclasses.replace(r, optional=True) for r in rules if r not in first
+            )
             rules, self.module = (*first, *outer), inner.module
         self.rules = rules
         # Bound as a submodule, the module would have a scope, and so names and random
@@ -162,6 +167,17 @@ class MixedPrecision(nn.Module):
         if record is not None:
             record[module.path] = run
         return result
+
+    @nn.nowrap
+    def clone(self, *, parent: Any = None, **updates: Any) -> "MixedPrecision":
+        """As ``nn.Module.clone``; ``updates`` may be fields of the wrapped module."""
+        own = {field.name for field in dataclasses.fields(self)} | _OPTIONS_OF_CLONE
+        inner = {name: updates.pop(name) for name in updates.keys() - own}
+        # Bound, the module has the scope of the wrapper, which the clone has not.
+        if inner or (self.scope is not None and "module" not in updates):
+            module = updates.get("module", self.module)
+            updates["module"] = module.clone(parent=None, **inner)
+        return super().clone(parent=parent, **updates)
 
     @nn.nowrap
     def apply(

@@ -12,7 +12,13 @@ import jax
 import numpy as np
 from flax import nnx
 
-from mpjax._layers.dtypes import any_complex, complex_error, is_of_flax, says_dtype
+from mpjax._layers.dtypes import (
+    any_complex,
+    complex_error,
+    is_of_flax,
+    perturb_wide,
+    says_dtype,
+)
 from mpjax._layers.region import running_policy
 from mpjax._nnx.hooks import derive
 from mpjax._nnx.parameters import map_params, reader_for, unwrap_for_storage
@@ -67,6 +73,8 @@ def _mixed_type(bare: type, decision: Decision | None, is_pytree: bool, dtype) -
     namespace["__getattribute__"] = _getattribute(bare, decision)
     if decision is not None:
         namespace["__setattr__"] = _setattr(bare, decision)
+        if issubclass(bare, nnx.Module):
+            namespace["perturb"] = _perturb
         if issubclass(bare, nnx.SimpleCell):
             namespace["initialize_carry"] = _initialize_carry
         if issubclass(bare, nnx.MultiHeadAttention):
@@ -128,6 +136,13 @@ def _setattr(bare: type, decision: Decision) -> Callable:
         inherited(self, name, value)
 
     return setattr_
+
+
+def _perturb(self, name, value, *args, **kwargs):
+    perturb = type(self)._mpjax_bare_type.perturb
+    if running_policy.value is None:
+        return perturb(self, name, value, *args, **kwargs)
+    return perturb_wide(lambda v: perturb(self, name, v, *args, **kwargs), value)
 
 
 def _init_cache(self, input_shape, dtype=None):
