@@ -63,6 +63,14 @@ def widen(tree: ArrayTree) -> ArrayTree:
     return jax.tree.map(cast, tree)
 
 
+def is_numeric(leaf) -> bool:
+    """Whether a leaf has values to compute with; PRNG keys and ``float0`` have none."""
+    dtype = getattr(leaf, "dtype", None)
+    return dtype != jax.dtypes.float0 and not (
+        dtype is not None and jnp.issubdtype(dtype, jax.dtypes.extended)
+    )
+
+
 def _is_floating(leaf) -> bool:
     return isinstance(
         leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct
