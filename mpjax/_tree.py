@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpjax._typing import Array, ArrayTree, DType
+from mpjax._typing import Array, ArrayTree, DType, check_has_arrays
 
 
 def cast_floating(tree: ArrayTree, dtype: DType) -> ArrayTree:
@@ -24,7 +24,7 @@ def cast_floating(tree: ArrayTree, dtype: DType) -> ArrayTree:
       returned as it is; numpy leaves come back as numpy.
 
     Raises:
-      TypeError: the dtype is not a floating one.
+      TypeError: the dtype is not a floating one, or an fp6, of which XLA has no arrays.
 
     Example:
       >>> import jax.numpy as jnp, mpjax
@@ -36,6 +36,7 @@ def cast_floating(tree: ArrayTree, dtype: DType) -> ArrayTree:
     dtype = jnp.dtype(dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"cast_floating casts to floating dtypes, got {dtype}.")
+    check_has_arrays(dtype)
 
     def cast(leaf):
         if not _is_floating(leaf) or leaf.dtype == dtype:
@@ -105,6 +106,8 @@ def select_tree(pred: Array, on_true: ArrayTree, on_false: ArrayTree) -> ArrayTr
     """
 
     def select(new, old):
+        if is_numeric(new):
+            check_has_arrays(jnp.result_type(new))
         if jnp.shape(new) != jnp.shape(old) or jnp.result_type(new) != jnp.result_type(
             old
         ):

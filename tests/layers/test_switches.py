@@ -14,7 +14,7 @@ X = normal(0, 4, 16)
 
 
 def states_after_steps(front_end, recipe=DELAYED):
-    tx = mpjax.dynamic_loss_scaling(optax.adam(1e-2))
+    tx = mpjax.dynamic_loss_scaling(optax.sgd(1e-2, momentum=0.9))
     trainer = front_end("dense", rule(recipe), X, tx=tx)
     for _ in range(2):
         trainer.step(X)
