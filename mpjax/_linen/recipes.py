@@ -8,7 +8,8 @@ import flax.linen as nn
 
 from mpjax._layers.multiplier import Multiplier, unserved
 from mpjax._layers.served import body_of, hooks_of, served_layer
-from mpjax._linen.states import SCALING, StateStore
+from mpjax._linen.lifted_states import SCALING
+from mpjax._linen.states import StateStore
 from mpjax._policies.lookup import Decision
 
 

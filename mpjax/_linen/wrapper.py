@@ -6,6 +6,7 @@ crosses the boundary between two policies. Nothing of the model is copied or rep
 so that parameters, names and random keys stay those of the bare model.
 """
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -18,8 +19,8 @@ import jax
 from flax.traverse_util import flatten_dict
 
 from mpjax._linen.attributes import classes
+from mpjax._linen.lifted_states import PARAMS, SCALING, lifts, put_in, take_out
 from mpjax._linen.run import Run, recording
-from mpjax._linen.states import SCALING
 from mpjax._policies.lookup import Matcher, matcher
 from mpjax._policies.rule import Rules, read_rules
 
@@ -194,18 +195,24 @@ class MixedPrecision(nn.Module):
         names = {mutable} if isinstance(mutable, str) else mutable or ()
         hidden = SCALING in variables and isinstance(names, Collection)
         hidden = hidden and SCALING not in names
-        result = super().apply(
-            variables,
-            *args,
-            method=self._named(method),
-            mutable=[*names, SCALING] if hidden else mutable,
-            capture_intermediates=_of_the_model(capture_intermediates),
-            **kwargs,
-        )
-        if not hidden:
+        with _lifting():
+            result = super().apply(
+                put_in(variables),
+                *args,
+                method=self._named(method),
+                mutable=[*names, SCALING] if hidden else mutable,
+                capture_intermediates=_of_the_model(capture_intermediates),
+                **kwargs,
+            )
+        if mutable is False and not hidden:
             return result
         result, changed = result
-        changed = {name: tree for name, tree in changed.items() if name != SCALING}
+        changed = take_out(changed)
+        lifted = variables.get(SCALING, {}).get(PARAMS)
+        if lifted is not None and SCALING in changed:  # nothing in there can change
+            changed = {**changed, SCALING: {PARAMS: lifted, **changed[SCALING]}}
+        if hidden:
+            changed = {name: tree for name, tree in changed.items() if name != SCALING}
         return result if mutable is False else (result, changed)
 
     @nn.nowrap
@@ -219,13 +226,26 @@ class MixedPrecision(nn.Module):
     ):
         """As ``nn.Module.init_with_output``; ``method`` may be the module's."""
         capture = _of_the_model(capture_intermediates)
-        return super().init_with_output(
-            rngs,
-            *args,
-            method=self._named(method),
-            capture_intermediates=capture,
-            **kwargs,
-        )
+        with _lifting():
+            result, variables = super().init_with_output(
+                rngs,
+                *args,
+                method=self._named(method),
+                capture_intermediates=capture,
+                **kwargs,
+            )
+        return result, take_out(variables)
+
+    @nn.nowrap
+    def bind(self, variables: Any, *args: Any, **kwargs: Any) -> "MixedPrecision":
+        """As ``nn.Module.bind``."""
+        return super().bind(put_in(variables), *args, **kwargs)
+
+    @nn.nowrap
+    def unbind(self) -> tuple["MixedPrecision", Any]:
+        """As ``nn.Module.unbind``."""
+        module, variables = super().unbind()
+        return module, take_out(variables)
 
     @nn.nowrap
     def _named(self, method):
@@ -241,6 +261,15 @@ class MixedPrecision(nn.Module):
             return wrapper._run(method, args, kwargs)
 
         return run
+
+
+@contextlib.contextmanager
+def _lifting() -> Iterator[None]:
+    token = lifts.set(True)
+    try:
+        yield
+    finally:
+        lifts.reset(token)
 
 
 def _of_the_model(capture: Any) -> Any:

@@ -85,7 +85,7 @@ def scaled(
       >>> grads = jax.grad(loss_fn)(variables)
       >>> updates, opt_state = tx.update(grads, opt_state, variables)
       >>> variables = mpjax.apply_updates(variables, updates)
-      >>> print(f"{variables['scaling']['kernel'].scale[0]:.5f}")  # 1 / 448, rounded up
+      >>> print(f"{variables['scaling']['kernel_scaling'].scale[0]:.5f}")
       0.00391
     """
     if not all(callable(getattr(inner, name, None)) for name in ("init", "update")):
