@@ -20,6 +20,7 @@ from mpjax._layers.multiplier import Multiplier, unserved_attention
 from mpjax._linen.attention import attention_replacement
 from mpjax._linen.parameters import Param
 from mpjax._linen.recipes import replacement_method, replacements_for
+from mpjax._linen.sums import summing_method
 from mpjax._policies.lookup import Decision
 from mpjax._policies.policy import Policy, spelled_like
 from mpjax._products.xla_cpu import conv_general_dilated
@@ -104,7 +105,7 @@ def method_under_rule(
         method = replacement_method(module, name, products, method)
     if getattr(type(module), name, None) is nn.SimpleCell.__call__:
         return partial(_simple_cell, policy, method)
-    return method
+    return summing_method(module, policy, name, method)
 
 
 def _perturb(module: nn.Module, name: str, value: Any, *args, **kwargs):

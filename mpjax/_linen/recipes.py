@@ -80,7 +80,9 @@ def _run_body(body, module: nn.Module, products: Multiplier, method, *args, **kw
     return body(module, products, partial(_parameter, module), *args, **kwargs)
 
 
-def _parameter(module: nn.Module, name: str) -> Any:
+def _parameter(module: Any, name: str) -> Any:
+    if name == "bias" and not module.use_bias:  # which is added elsewhere
+        return None
     return nn.unbox(module.get_variable("params", name))
 
 

@@ -24,6 +24,7 @@ from mpjax._nnx.hooks import derive
 from mpjax._nnx.parameters import map_params, reader_for, unwrap_for_storage
 from mpjax._nnx.recipes import hook_names, replacement_for, replacement_method
 from mpjax._nnx.scope_names import note, scope
+from mpjax._nnx.sums import shown_attributes, summing_method
 from mpjax._policies.lookup import Decision
 from mpjax._policies.policy import Policy, spelled_like
 from mpjax._tree import cast_floating
@@ -116,6 +117,9 @@ def _getattribute(bare: type, decision: Decision | None) -> Callable:
         value = inherited(self, name)
         if name == "__dict__":
             return value
+        module, shown = shown_attributes.get()
+        if module is self and name in shown:
+            return shown[name]
         note(self, name, value)
         if policy is None or running_policy.value is None:
             return value
@@ -165,6 +169,8 @@ def _method(name: str, function: Callable, decision: Decision | None) -> Callabl
     run = function
     if decision is not None and decision.recipe is not None:
         run = replacement_method(function)
+    if policy is not None:
+        run = summing_method(function, policy, run)
     of_flax = is_of_flax(function, "nnx")
 
     def under_policy(self, *args, **kwargs):
