@@ -1,7 +1,8 @@
-"""What differs between the devices of a `jax.shard_map`."""
+"""What differs between devices, in a `jax.shard_map` and on an explicit mesh."""
 
 import jax
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mpjax._typing import Array, ArrayTree, AxisName
 
@@ -40,3 +41,29 @@ def unchecked_axes() -> tuple[AxisName, ...]:
         if not str(name).startswith("_internal_pmap")
         and not varying_axes(lax.axis_index(name))
     )
+
+
+def explicit_sharding(*arrays: Array) -> NamedSharding | None:
+    """The sharding of the first array that is on a mesh of explicit axes, if any is."""
+    shardings = (jax.typeof(x).sharding for x in arrays)
+    return next(
+        (s for s in shardings if not s.mesh.empty and s.mesh.explicit_axes), None
+    )
+
+
+def sharded_like(x: Array, other: Array) -> Array:
+    """An array that broadcasts against another, sharded as that is.
+
+    On a mesh of explicit axes JAX multiplies no arrays of which an axis is sharded in
+    two ways. Of all other arrays nothing changes.
+    """
+    own, wanted = explicit_sharding(x), explicit_sharding(other)
+    if own is None or wanted is None:
+        return x
+    spec = (*wanted.spec, *[None] * (other.ndim - len(wanted.spec)))[-x.ndim :]
+    spec = [
+        name if size > 1 else None for name, size in zip(spec, x.shape, strict=True)
+    ]
+    if PartitionSpec(*spec) == PartitionSpec(*own.spec):
+        return x
+    return jax.sharding.reshard(x, NamedSharding(wanted.mesh, PartitionSpec(*spec)))

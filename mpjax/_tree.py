@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpjax._typing import Array, ArrayTree, DType
+from mpjax._typing import Array, ArrayTree, DType, check_has_arrays
 
 
 def cast_floating(tree: ArrayTree, dtype: DType) -> ArrayTree:
@@ -27,7 +27,7 @@ def cast_floating(tree: ArrayTree, dtype: DType) -> ArrayTree:
       has it already is returned as it is; numpy leaves come back as numpy.
 
     Raises:
-      TypeError: the dtype is not a floating one.
+      TypeError: the dtype is not a floating one, or an fp6, of which XLA has no arrays.
 
     Example:
       >>> import jax.numpy as jnp, mpjax
@@ -48,6 +48,7 @@ def _convert(tree: ArrayTree, dtype: DType, is_converted: Callable) -> ArrayTree
     dtype = jnp.dtype(dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"cast_floating casts to floating dtypes, got {dtype}.")
+    check_has_arrays(dtype)
 
     def cast(leaf):
         if not is_converted(leaf) or leaf.dtype == dtype:
@@ -73,6 +74,14 @@ def widen(tree: ArrayTree) -> ArrayTree:
         return convert_floating(leaf, jnp.float32) if narrow else leaf
 
     return jax.tree.map(cast, tree)
+
+
+def is_numeric(leaf) -> bool:
+    """Whether a leaf has values to compute with; PRNG keys and ``float0`` have none."""
+    dtype = getattr(leaf, "dtype", None)
+    return dtype != jax.dtypes.float0 and not (
+        dtype is not None and jnp.issubdtype(dtype, jax.dtypes.extended)
+    )
 
 
 def _is_floating(leaf) -> bool:
@@ -114,6 +123,8 @@ def select_tree(pred: Array, on_true: ArrayTree, on_false: ArrayTree) -> ArrayTr
     """
 
     def select(new, old):
+        if is_numeric(new):
+            check_has_arrays(jnp.result_type(new))
         if jnp.shape(new) != jnp.shape(old) or jnp.result_type(new) != jnp.result_type(
             old
         ):

@@ -1,12 +1,15 @@
 """Whether a layer computes in a dtype, and the error of one that cannot."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mpjax._policies.policy import Policy
+from mpjax._tree import widen
+from mpjax._typing import ArrayTree
 
 
 def says_dtype(value: Any) -> bool:
@@ -41,6 +44,30 @@ def is_of_flax(definition: Any, api: str | None = None) -> bool:
     """
     module = getattr(definition, "__module__", None) or ""
     return module.startswith(f"flax.{api}" if api else ("flax.linen", "flax.nnx"))
+
+
+def perturb_wide(
+    perturb: Callable[[ArrayTree], ArrayTree], value: ArrayTree
+) -> ArrayTree:
+    """Adds a perturbation to what flows through a model, in float32.
+
+    So perturbations and their gradients are those of the bare model, and the result is
+    no wider than the value.
+
+    Args:
+      perturb: adds it, or returns what it is given.
+      value: a tree of arrays.
+
+    Returns:
+      The sum, in the dtypes of ``value``.
+    """
+    wide = widen(value)
+    out = perturb(wide)
+    if out is wide:
+        return value
+    return jax.tree.map(
+        lambda new, old, w: new if w is old else new.astype(old.dtype), out, value, wide
+    )
 
 
 def any_complex(args: Iterable[Any]) -> bool:

@@ -13,12 +13,14 @@ from mpjax._layers.dtypes import (
     any_complex,
     complex_error,
     is_of_flax,
+    perturb_wide,
     says_dtype,
 )
 from mpjax._layers.multiplier import Multiplier, unserved_attention
 from mpjax._linen.attention import attention_replacement
 from mpjax._linen.parameters import Param
 from mpjax._linen.recipes import replacement_method, replacements_for
+from mpjax._linen.sums import summing_method
 from mpjax._policies.lookup import Decision
 from mpjax._policies.policy import Policy, spelled_like
 from mpjax._products.xla_cpu import conv_general_dilated
@@ -91,6 +93,7 @@ def overrides(
     # Flax's own layers cast what they read where that is cheapest, except in setup.
     casts_itself = method != "setup" and is_of_flax(kind, "linen")
     replaced["param"] = Param(module, path, policy, computes_in_a_dtype, casts_itself)
+    replaced["perturb"] = partial(_perturb, module)
     return replaced
 
 
@@ -102,7 +105,12 @@ def method_under_rule(
         method = replacement_method(module, name, products, method)
     if getattr(type(module), name, None) is nn.SimpleCell.__call__:
         return partial(_simple_cell, policy, method)
-    return method
+    return summing_method(module, policy, name, method)
+
+
+def _perturb(module: nn.Module, name: str, value: Any, *args, **kwargs):
+    perturb = type(module).perturb
+    return perturb_wide(lambda v: perturb(module, name, v, *args, **kwargs), value)
 
 
 def check_real(

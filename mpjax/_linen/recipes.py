@@ -8,7 +8,8 @@ import flax.linen as nn
 
 from mpjax._layers.multiplier import Multiplier, unserved
 from mpjax._layers.served import body_of, hooks_of, served_layer
-from mpjax._linen.states import SCALING, StateStore
+from mpjax._linen.lifted_states import SCALING
+from mpjax._linen.states import StateStore
 from mpjax._policies.lookup import Decision
 
 
@@ -79,7 +80,9 @@ def _run_body(body, module: nn.Module, products: Multiplier, method, *args, **kw
     return body(module, products, partial(_parameter, module), *args, **kwargs)
 
 
-def _parameter(module: nn.Module, name: str) -> Any:
+def _parameter(module: Any, name: str) -> Any:
+    if name == "bias" and not module.use_bias:  # which is added elsewhere
+        return None
     return nn.unbox(module.get_variable("params", name))
 
 

@@ -12,12 +12,11 @@ import jax
 from jax.extend.core import get_opaque_trace_state
 
 from mpjax._layers.multiplier import state_of_another_recipe
+from mpjax._linen.lifted_states import PARAMS, SCALING, lifts
 from mpjax._recipes.recipe import Recipe
 from mpjax._recipes.state import ScalingState
-from mpjax._scaling_states.weights import refreshed_copy
+from mpjax._scaling_states.weights import refreshed_copy, state_name
 from mpjax._typing import Array
-
-SCALING = "scaling"
 
 
 class StateOwner:
@@ -44,7 +43,7 @@ class StateOwner:
                 "scaling."
             )
         inside = len(self.module.layer_instance.path) - 1
-        return "/".join((*layer.path[inside:], product))
+        return "/".join((*layer.path[inside:], state_name(product)))
 
 
 class StateStore:
@@ -100,7 +99,7 @@ class StateStore:
             return
         owner, name = self._place(layer, path, name)
         trace = get_opaque_trace_state()
-        if _is_writable(owner):
+        if _is_writable(owner) and owner.has_variable(SCALING, name):
             state = owner.get_variable(SCALING, name)
             owner.put_variable(SCALING, name, replace(state, scale=scales))
             return
@@ -111,13 +110,14 @@ class StateStore:
     def _place(self, layer: nn.Module, path: str, name: str) -> tuple[nn.Module, str]:
         """The module that has a state, and the name of the state there."""
         if self.owner is None:
-            return layer, name
+            return layer, state_name(name)
         return self.owner.module, self.owner.name_of(path, layer, name)
 
 
 def _state(owner: nn.Module, path: str, recipe: Recipe, name: str) -> ScalingState:
-    if not owner.has_variable(SCALING, name):
-        if not owner.is_mutable_collection(SCALING):
+    collection = _collection(owner, name)
+    if not owner.has_variable(collection, name):
+        if not owner.is_mutable_collection(collection):
             raise ValueError(
                 f"Module {path!r} has delayed scaling and finds no state. Give "
                 f"apply the collection {SCALING!r} that init makes beside "
@@ -128,11 +128,19 @@ def _state(owner: nn.Module, path: str, recipe: Recipe, name: str) -> ScalingSta
                 "a rule with mpjax.current_scaling()."
             )
         with jax.ensure_compile_time_eval():  # in whatever trace the layer runs first
-            owner.put_variable(SCALING, name, recipe.init(loss_scale=0))
-    state = owner.get_variable(SCALING, name)
+            owner.put_variable(collection, name, recipe.init(loss_scale=0))
+    state = owner.get_variable(collection, name)
     if not state.recipe.agrees_with(recipe):
         raise state_of_another_recipe(path, state.recipe, recipe)
     return state
+
+
+def _collection(owner: nn.Module, name: str) -> str:
+    """The collection of a state; parameters, where its own is not let through."""
+    if owner.has_variable(SCALING, name) or owner.is_mutable_collection(SCALING):
+        return SCALING
+    made = lifts.get() and owner.is_mutable_collection(PARAMS)
+    return PARAMS if made or owner.has_variable(PARAMS, name) else SCALING
 
 
 def _keep_copy(

@@ -6,11 +6,12 @@ crosses the boundary between two policies. Nothing of the model is copied or rep
 so that parameters, names and random keys stay those of the bare model.
 """
 
+import contextlib
+import dataclasses
 import functools
 import inspect
 import types
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import flax.linen as nn
@@ -18,10 +19,12 @@ import jax
 from flax.traverse_util import flatten_dict
 
 from mpjax._linen.attributes import classes
+from mpjax._linen.lifted_states import PARAMS, SCALING, lifts, put_in, take_out
 from mpjax._linen.run import Run, recording
-from mpjax._linen.states import SCALING
 from mpjax._policies.lookup import Matcher, matcher
 from mpjax._policies.rule import Rules, read_rules
+
+_OPTIONS_OF_CLONE = inspect.signature(nn.Module.clone).parameters.keys()
 
 
 class MixedPrecision(nn.Module):
@@ -30,7 +33,8 @@ class MixedPrecision(nn.Module):
     The wrapper adds nothing to the parameters: they have the bare module's names,
     shapes and, cast to ``param_dtype``, its initial values. It has the bare module's
     methods, fields and properties, so that ``model.apply(variables, tokens,
-    method="encode")`` works as before.
+    method="encode")`` works as before, and ``model.clone(deterministic=True)`` is the
+    wrapped variant.
 
     A layer with a ``dtype`` computes in the ``compute_dtype`` of its policy; parameters
     that a module reads itself are cast to it as they are read. Where the policy of a
@@ -102,7 +106,9 @@ class MixedPrecision(nn.Module):
         rules, inner = read_rules(self.rules), self.module
         if isinstance(inner, MixedPrecision):  # its rules come first
             first = read_rules(inner.rules)
-            outer = (replace(r, optional=True) for r in rules if r not in first)
+            outer = (
+                dataclasses.replace(r, optional=True) for r in rules if r not in first
+            )
             rules, self.module = (*first, *outer), inner.module
         self.rules = rules
         # Bound as a submodule, the module would have a scope, and so names and random
@@ -169,6 +175,17 @@ class MixedPrecision(nn.Module):
         return result
 
     @nn.nowrap
+    def clone(self, *, parent: Any = None, **updates: Any) -> "MixedPrecision":
+        """As ``nn.Module.clone``; ``updates`` may be fields of the wrapped module."""
+        own = {field.name for field in dataclasses.fields(self)} | _OPTIONS_OF_CLONE
+        inner = {name: updates.pop(name) for name in updates.keys() - own}
+        # Bound, the module has the scope of the wrapper, which the clone has not.
+        if inner or (self.scope is not None and "module" not in updates):
+            module = updates.get("module", self.module)
+            updates["module"] = module.clone(parent=None, **inner)
+        return super().clone(parent=parent, **updates)
+
+    @nn.nowrap
     def apply(
         self,
         variables: Any,
@@ -183,18 +200,24 @@ class MixedPrecision(nn.Module):
         names = {mutable} if isinstance(mutable, str) else mutable or ()
         hidden = SCALING in variables and isinstance(names, Collection)
         hidden = hidden and SCALING not in names
-        result = super().apply(
-            variables,
-            *args,
-            method=self._named(method),
-            mutable=[*names, SCALING] if hidden else mutable,
-            capture_intermediates=_of_the_model(capture_intermediates),
-            **kwargs,
-        )
-        if not hidden:
+        with _lifting():
+            result = super().apply(
+                put_in(variables),
+                *args,
+                method=self._named(method),
+                mutable=[*names, SCALING] if hidden else mutable,
+                capture_intermediates=_of_the_model(capture_intermediates),
+                **kwargs,
+            )
+        if mutable is False and not hidden:
             return result
         result, changed = result
-        changed = {name: tree for name, tree in changed.items() if name != SCALING}
+        changed = take_out(changed)
+        lifted = variables.get(SCALING, {}).get(PARAMS)
+        if lifted is not None and SCALING in changed:  # nothing in there can change
+            changed = {**changed, SCALING: {PARAMS: lifted, **changed[SCALING]}}
+        if hidden:
+            changed = {name: tree for name, tree in changed.items() if name != SCALING}
         return result if mutable is False else (result, changed)
 
     @nn.nowrap
@@ -208,13 +231,26 @@ class MixedPrecision(nn.Module):
     ):
         """As ``nn.Module.init_with_output``; ``method`` may be the module's."""
         capture = _of_the_model(capture_intermediates)
-        return super().init_with_output(
-            rngs,
-            *args,
-            method=self._named(method),
-            capture_intermediates=capture,
-            **kwargs,
-        )
+        with _lifting():
+            result, variables = super().init_with_output(
+                rngs,
+                *args,
+                method=self._named(method),
+                capture_intermediates=capture,
+                **kwargs,
+            )
+        return result, take_out(variables)
+
+    @nn.nowrap
+    def bind(self, variables: Any, *args: Any, **kwargs: Any) -> "MixedPrecision":
+        """As ``nn.Module.bind``."""
+        return super().bind(put_in(variables), *args, **kwargs)
+
+    @nn.nowrap
+    def unbind(self) -> tuple["MixedPrecision", Any]:
+        """As ``nn.Module.unbind``."""
+        module, variables = super().unbind()
+        return module, take_out(variables)
 
     @nn.nowrap
     def _named(self, method):
@@ -230,6 +266,15 @@ class MixedPrecision(nn.Module):
             return wrapper._run(method, args, kwargs)
 
         return run
+
+
+@contextlib.contextmanager
+def _lifting() -> Iterator[None]:
+    token = lifts.set(True)
+    try:
+        yield
+    finally:
+        lifts.reset(token)
 
 
 def _of_the_model(capture: Any) -> Any:

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 from jax.core import Tracer
@@ -13,7 +14,7 @@ from mpjax._loss_scaling.marks import has_bad_loss
 from mpjax._loss_scaling.state import LossScalingState, is_instance
 from mpjax._mesh import unchecked_axes, varying_axes
 from mpjax._recipes.state import ScalingState
-from mpjax._tree import select_tree, widen
+from mpjax._tree import is_numeric, select_tree, widen
 
 FLOAT32 = jnp.finfo(jnp.float32)
 
@@ -57,7 +58,7 @@ def guarded(inner, scale, hysteresis, adjust, axis_name):
                 grads, inner_state, widen(params), **extra_args
             )
             like = grads if params is None else params
-            updates = _map(lambda u, x: u.astype(jnp.result_type(x)), updates, like)
+            updates = _map(_cast_like, updates, like)
             return updates, inner_state
 
         def skip(*args):
@@ -147,7 +148,15 @@ def _map(fn, tree, like):
     )
 
 
+def _cast_like(update, x):
+    return update.astype(jnp.result_type(x)) if is_numeric(update) else update
+
+
 def _negative_zeros(update):
+    if not is_numeric(update):
+        if update.dtype == jax.dtypes.float0:
+            return np.zeros(update.shape, update.dtype)
+        return lax.full_like(update, 0)
     # x + -0.0 is x for every x; -0.0 + 0.0 is not -0.0.
     complex_ = jnp.issubdtype(update.dtype, jnp.complexfloating)
     return lax.full_like(update, complex(-0.0, -0.0) if complex_ else -0.0)
@@ -158,7 +167,9 @@ def _row_major(grads):
     def pin(g):
         return with_layout_constraint(g, Layout(tuple(range(g.ndim))))
 
-    return jax.tree.map(lambda g: pin(g) if jnp.ndim(g) > 1 else g, grads)
+    return jax.tree.map(
+        lambda g: pin(g) if jnp.ndim(g) > 1 and is_numeric(g) else g, grads
+    )
 
 
 def _unscale(grads, scale):
@@ -177,7 +188,10 @@ def _unscale(grads, scale):
             return g * by * then
         return g
 
-    return jax.tree.map(lambda g: unscale(widen(jnp.asarray(g))), grads)
+    def unscale_leaf(g):
+        return unscale(widen(jnp.asarray(g))) if is_numeric(g) else g
+
+    return jax.tree.map(unscale_leaf, grads)
 
 
 def _all_squares_finite(grads):

@@ -77,6 +77,7 @@ def value_and_grad(
     opt_state: ArrayTree,
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
+    allow_int: bool = False,
 ) -> Callable[..., tuple[Any, Any]]:
     """``jax.value_and_grad`` of a loss multiplied by the loss scale.
 
@@ -98,6 +99,8 @@ def value_and_grad(
       opt_state: any tree in which there is one `LossScalingState`.
       argnums: the positional arguments to differentiate with respect to.
       has_aux: whether ``fun`` returns a pair of a loss and auxiliary data.
+      allow_int: whether there may be integers among what is differentiated with respect
+        to; their gradients are of ``float0``, which ``tx.update`` passes on.
 
     Returns:
       A function of the arguments of ``fun`` that returns ``(loss, grads)``, or
@@ -126,7 +129,7 @@ def value_and_grad(
         scaled_loss = scale_loss(loss, opt_state)
         return scaled_loss, (jnp.asarray(loss, scaled_loss.dtype), aux)
 
-    grad_fn = jax.grad(scaled, argnums, has_aux=True)
+    grad_fn = jax.grad(scaled, argnums, has_aux=True, allow_int=allow_int)
 
     @functools.wraps(fun)
     def loss_and_scaled_grads(*args, **kwargs):

@@ -125,8 +125,10 @@ def find_state(opt_state: ArrayTree) -> LossScalingState:
         )
     if len(found) > 1:
         raise ValueError(
-            f"There are {len(found)} loss scales in this optimizer state, but a loss "
-            "has one. Wrap the whole optimizer once, from outside."
+            f"There are {len(found)} loss scales in this state, but a loss has one. "
+            "If several optimizers train on losses of their own, as those of a GAN "
+            "do, pass the state of the one whose loss this is. Otherwise wrap the "
+            "whole optimizer once, from outside."
         )
     return found[0]
 

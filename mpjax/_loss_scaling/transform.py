@@ -210,10 +210,16 @@ def _ordered(low, high):
 def _number(name, value, rule, holds):
     """The value, if it is finite in float32 and the rule holds for it there."""
     if isinstance(value, jax.Array) and value.dtype in (jnp.float16, jnp.bfloat16):
-        raise TypeError(
-            f"{name} must be a number in float32, got {value.dtype}. Pass "
-            "hyperparam_dtype=jnp.float32 to optax.inject_hyperparams."
-        )
+        # A scale that a user writes so is held in float32. optax.inject_hyperparams
+        # makes all numbers so, the factors too.
+        wide = None if is_traced(value) else np.asarray(value, np.float32)
+        scale = name.endswith("scale") and wide is not None and np.isfinite(wide)
+        if not scale or not holds(wide):
+            raise TypeError(
+                f"{name} must be a number in float32, got {value.dtype}. Pass "
+                "hyperparam_dtype=jnp.float32 to optax.inject_hyperparams."
+            )
+        value = wide
     if is_traced(value):  # under optax.inject_hyperparams
         return value
     number = np.asarray(value, np.float64)

@@ -120,7 +120,7 @@ def _multiply(lhs: Array, rhs: Array) -> Array:
 def _train(x: Array, w: Array, recipe: Recipe) -> tuple[Array, Array]:
     """Computes the two gradients of a product."""
     numbers = (((1,), (0,)), ((), ()))
-    scales = jnp.ones(3) if recipe.stateful else None
+    scales = jnp.ones(3, jnp.float32) if recipe.stateful else None
 
     def loss(x: Array, w: Array) -> Array:
         out = scaled_dot_general(x, w, numbers, recipe=recipe, scales=scales)

@@ -13,7 +13,13 @@ import numpy as np
 from flax import nnx
 from jax.extend.core import get_opaque_trace_state
 
-from mpjax._layers.dtypes import any_complex, complex_error, is_of_flax, says_dtype
+from mpjax._layers.dtypes import (
+    any_complex,
+    complex_error,
+    is_of_flax,
+    perturb_wide,
+    says_dtype,
+)
 from mpjax._layers.errors import mixed_dtypes, no_pytree
 from mpjax._layers.region import Exit, RunningMethod, running_method, running_policy
 from mpjax._layers.results import NoPytreeError
@@ -21,6 +27,7 @@ from mpjax._nnx.hooks import derive
 from mpjax._nnx.parameters import map_params, reader_for, unwrap_for_storage
 from mpjax._nnx.recipes import hook_names, replacement_for, replacement_method
 from mpjax._nnx.scope_names import note, running_path, scope
+from mpjax._nnx.sums import shown_attributes, summing_method
 from mpjax._policies.lookup import Decision
 from mpjax._policies.policy import Policy, spelled_like
 from mpjax._tree import cast_floating, keeps_dtypes
@@ -70,6 +77,8 @@ def _mixed_type(bare: type, decision: Decision | None, is_pytree: bool, dtype) -
     namespace["__getattribute__"] = _getattribute(bare, decision)
     if decision is not None:
         namespace["__setattr__"] = _setattr(bare, decision)
+        if issubclass(bare, nnx.Module):
+            namespace["perturb"] = _perturb
         if issubclass(bare, nnx.SimpleCell):
             namespace["initialize_carry"] = _initialize_carry
         if issubclass(bare, nnx.MultiHeadAttention):
@@ -111,6 +120,9 @@ def _getattribute(bare: type, decision: Decision | None) -> Callable:
         value = inherited(self, name)
         if name == "__dict__":
             return value
+        module, shown = shown_attributes.get()
+        if module is self and name in shown:
+            return shown[name]
         note(self, name, value)
         if policy is None or running_policy.value is None:
             return value
@@ -131,6 +143,13 @@ def _setattr(bare: type, decision: Decision) -> Callable:
         inherited(self, name, value)
 
     return setattr_
+
+
+def _perturb(self, name, value, *args, **kwargs):
+    perturb = type(self)._mpjax_bare_type.perturb
+    if running_policy.value is None:
+        return perturb(self, name, value, *args, **kwargs)
+    return perturb_wide(lambda v: perturb(self, name, v, *args, **kwargs), value)
 
 
 def _init_cache(self, input_shape, dtype=None):
@@ -154,6 +173,8 @@ def _method(bare: type, name: str, decision: Decision | None) -> Callable:
     run = function
     if decision is not None and decision.recipe is not None:
         run = replacement_method(function)
+    if policy is not None:
+        run = summing_method(function, policy, run)
     of_flax = is_of_flax(function, "nnx")
     is_layer = of_flax and not issubclass(bare, nnx.Sequential)
     casts_outputs = decision is not None and decision.cast_outputs

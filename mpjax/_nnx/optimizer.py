@@ -114,6 +114,7 @@ def value_and_grad(
     optimizer: Optimizer,
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
+    allow_int: bool = False,
 ) -> Callable[..., tuple[Any, Any]]:
     """``nnx.value_and_grad`` of what an optimizer trains, and of scaling states.
 
@@ -127,6 +128,7 @@ def value_and_grad(
       argnums: the positional arguments that are models, to differentiate with respect
         to.
       has_aux: whether ``loss_fn`` returns a pair of a loss and auxiliary data.
+      allow_int: whether integers may be trained, as of ``nnx.grad``.
 
     Returns:
       A function of the arguments of ``loss_fn`` that returns ``(loss, grads)``, or
@@ -178,7 +180,10 @@ def value_and_grad(
             return scaled_loss, (jnp.asarray(loss, scaled_loss.dtype), aux)
 
         grad_fn = nnx.grad(
-            scaled, argnums=states[0] if is_single else states, has_aux=True
+            scaled,
+            argnums=states[0] if is_single else states,
+            has_aux=True,
+            allow_int=allow_int,
         )
         grads, (loss, aux) = grad_fn(*args)
         if scales_loss:

@@ -28,6 +28,7 @@ from mpjax._nnx.attention import attention, is_stock_attention
 from mpjax._nnx.scope_names import running_path
 from mpjax._policies.lookup import Decision
 from mpjax._recipes.state import ScalingState
+from mpjax._scaling_states.weights import state_name
 from mpjax._typing import Array
 
 
@@ -118,11 +119,11 @@ def _products(module: Any) -> Multiplier:
 
     def read(name: str, weight: Array | None) -> ScalingState:
         del weight
-        state = vars(module).get(f"{name}_scaling")
+        state = vars(module).get(state_name(name))
         if state is None:
             raise ValueError(
                 f"Module {path!r} ({type(module).__name__}) has delayed scaling and "
-                f"finds no state {name}_scaling. Make the model with "
+                f"finds no state {state_name(name)}. Make the model with "
                 "mpjax.nnx.mixed_precision, which gives it one, and keep its "
                 "mpjax.nnx.ScalingStat variables on it, in nnx.merge, nnx.clone and "
                 "nnx.pop too; or give it a rule with mpjax.current_scaling()."
@@ -133,7 +134,7 @@ def _products(module: Any) -> Multiplier:
         return value
 
     def write(name: str, scales: Array) -> None:
-        state = vars(module)[f"{name}_scaling"]
+        state = vars(module)[state_name(name)]
         try:
             state.set_value(replace(state.get_value(), scale=scales))
         except TraceContextError:

@@ -183,7 +183,7 @@ def kernels(model: nnx.Module) -> dict[tuple, Any]:
     ]
     params = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
     return {
-        (*path[:-1], f"{path[-1]}_scaling"): value
+        (*path[:-1], weights.state_name(path[-1])): value
         for path, value in values(params).items()
         if not any(path[: len(norm)] == norm for norm in changed)
     }

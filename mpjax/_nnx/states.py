@@ -14,7 +14,7 @@ from mpjax._nnx.scaling import ScalingStat, kernels, scaling_stats
 from mpjax._policies.lookup import Decision
 from mpjax._recipes.recipe import Recipe
 from mpjax._recipes.state import ScalingState
-from mpjax._scaling_states.weights import with_copy
+from mpjax._scaling_states.weights import state_name, with_copy
 
 
 def set_states(
@@ -37,7 +37,7 @@ def set_states(
             continue
         recipe = decision.recipe
         if recipe is not None and recipe.stateful:
-            wanted = {f"{name}_scaling" for name in served[path]}
+            wanted = set(map(state_name, served[path]))
         for name, value in list(vars(module).items()):
             if not isinstance(value, ScalingStat):
                 continue
@@ -69,7 +69,7 @@ def keep_copies(
     places = {id(variable): path for path, variable in states.items()}
     for path, module in modules.items():
         for name in served[path]:
-            stat = getattr(module, f"{name}_scaling", None)
+            stat = getattr(module, state_name(name), None)
             if stat is None or not may_read_copy(module, name):
                 continue
             state, kernel = stat.get_value(), params.get(places.get(id(stat), ()))

@@ -10,7 +10,9 @@ import numpy as np
 from jax import lax
 
 from mpjax._numerics.formats import FORMATS, Format, format_info
-from mpjax._typing import Array, DType
+from mpjax._typing import Array, DType, check_has_arrays
+
+_SIGN, _MAGNITUDE, _INF = 0x80000000, 0x7FFFFFFF, 0x7F800000  # bits of float32
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -141,13 +143,17 @@ def stochastic_round(x: Array, dtype: DType, key: Array) -> Array:
     y = _saturate(_widen(x), fmt)
     dropped = 23 - fmt.mantissa
     noise = jax.random.bits(key, y.shape, jnp.uint32) >> jnp.uint32(32 - dropped)
+    kept = jnp.uint32(2**32 - 2**dropped)
+    if fmt.is_wide:  # its codes are those of float32, cut off; next to zero as well
+        bits = lax.bitcast_convert_type(y, jnp.uint32)
+        bits = jnp.where(jnp.isfinite(y), (bits + noise) & kept, bits)
+        return _to_format(lax.bitcast_convert_type(bits, jnp.float32), fmt)
     # The evenly spaced numbers next to zero are moved up into the first binade of full
     # precision; random bits then carry into the ones that are kept, or do not.
     magnitude = jnp.abs(y)
     offset = jnp.where(magnitude < fmt.smallest_normal, fmt.smallest_normal, 0.0)
     bits = lax.bitcast_convert_type(magnitude + offset, jnp.uint32) + noise
-    bits = bits & jnp.uint32(2**32 - 2**dropped)
-    rounded = lax.bitcast_convert_type(bits, jnp.float32) - offset
+    rounded = lax.bitcast_convert_type(bits & kept, jnp.float32) - offset
     rounded = jnp.where(jnp.isfinite(y), jnp.copysign(rounded, y), y)
     return _to_format(rounded, fmt)
 
@@ -198,16 +204,13 @@ def _floating(name: str, x: jax.typing.ArrayLike) -> Array:
             f"{name} needs a floating array, got {x.dtype.name}; cast it to float32 "
             "first."
         )
+    check_has_arrays(x)
     return x
 
 
 def _with_arrays(dtype: DType) -> Format:
     fmt = format_info(dtype)
-    if not fmt.has_arrays:
-        raise TypeError(
-            f"XLA has no arrays of {fmt.name}; round_to_format gives its values in the "
-            "dtype of x."
-        )
+    check_has_arrays(fmt.dtype)
     return fmt
 
 
@@ -221,6 +224,12 @@ def _widen(x: Array) -> Array:
 
 def _saturate(x: Array, fmt: Format) -> Array:
     """Clips what is finite; replaces inf and NaN where the format has no such code."""
+    if fmt.is_wide:  # on the bits, as arithmetic takes subnormal f32 for 0 on a CPU
+        bits = lax.bitcast_convert_type(x, jnp.uint32)
+        top = jnp.uint32(np.float32(fmt.max).view(np.uint32))
+        magnitude, sign = bits & jnp.uint32(_MAGNITUDE), bits & jnp.uint32(_SIGN)
+        over = (magnitude > top) & (magnitude < jnp.uint32(_INF))
+        return lax.bitcast_convert_type(jnp.where(over, sign | top, bits), jnp.float32)
     clipped = jnp.clip(x, fmt.min if fmt.has_zero else None, fmt.max)
     if fmt.has_nan:
         return jnp.where(jnp.isfinite(x), clipped, x)
@@ -231,7 +240,7 @@ def _nearest(x: Array, fmt: Format) -> Array:
     """Rounds f32, saturated, to the values of a format; inf and NaN pass."""
     if not fmt.has_zero:
         return _to_power_of_two(x, fmt).astype(jnp.float32)
-    if fmt.max_exponent == 127:  # as float32 has, so that _magic would overflow
+    if fmt.is_wide:  # so that _magic would overflow
         return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=fmt.mantissa)
     magic = _magic(x, fmt)
     return jnp.where(jnp.isinf(x), x, jnp.copysign((x + magic) - magic, x))
@@ -262,8 +271,13 @@ def _to_format(x: Array, fmt: Format) -> Array:
 def _to_power_of_two(x: Array, fmt: Format) -> Array:
     """Casts f32; on its codes, since XLA takes 2^-127, an f32 subnormal, for 0."""
     code = lax.bitcast_convert_type(x.astype(fmt.dtype), jnp.uint8)
-    smallest = (x >= 0) & (x < 2 * fmt.min)
-    return lax.bitcast_convert_type(jnp.where(smallest, jnp.uint8(0), code), fmt.dtype)
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    below = jnp.uint32(np.float32(2 * fmt.min).view(np.uint32))
+    smallest = (bits < below) | (bits == jnp.uint32(_SIGN))  # and -0
+    code = jnp.where(smallest, jnp.uint8(0), code)
+    nan = jnp.uint8(fmt.dtype.type(math.nan).view("uint8").item())
+    code = jnp.where(bits > jnp.uint32(_SIGN), nan, code)
+    return lax.bitcast_convert_type(code, fmt.dtype)
 
 
 def _encode(x: Array, fmt: Format) -> Array:

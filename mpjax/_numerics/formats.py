@@ -90,6 +90,14 @@ class Format:
         return self.bits == 8 and self.has_zero and not self.is_integer
 
     @property
+    def is_wide(self) -> bool:
+        """Whether it has the exponents of float32, subnormal ones too.
+
+        On a CPU, arithmetic in float32 takes those numbers for zero.
+        """
+        return self.max_exponent == 127
+
+    @property
     def has_arrays(self) -> bool:
         """Whether XLA has arrays of it."""
         return self.stored_as == self.name

@@ -19,7 +19,7 @@ from mpjax._numerics.scales import (
     expand_scale,
     quantize_blocks,
 )
-from mpjax._typing import Array, DType
+from mpjax._typing import Array, DType, check_has_arrays
 
 
 @jax.tree_util.register_dataclass
@@ -104,6 +104,7 @@ def quantize(
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"quantize needs a floating array, got {x.dtype.name}.")
+    check_has_arrays(x)
     dtype = check_format(dtype)
     scale_dtype = check_scale_dtype(scale_dtype, rounding)
     block = check_block(block, x.shape)
@@ -153,7 +154,8 @@ def dequantize(q: QArray, dtype: DType = jnp.float32) -> Array:
       dtype[d0, d1, ...].
 
     Raises:
-      TypeError: ``q`` is no ``QArray``.
+      TypeError: ``q`` is no ``QArray``, or ``dtype`` is an fp6, of which XLA has no
+        arrays.
 
     Example:
       >>> import jax.numpy as jnp, mpjax
@@ -166,6 +168,8 @@ def dequantize(q: QArray, dtype: DType = jnp.float32) -> Array:
             f"dequantize takes what quantize returns, got {type(q).__name__}; an "
             "array is in high precision already."
         )
+    check_has_arrays(dtype)
+    check_has_arrays(q.qvalue)
     scale = expand_scale(q.scale, q.qvalue.shape, q.block)
     return (q.qvalue.astype(jnp.float32) * scale).astype(dtype)
 

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 
 from mpjax._numerics.casts import round_to_format, saturating_cast
 from mpjax._numerics.formats import Format, format_info, holds_scales
-from mpjax._typing import Array, DType
+from mpjax._typing import Array, DType, check_has_arrays
 
 Block: TypeAlias = tuple[int, ...]
 Rounding: TypeAlias = Literal["exact", "up", "floor"]
@@ -35,6 +35,7 @@ def block_amax(
       f32[ceil(d0 / b0), ceil(d1 / b1), ...]; NaN where a block holds one.
 
     Raises:
+      TypeError: ``x`` or ``compute_dtype`` is an fp6, of which XLA has no arrays.
       ValueError: ``block`` does not fit the shape.
 
     Example:
@@ -44,6 +45,8 @@ def block_amax(
       Array([[2., 3.],
              [5., 6.]], dtype=float32)
     """
+    check_has_arrays(x)
+    check_has_arrays(compute_dtype)
     return amax_of_blocks(x, check_block(block, x.shape), compute_dtype)
 
 
@@ -125,6 +128,7 @@ def amax_to_scale(amax: Array, dtype: DType, rounding: Rounding = "exact") -> Ar
       Mishra et al., Recipes for Pre-training LLMs with MXFP8, arXiv 2506.08027 (up).
     """
     check_rounding(rounding)
+    check_has_arrays(amax)
     amax, fmt = jnp.asarray(amax, jnp.float32), format_info(dtype)
     if rounding == "exact":
         # Compilers divide by a constant in this way, but not all of them.
@@ -172,6 +176,8 @@ def quantize_with_scale(
       >>> mpjax.numerics.quantize_with_scale(x, scale, jnp.int8)
       Array([100, 127], dtype=int8)
     """
+    for dtype_or_array in (x, scale, compute_dtype):
+        check_has_arrays(dtype_or_array)
     block = check_block(block, x.shape)
     return quantize_blocks(x, scale, dtype, block, compute_dtype)
 

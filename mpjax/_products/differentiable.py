@@ -93,7 +93,9 @@ class ScaledProduct(abc.ABC):
         if quantized is None:
             return self.quantize("rhs", rhs, products, scales)
         serves = [product in self.recipe.quantized for product in products]
-        return [quantized if serve else rhs for serve in serves], jnp.zeros(())
+        return [quantized if serve else rhs for serve in serves], jnp.zeros(
+            (), jnp.float32
+        )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

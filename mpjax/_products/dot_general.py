@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mpjax._mesh import match_varying
+from mpjax._mesh import explicit_sharding, match_varying
 from mpjax._numerics.qarray import Operand, QArray
 from mpjax._numerics.scales import check_block
 from mpjax._products.differentiable import ScaledProduct, differentiable_product
@@ -132,9 +132,7 @@ class _Axes:
     def of(cls, x: Array, contracting: Sequence[int], batch: Sequence[int]) -> "_Axes":
         batch, contracting = tuple(batch), tuple(contracting)
         free = tuple(i for i in range(x.ndim) if i not in batch + contracting)
-        sharding = jax.typeof(x).sharding
-        explicit = not sharding.mesh.empty and sharding.mesh.explicit_axes
-        return cls(batch, free, contracting, x.dtype, sharding if explicit else None)
+        return cls(batch, free, contracting, x.dtype, explicit_sharding(x))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,11 +239,15 @@ class _Dot(ScaledProduct):
           kept: its axes but for those of the batch, in the order of the product.
         """
         order = (*axes.batch, *kept)
-        sharding = axes.sharding
+        values = (x.qvalue if isinstance(x, QArray) else x for x in (lhs, rhs))
+        sharding, others = axes.sharding, explicit_sharding(*values)
         if sharding is not None:
             spec = (*sharding.spec, *[None] * (len(order) - len(sharding.spec)))
             spec = PartitionSpec(*(spec[i] for i in order))
             sharding = NamedSharding(sharding.mesh, spec)
+        elif others is not None:  # an operand from before the mesh has no shards
+            spec = PartitionSpec(*[None] * len(order))
+            sharding = NamedSharding(others.mesh, spec)
         out = multiply(
             lhs,
             rhs,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mpjax._mesh import varying_axes
+from mpjax._mesh import explicit_sharding, sharded_like, varying_axes
 from mpjax._numerics.formats import format_info, holds_scales
 from mpjax._numerics.qarray import Operand, QArray, dequantize
 from mpjax._numerics.scales import expand_scale
@@ -125,8 +125,6 @@ def _has_block_scaled_products() -> bool:
 
 def _suits_block_scaled_unit(q: QArray, contracting: Sequence[int]) -> bool:
     """Whether a GPU's block-scaled product takes it, on the device that it is on."""
-    kind = jax.typeof(q.qvalue)
-    sharded = not kind.sharding.mesh.empty and kind.sharding.mesh.explicit_axes
     return (
         format_info(q.dtype).has_mx_products
         and holds_scales(q.scale.dtype)
@@ -134,7 +132,7 @@ def _suits_block_scaled_unit(q: QArray, contracting: Sequence[int]) -> bool:
             d == (s * 32 if axis == max(contracting) else s)
             for axis, (d, s) in enumerate(zip(q.shape, q.scale.shape, strict=True))
         )
-        and not sharded
+        and explicit_sharding(q.qvalue) is None
         and not varying_axes(q.qvalue)
     )
 
@@ -227,8 +225,11 @@ def _scale_output(
         *batch[1], *[1] * lhs_free, *rhs_scale.shape[len(rb) :]
     )
     if lhs_scale.size == 1 or rhs_scale.size == 1:
-        return out * (lhs_scale * rhs_scale).astype(out.dtype)
-    return out * lhs_scale.astype(out.dtype) * rhs_scale.astype(out.dtype)
+        scale = (lhs_scale * rhs_scale).astype(out.dtype)
+        return out * sharded_like(scale, out)
+    for scale in (lhs_scale, rhs_scale):
+        out = out * sharded_like(scale.astype(out.dtype), out)
+    return out
 
 
 def _batch_then_free(

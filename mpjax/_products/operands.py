@@ -79,7 +79,7 @@ def quantize_operand(
     # amax, quantization and the sum that a bias takes, if all are in bfloat16.
     narrow = scaling.rounding != "exact" and x.dtype == jnp.bfloat16
     compute_dtype = x.dtype if narrow else jnp.float32
-    observed = jnp.zeros(())
+    observed = jnp.zeros((), jnp.float32)
     forms = {}
     for block in dict.fromkeys(block for block in blocks if block is not None):
         amax = amax_of_blocks(x, block, compute_dtype)

@@ -75,7 +75,7 @@ def calibrate(
       >>> def loss_fn(variables, x):
       ...     return model.apply(variables, x).mean()
       >>> variables = mpjax.calibrate(loss_fn, variables, x)
-      >>> print(f"{variables['scaling']['kernel'].scale[0]:.5f}")  # 1 / 448, rounded up
+      >>> print(f"{variables['scaling']['kernel_scaling'].scale[0]:.5f}")
       0.00391
     """
     if not found_states(variables, ScalingState):

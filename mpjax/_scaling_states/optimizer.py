@@ -20,6 +20,7 @@ from mpjax._scaling_states.update import (
     step_of_optimizer,
     updated_by_path,
 )
+from mpjax._tree import is_numeric
 from mpjax._typing import ArrayTree
 
 
@@ -84,7 +85,7 @@ def scaled(
       >>> grads = jax.grad(loss_fn)(variables)
       >>> updates, opt_state = tx.update(grads, opt_state, variables)
       >>> variables = mpjax.apply_updates(variables, updates)
-      >>> print(f"{variables['scaling']['kernel'].scale[0]:.5f}")  # 1 / 448, rounded up
+      >>> print(f"{variables['scaling']['kernel_scaling'].scale[0]:.5f}")
       0.00391
     """
     if not all(callable(getattr(inner, name, None)) for name in ("init", "update")):
@@ -131,7 +132,8 @@ def apply_updates(params: ArrayTree, updates: ArrayTree) -> ArrayTree:
         for a tree without states, that of any optimizer.
 
     Returns:
-      The tree for the next step. Arrays are those of ``optax.apply_updates``.
+      The tree for the next step. Arrays are those of ``optax.apply_updates``; integers
+      whose update is of ``float0``, and PRNG keys, stay what they are.
 
     Raises:
       ValueError: there are states in the tree, and the optimizer is not `scaled`.
@@ -144,7 +146,8 @@ def apply_updates(params: ArrayTree, updates: ArrayTree) -> ArrayTree:
 
     def apply(param, update):
         if not is_state(param):
-            return optax.apply_updates(param, update)
+            keep = not is_numeric(update)
+            return param if keep else optax.apply_updates(param, update)
         if isinstance(update, NewState):
             return update.state
         raise ValueError(

@@ -73,7 +73,7 @@ def update_scaling(
       ...     return model.apply({"params": params, "scaling": scaling}, x).mean()
       >>> grads, observed = jax.grad(loss_fn, argnums=(0, 1))(params, scaling)
       >>> scaling = mpjax.update_scaling(scaling, observed)
-      >>> print(f"{scaling['kernel'].scale[0]:.5f}")  # 1 / 448, rounded up
+      >>> print(f"{scaling['kernel_scaling'].scale[0]:.5f}")
       0.00391
     """
     structure = jax.tree.structure(states, is_leaf=is_state)

@@ -14,6 +14,8 @@ from mpjax._numerics.scales import block_amax, quantize_with_scale, round_scale_
 from mpjax._recipes.state import RHS, ScalingState, WeightCopy
 from mpjax._typing import Array, ArrayTree
 
+_SUFFIX = "_scaling"
+
 
 def keep_weights(states: ArrayTree, params: ArrayTree) -> ArrayTree:
     """States that keep weights in 8 bits from one step to the next.
@@ -45,8 +47,8 @@ def keep_weights(states: ArrayTree, params: ArrayTree) -> ArrayTree:
 
     Args:
       states: a tree of ``ScalingState``: the collection ``"scaling"`` of a Linen model.
-      params: the parameters, at the same paths. Stacked layers have their axes in
-        front.
+      params: the parameters, at the paths of their states, which may end in
+        ``"_scaling"``. Stacked layers have their axes in front.
 
     Returns:
       States with a copy of every kernel that is found.
@@ -194,13 +196,27 @@ def seen_by_copy(state: ScalingState, seen: ScalingState) -> ScalingState:
 def parameter_at(params: ArrayTree, path) -> Array | None:
     """The parameter that a state belongs to, or None; boxes of partitioning are opened.
 
-    It is at the path of the state. In the variables of a Linen model, it is at that
-    path with the collection ``"params"`` in place of the states'.
+    It is at the path of the state, without the ending that tells a state from it. In
+    the variables of a Linen model, it is at that path with the collection ``"params"``
+    in place of the states'.
     """
     names = [getattr(key, "key", None) for key in path]
-    others = [[*names[:i], "params", *names[i + 1 :]] for i in range(len(names))]
-    found = (_at(params, names) for names in [names, *others])
+    if names and isinstance(names[-1], str):
+        names[-1] = names[-1].removesuffix(_SUFFIX)
+    # In transformations states are in a "params" of their own, within their collection.
+    bare = [name for name in names if name != "params"]
+    others = [[*bare[:i], "params", *bare[i + 1 :]] for i in range(len(bare))]
+    found = (_at(params, names) for names in [names, bare, *others])
     return next((kernel for kernel in found if kernel is not None), None)
+
+
+def state_name(product: str) -> str:
+    """What the state of a product is called: unlike the parameter, beside which it is.
+
+    What merges the collections of a Linen model, or has both as attributes of a module
+    of NNX, tells them apart.
+    """
+    return f"{product}{_SUFFIX}"
 
 
 def _at(tree: ArrayTree, names: list) -> Array | None:

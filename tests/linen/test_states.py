@@ -188,7 +188,7 @@ def test_layers_whose_weights_are_normalized(kind, lift):
     jax.tree.map(
         np.testing.assert_array_equal, variables, bare.init(jax.random.key(0), x)
     )
-    assert set(scaling["norm"]) == {"inner/dense/kernel"}
+    assert set(scaling["norm"]) == {"inner/dense/kernel_scaling"}
 
     @jax.jit
     def observe(scaling):

@@ -57,6 +57,39 @@ def test_sharded_operands_give_what_one_device_gives(name, x_spec, w_spec, axis_
         np.testing.assert_allclose(actual, oracle, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["delayed", "channel"])
+@pytest.mark.parametrize(
+    ("x_spec", "w_spec"),
+    [(None, P(None, "d")), (P("d", None), None), (P(None, None), P("d", None))],
+)
+def test_operands_from_before_an_explicit_mesh(name, x_spec, w_spec):
+    """One operand is on no mesh, or what it is scaled by is sharded as it is not."""
+    recipe = RECIPES[name]
+    x, w = normal(0, 8, 128), normal(1, 128, 16)
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Explicit,))
+
+    def loss(x, w, recipe):
+        if recipe is None:
+            return jnp.sum(lax.dot_general(x, w, MATMUL) ** 2)
+        out = mpjax.scaled_dot_general(
+            x, w, MATMUL, recipe=recipe, scales=start(recipe)
+        )
+        return jnp.sum(out * out)
+
+    step = jax.jit(jax.grad(loss, (0, 1)), static_argnums=2)
+    expected = step(x, w, recipe)
+    with jax.set_mesh(mesh):
+        x, w = (
+            x if spec is None else jax.device_put(x, NamedSharding(mesh, spec))
+            for x, spec in ((x, x_spec), (w, w_spec))
+        )
+        plain = jax.eval_shape(lambda x, w: step(x, w, None), x, w)
+        actual = step(x, w, recipe)
+    for one, other, kind in zip(actual, expected, plain, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-4)
+        assert one.sharding.spec == kind.sharding.spec
+
+
 def test_blocks_across_explicit_shards_are_refused():
     mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Explicit,))
     with jax.set_mesh(mesh):

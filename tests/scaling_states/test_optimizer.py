@@ -128,9 +128,11 @@ def test_training_is_that_of_a_loop_by_hand(kind, keep):
     if "loss" in kind:
         assert int(mpjax.skipped_steps(opt_state)) >= 4
         assert any(new > old for old, new in itertools.pairwise(scales))
-    history = variables["scaling"]["Dense_0"]["kernel"].history
+    history = variables["scaling"]["Dense_0"]["kernel_scaling"].history
     assert np.any(history > 0)
-    assert (variables["scaling"]["Dense_0"]["kernel"].weight is not None) == keep
+    assert (
+        variables["scaling"]["Dense_0"]["kernel_scaling"].weight is not None
+    ) == keep
 
 
 def test_a_loop_of_steps_may_be_a_scan():
@@ -232,7 +234,7 @@ def test_masks_and_labels_have_the_structure_of_the_parameters():
     params, bare = ({"params": tree["params"]} for tree in (variables, grads))
     expected, _ = inner.update(bare, inner.init(params), params)
     assert_equal({"params": got["params"]}, optax.apply_updates(params, expected))
-    assert np.any(got["scaling"]["Dense_0"]["kernel"].scale > 0)
+    assert np.any(got["scaling"]["Dense_0"]["kernel_scaling"].scale > 0)
 
 
 def test_what_would_train_states_raises():
@@ -301,7 +303,7 @@ def test_sharded_over_devices():
         *sharded, sharded_loss = take_step(*sharded, X, one)
         np.testing.assert_allclose(sharded_loss, loss, rtol=1e-2)
     kernel = sharded[0]["params"]["Dense_0"]["kernel"]
-    copy = sharded[0]["scaling"]["Dense_0"]["kernel"].weight.values
+    copy = sharded[0]["scaling"]["Dense_0"]["kernel_scaling"].weight.values
     assert {s.data.shape for s in kernel.addressable_shards} == {(24, 3)}
     assert {s.data.shape for s in copy.qvalue.addressable_shards} == {(24, 3)}
 
@@ -327,4 +329,4 @@ def test_variables_with_copies_are_saved_and_restored(save, tmp_path):
     )[0]
     restored = save(tmp_path / "saved", variables)
     assert_equal(restored, variables)
-    assert restored["scaling"]["Dense_0"]["kernel"].weight is not None
+    assert restored["scaling"]["Dense_0"]["kernel_scaling"].weight is not None

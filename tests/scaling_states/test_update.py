@@ -346,6 +346,6 @@ def test_what_a_step_observed_knows_its_loss_scale():
         unnamed = mpjax.update_scaling(scaling, observed)
         jax.tree.map(np.testing.assert_array_equal, named, unnamed)
         scaling = named
-        amaxes.append(float(scaling["kernel"].history[2, -1]))
+        amaxes.append(float(scaling["kernel_scaling"].history[2, -1]))
     np.testing.assert_allclose(amaxes, amaxes[0], rtol=1e-2)
     assert amaxes[0] > 0

@@ -170,7 +170,8 @@ class LinenTrainer:
     @property
     def states(self):
         """{path: ScalingState}."""
-        return by_path(self.variables["scaling"])
+        states = by_path(self.variables["scaling"])
+        return {path.removesuffix("_scaling"): s for path, s in states.items()}
 
     @states.setter
     def states(self, states):
