@@ -9,8 +9,10 @@ from mpjax._linen.attributes import check_real, method_under_rule, overrides
 from mpjax._linen.cache_keys import CacheKeys
 from mpjax._linen.recipes import make_multiplier
 from mpjax._linen.states import StateOwner, StateStore
+from mpjax._linen.structure import structure_of, waits_for_run
 from mpjax._policies.lookup import Matcher
 from mpjax._policies.policy import Policy
+from mpjax._policies.roles import UNKNOWN, Structure
 
 # The policy of the module whose method runs. Traced calls nest, so it is put back on
 # the way out; each thread has its own. It is no context of JAX's, as NNX has one: that
@@ -29,14 +31,15 @@ class Run:
 
     Attributes:
       rules: of the wrapper.
-      seen: path and type of every module, in order of their first calls.
+      seen: by path and type, the structure of every module, in order of their first
+        calls.
       served: by path, the products that used a recipe.
       marks: in the scopes of the modules.
     """
 
     def __init__(self, rules: Matcher, root: nn.Module, wrapper: type[nn.Module]):
         self.rules = rules
-        self.seen: dict[tuple[str, type], None] = {}
+        self.seen: dict[tuple[str, type], Structure] = {}
         self.served: dict[str, set[str]] = {}
         self.marks = CacheKeys(rules, root.scope, enclosing_policy.get)
         self.marks.enter(root)
@@ -56,12 +59,29 @@ class Run:
         self.marks.enter(module)
         if isinstance(module, self._wrapper):
             return method(*args, **kwargs)
-        path = self._path(module)
-        self.seen[path, type(module)] = None
-        decision = self.rules.decision(path, type(module))
+        path, kind = self._path(module), type(module)
+        structure = UNKNOWN
+        if self.rules.asks_structure:
+            structure = structure_of(module, path, args)
+        self.seen[path, kind] = structure
+        decision = self.rules.decision(path, kind, structure)
+        call = args, kwargs, context.method_name
+        result = self._run(module, path, decision, method, *call)
+        if waits_for_run(structure) and context.method_name != "setup":
+            structure = structure_of(module, path, args, has_run=True)
+            self.seen[path, kind] = structure
+            other = self.rules.decision(path, kind, structure)
+            if other != decision and structure.is_leaf:  # its parameters are made
+                object.__setattr__(module, "scope", module.scope.rewound())
+                self.marks.enter(module)
+                result = self._run(module, path, other, method, *call)
+        return result
+
+    def _run(self, module, path, decision, method, args, kwargs, name):
+        """Runs a method under what its module follows."""
         policy = None if decision is None else decision.policy
         boundary = policy if policy != enclosing_policy.get() else None
-        own, name, replaced = vars(module), context.method_name, {}
+        own, replaced = vars(module), {}
         states = self._states
         if decision is not None and policy is not None:
             served = self.served.setdefault(path, set())
@@ -69,7 +89,7 @@ class Run:
             replaced = overrides(module, path, decision, products, name)
             check_real(module, path, policy, name, args, kwargs)
             method = method_under_rule(module, products, policy, name, method)
-        before = {name: own.get(name, _ABSENT) for name in replaced}
+        before = {field: own.get(field, _ABSENT) for field in replaced}
         token, outside = enclosing_policy.set(policy), (self._inside, states.owner)
         self._inside = path
         if isinstance(module, StateOwner.kinds):
@@ -82,11 +102,11 @@ class Run:
             result = method(*args, **kwargs)
             return result if boundary is None else boundary.cast_to_output(result)
         finally:
-            for name, value in before.items():
+            for field, value in before.items():
                 if value is _ABSENT:
-                    del own[name]
+                    del own[field]
                 else:
-                    own[name] = value
+                    own[field] = value
             enclosing_policy.reset(token)
             self._inside, states.owner = outside
 

@@ -26,8 +26,10 @@ from mpjax._nnx.parameters import cast_stored, own_params
 from mpjax._nnx.recipes import served_product_names
 from mpjax._nnx.scaling import ScalingStat
 from mpjax._nnx.states import keep_copies, set_states
+from mpjax._nnx.structure import structures_of
 from mpjax._policies.lookup import Decision, Matcher
 from mpjax._policies.policy import Policy, spelled_like
+from mpjax._policies.roles import UNKNOWN
 from mpjax._policies.rule import Rules, read_rules
 from mpjax._products.xla_cpu import conv_general_dilated
 
@@ -94,13 +96,17 @@ def mixed_precision(model: M, rules: Rules) -> M:
     model = nnx.clone(model)
     layers = layers_by_path(model)
     seen = {path: bare_type(layer) for path, (layer, *_) in layers.items()}
-    found = {path: lookup.decision(path, kind) for path, kind in seen.items()}
     modules = {path: nodes[0] for path, nodes in layers.items()}
+    structures = structures_of(modules) if lookup.asks_structure else {}
+    found = {
+        path: lookup.decision(path, kind, structures.get((path, kind), UNKNOWN))
+        for path, kind in seen.items()
+    }
     served = {
         path: served_product_names(path, module, seen[path], found[path])
         for path, module in modules.items()
     }
-    lookup.check_all_used(seen, served=served)
+    lookup.check_all_used(seen, served=served, structures=structures)
     set_states(modules, found, served)
     owners: dict[int, tuple[str, Policy]] = {}
     for path, nodes in layers.items():

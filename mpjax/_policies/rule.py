@@ -7,6 +7,7 @@ from typing import TypeAlias
 
 from mpjax._policies.policy import Policy, get_policy, is_spelled_out
 from mpjax._policies.presets import PRESETS, full_name
+from mpjax._policies.roles import ROLES, UNKNOWN, Structure
 from mpjax._recipes.recipe import Recipe
 
 
@@ -14,8 +15,8 @@ from mpjax._recipes.recipe import Recipe
 class Rule:
     r"""Gives the modules that it matches a policy and, for their products, a recipe.
 
-    A module matches when its path *and* its type do. Its path is the names from the
-    model down to it, joined by "/", and "" for the model itself.
+    A module matches when its path, its type *and* its role do. Its path is the names
+    from the model down to it, joined by "/", and "" for the model itself.
 
     Attributes:
       path: regular expression that the whole path must match.
@@ -28,6 +29,12 @@ class Rule:
         dtype of the policy.
       module_type: a class, a tuple of classes, or a regular expression that the whole
         name of the module's class or of one of its bases must match. None: any type.
+      role: the part that a module plays in a model: ``"norm"``, ``"router"`` (chooses
+        experts), ``"router_layer"`` (has the logits of experts), ``"embedding"`` or
+        ``"end"`` (makes inputs or outputs of a model). Structure decides where it
+        tells, so that a block which is called after the norms in it is none, and a
+        layer that is called "gate" is a router if it gives few features; names decide
+        elsewhere, and ``tabulate`` says why. None: any role.
       optional: allow the rule to match nothing.
       cast_inputs: whether floating arguments of a module that the rule makes the entry
         of a policy are cast to its compute dtype. False keeps, say, time steps or
@@ -58,6 +65,7 @@ class Rule:
     module_type: type | tuple[type, ...] | str | None = dataclasses.field(
         default=None, kw_only=True
     )
+    role: str | None = dataclasses.field(default=None, kw_only=True)
     optional: bool = dataclasses.field(default=False, kw_only=True)
     cast_inputs: bool = dataclasses.field(default=True, kw_only=True)
     min_size: int | None = dataclasses.field(default=None, kw_only=True)
@@ -80,6 +88,13 @@ class Rule:
                         "Rule.module_type must be a class, a tuple of classes or a "
                         f"regular expression on class names, got {self.module_type!r}."
                     )
+        if not (
+            self.role is None or (isinstance(self.role, str) and self.role in ROLES)
+        ):
+            raise ValueError(
+                f"Rule.role must be one of {', '.join(map(repr, ROLES))} or None, got "
+                f"{self.role!r}."
+            )
         if self.policy is not None:
             name, policy = full_name(self.policy), get_policy(self.policy)
             if policy.compute_dtype.itemsize < 2:
@@ -123,17 +138,27 @@ class Rule:
                     "with mpjax.current_scaling()."
                 )
 
-    def matches(self, path: str, module_type: type) -> bool:
+    def matches(
+        self, path: str, module_type: type, structure: Structure = UNKNOWN
+    ) -> bool:
         """Whether the rule matches a module of this path and type.
 
         Args:
           path: of the module, from the model down; "" is the model.
           module_type: the class of the module.
+          structure: what else a front end knows of it.
 
         Returns:
           A bool.
         """
-        return self.matches_path(path) and self.matches_type(module_type)
+        return (
+            self.matches_path(path)
+            and self.matches_type(module_type)
+            and (
+                self.role is None
+                or ROLES[self.role](path, module_type, structure) is not None
+            )
+        )
 
     def matches_path(self, path: str) -> bool:
         """Whether the rule matches some type at this path.
