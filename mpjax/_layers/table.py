@@ -32,13 +32,21 @@ def layer_table(
         names = sorted({_dtype_name(p.dtype) for p in params})
         name = module_type.__name__
         policy = None if decision is None else decision.policy
-        reason = "" if decision is None else decision.reason or ""
-        cells.append((path, name, policy, recipe, " ".join(names), size, reason))
+        reason = None if decision is None else decision.reason
+        if decision is not None and decision.recipe and recipe is None and params:
+            reason = unserved_reason(decision)
+        cells.append((path, name, policy, recipe, " ".join(names), size, reason or ""))
     title = f"{len(cells)} layers, {sizes:,} parameters in {nbytes:,} bytes"
     columns = ["path", "type", "policy", "recipe", "dtypes", "params"]
     if any(cell[-1] for cell in cells):  # why a module is an exception
         columns.append("because")
     return render([cell[: len(columns)] for cell in cells], columns, title)
+
+
+def unserved_reason(decision: Decision) -> str:
+    """Why the recipe of a module with parameters serves none of its products."""
+    size = decision.min_size
+    return f"no product of min_size={size}" if size else "no product for the recipe"
 
 
 def _dtype_name(dtype: np.dtype) -> str:

@@ -1,12 +1,14 @@
 """One run of a wrapped model, and the interceptor of its methods."""
 
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
 
 from mpjax._linen.attributes import check_real, method_under_rule, overrides
 from mpjax._linen.cache_keys import CacheKeys
+from mpjax._linen.own_products import run_with_own_products
 from mpjax._linen.recipes import make_multiplier
 from mpjax._linen.states import StateOwner, StateStore
 from mpjax._linen.structure import structure_of, waits_for_run
@@ -49,6 +51,11 @@ class Run:
         self._inside: str | None = None  # the path of the module that runs
         self._states = StateStore()
         self._apart: dict[int, str] = {}  # paths of modules that the model applies
+        # Of a module whose copy runs next, its path and counts of random keys.
+        self._copied: tuple[str, dict] | None = None
+        self._copies: set[int] = set()  # ids of their scopes
+        self._prefix: str | None = None  # the path of the module whose copy runs
+        self._multiplying: set[int] = set()  # ids of modules that have copies
 
     def intercept(self, method, args, kwargs, context):
         """Runs one method of one module of the model under the module's policy."""
@@ -81,7 +88,7 @@ class Run:
         """Runs a method under what its module follows."""
         policy = None if decision is None else decision.policy
         boundary = policy if policy != enclosing_policy.get() else None
-        own, replaced = vars(module), {}
+        own, replaced, products = vars(module), {}, None
         states = self._states
         if decision is not None and policy is not None:
             served = self.served.setdefault(path, set())
@@ -89,6 +96,8 @@ class Run:
             replaced = overrides(module, path, decision, products, name)
             check_real(module, path, policy, name, args, kwargs)
             method = method_under_rule(module, products, policy, name, method)
+        if products is not None and decision.own_products:
+            method = partial(self._run_own, module, products, policy, name, method)
         before = {field: own.get(field, _ABSENT) for field in replaced}
         token, outside = enclosing_policy.set(policy), (self._inside, states.owner)
         self._inside = path
@@ -110,6 +119,25 @@ class Run:
             enclosing_policy.reset(token)
             self._inside, states.owner = outside
 
+    def _run_own(self, module, products, policy, name, method, *args, **kwargs):
+        """Runs a method with what it multiplies itself under the recipe."""
+        is_copy = id(module.scope.root) in self._copies and not module.path
+        if is_copy or id(module) in self._multiplying:  # called by another method
+            return method(*args, **kwargs)
+        path, outside = products.path, self._prefix
+
+        def entering(rng_counters):
+            self._copied, self._prefix = (path, rng_counters), path
+
+        self._multiplying.add(id(module))
+        try:
+            return run_with_own_products(
+                module, products, policy, name, method, args, kwargs, entering
+            )
+        finally:
+            self._multiplying.remove(id(module))
+            self._prefix = outside
+
     def _path(self, module: nn.Module) -> str:
         """The path of a module in the model.
 
@@ -118,8 +146,14 @@ class Run:
         """
         scope: Any = module.scope
         names, root = module.path[self._depth :], id(scope.root)
+        if self._copied is not None and root not in self._apart:
+            self._apart[root], scope.rng_counters = self._copied
+            self._copied = None
+            self._copies.add(root)
         if root in self._apart:
-            names = self._apart[root], *module.path
+            names = *filter(None, (self._apart[root],)), *module.path
+        elif self._prefix is not None:  # inside of a transformation
+            names = *filter(None, (self._prefix,)), *module.path
         elif (
             not names
             and self._inside is not None

@@ -16,7 +16,12 @@ from mpjax._layers.dtypes import any_complex, complex_error, is_of_flax, says_dt
 from mpjax._layers.region import running_policy
 from mpjax._nnx.hooks import derive
 from mpjax._nnx.parameters import map_params, reader_for, unwrap_for_storage
-from mpjax._nnx.recipes import hook_names, replacement_for, replacement_method
+from mpjax._nnx.recipes import (
+    hook_names,
+    replacement_for,
+    replacement_method,
+    with_own_products,
+)
 from mpjax._nnx.scope_names import note, scope
 from mpjax._policies.lookup import Decision
 from mpjax._policies.policy import Policy, spelled_like
@@ -150,6 +155,8 @@ def _method(name: str, function: Callable, decision: Decision | None) -> Callabl
     run = function
     if decision is not None and decision.recipe is not None:
         run = replacement_method(function)
+        if decision.own_products:
+            run = with_own_products(run)
     of_flax = is_of_flax(function, "nnx")
 
     def under_policy(self, *args, **kwargs):

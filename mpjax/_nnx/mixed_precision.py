@@ -14,6 +14,7 @@ import jax
 from flax import nnx
 
 from mpjax._layers.dtypes import any_complex, complex_error
+from mpjax._layers.table import unserved_reason
 from mpjax._nnx.attention import attention
 from mpjax._nnx.classes import (
     bare_type,
@@ -116,7 +117,8 @@ def mixed_precision(model: M, rules: Rules) -> M:
             if any(below) and decision_of(nodes[0]) is None:
                 set_type(nodes[0], None)  # left alone, it ends the region around it
             continue
-        decision, policy = _used(decision, served[path]), decision.policy
+        has_params = any(any(own_params(node)) for node in nodes)
+        decision, policy = _used(decision, served[path], has_params), decision.policy
         for node in nodes:
             _check(path, node)
             cast_stored(path, node, policy, owners)
@@ -128,11 +130,15 @@ def mixed_precision(model: M, rules: Rules) -> M:
     return model
 
 
-def _used(decision: Decision, served: set[str]) -> Decision:
+def _used(decision: Decision, served: set[str], has_params: bool) -> Decision:
     """A decision without a recipe that serves nothing, so that classes are fewer."""
     if served:
         return decision
-    return replace(decision, recipe=None, min_size=0, attention=False)
+    if decision.recipe is not None and has_params:
+        decision = replace(decision, reason=unserved_reason(decision))
+    return replace(
+        decision, recipe=None, min_size=0, attention=False, own_products=False
+    )
 
 
 def _check(path: str, module) -> None:

@@ -29,6 +29,7 @@ class Decision:
         without the recipe.
       cast_inputs: whether floating arguments are cast where the policy begins.
       attention: whether the recipe is also for the products of attention.
+      own_products: whether the recipe is also for what the module itself multiplies.
       reason: why the module has a rule that is for modules of its role.
     """
 
@@ -37,6 +38,7 @@ class Decision:
     min_size: int = 0
     cast_inputs: bool = True
     attention: bool = False
+    own_products: bool = False
     reason: str | None = None
 
 
@@ -139,8 +141,9 @@ class Matcher:
                 continue
             self._used.add(index)
             has_recipe = decision is not None and decision.recipe is not None
-            # A recipe that the user wrote is to serve, even if all is protected.
-            if has_recipe or self.rules[index].recipe is not None:
+            # A recipe that the user wrote is to serve, even if all is protected. That
+            # of a preset serves what it can.
+            if self.rules[index].recipe is not None:
                 self._with_recipe.add(index)
             if has_recipe and served is not None and served.get(path):
                 self._serving.add(index)
@@ -166,7 +169,9 @@ class Matcher:
             f"has a recipe and serves no product: of what it matches "
             f"({', '.join(sorted(types)[:8])}) nothing multiplies as a layer of Flax "
             f"does.{small if min_size else ''} Leave the recipe out, or let the rule "
-            "match Dense, Einsum, convolution or attention layers."
+            "match Dense, Einsum, convolution or attention layers; own_products=True "
+            "serves what modules multiply themselves, and optional=True allows a "
+            "recipe to serve nothing."
         )
 
     def _why_unused(self, index, modules, others) -> str:
@@ -212,6 +217,7 @@ def _decision(rule: Rule) -> Decision | None:
         rule.min_size or 0,
         rule.cast_inputs,
         rule.attention,
+        rule.own_products,
     )
 
 

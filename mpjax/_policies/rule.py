@@ -35,7 +35,7 @@ class Rule:
         tells, so that a block which is called after the norms in it is none, and a
         layer that is called "gate" is a router if it gives few features; names decide
         elsewhere, and ``tabulate`` says why. None: any role.
-      optional: allow the rule to match nothing.
+      optional: allow the rule to match nothing, and its recipe to serve no product.
       cast_inputs: whether floating arguments of a module that the rule makes the entry
         of a policy are cast to its compute dtype. False keeps, say, time steps or
         coordinates in float32 until the layers that take them cast them.
@@ -43,6 +43,10 @@ class Rule:
         stay in the compute dtype; None: 0, or what the preset says. Only with a recipe.
       attention: let the recipe also serve the two products between queries, keys and
         values. Only with a recipe.
+      own_products: let the recipe also serve what the modules multiply themselves, by
+        ``jnp.einsum``, ``jnp.dot``, ``@``, ``lax.dot_general`` and the like, where one
+        operand is a parameter of the module that multiplies, also after casts,
+        transpositions and slices of it. Only with a recipe.
 
     Raises:
       ValueError: ``path`` or ``module_type`` is not a valid regular expression, the
@@ -70,6 +74,7 @@ class Rule:
     cast_inputs: bool = dataclasses.field(default=True, kw_only=True)
     min_size: int | None = dataclasses.field(default=None, kw_only=True)
     attention: bool = dataclasses.field(default=False, kw_only=True)
+    own_products: bool = dataclasses.field(default=False, kw_only=True)
 
     def __post_init__(self):
         _check_regex("path", self.path)
@@ -124,10 +129,11 @@ class Rule:
             )
         named = PRESETS[self.policy] if isinstance(self.policy, str) else None
         has_none = self.recipe is None and (named is None or named.recipe is None)
-        if (size or self.attention) and has_none:
+        if (size or self.attention or self.own_products) and has_none:
             raise ValueError(
-                "Rule.min_size and Rule.attention say which products a recipe serves, "
-                f"and {self} has none: add recipe=mpjax.current_scaling()."
+                "Rule.min_size, Rule.attention and Rule.own_products say which "
+                f"products a recipe serves, and {self} has none: add "
+                "recipe=mpjax.current_scaling()."
             )
         if self.attention and self.recipe is not None:
             if self.recipe.rhs.is_delayed and not self.recipe.lhs.is_delayed:
