@@ -69,13 +69,14 @@ class Run:
         path, kind = self._path(module), type(module)
         structure = UNKNOWN
         if self.rules.asks_structure:
-            structure = structure_of(module, path, args)
+            structure = structure_of(module, path, (*args, *kwargs.values()))
         self.seen[path, kind] = structure
         decision = self.rules.decision(path, kind, structure)
         call = args, kwargs, context.method_name
         result = self._run(module, path, decision, method, *call)
         if waits_for_run(structure) and context.method_name != "setup":
-            structure = structure_of(module, path, args, has_run=True)
+            given = (*args, *kwargs.values())
+            structure = structure_of(module, path, given, has_run=True)
             self.seen[path, kind] = structure
             other = self.rules.decision(path, kind, structure)
             if other != decision and structure.is_leaf:  # its parameters are made

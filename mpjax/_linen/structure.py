@@ -36,17 +36,29 @@ def structure_of(
       has_run: whether a method of the module has run, which makes its parameters.
     """
     if _may_be_norm(type(module)):
-        return _of_norm(module, has_run)
+        if waits := _waits(module, has_run):
+            return waits
+        shapes, is_leaf = _own(module)
+        axes = (sum(size > 1 for size in shape) for shape in shapes)
+        return Structure(is_leaf=is_leaf, axes=max(axes, default=0))
     parent = module.parent if isinstance(module.parent, nn.Module) else None
     if parent is None:
         return UNKNOWN
     in_router = _is_router_class(type(parent))
     experts = number_of_experts(vars(parent))
-    if not (in_router or experts or may_be_gate(path)):
+    is_named = may_be_gate(path)
+    if not (in_router or experts or is_named):
         return UNKNOWN
-    return Structure(
-        features=_features(module, args), parent=type(parent), experts=experts
-    )
+    known = {"parent": type(parent), "experts": experts}
+    features = _features(module, args)
+    if features is None and is_named:  # it may have a kernel of its own
+        if waits := _waits(module, has_run):
+            return waits
+        shapes, is_leaf = _own(module)
+        kernels = [shape for shape in shapes if len(shape) == 2]
+        if is_leaf and len(kernels) == 1:
+            return Structure(features=kernels[0], is_leaf=True, **known)
+    return Structure(features=features, **known)
 
 
 def waits_for_run(structure: Structure) -> bool:
@@ -54,17 +66,17 @@ def waits_for_run(structure: Structure) -> bool:
     return structure is _NOT_MADE
 
 
-def _of_norm(module: nn.Module, has_run: bool) -> Structure:
+def _waits(module: nn.Module, has_run: bool) -> Structure | None:
+    is_made = has_run or not module.is_initializing()
+    return None if is_made or module.variables.get("params") else _NOT_MADE
+
+
+def _own(module: nn.Module) -> tuple[list[tuple[int, ...]], bool]:
+    """The shapes of a module's own parameters, and whether no module is in it."""
     params: Any = module.variables.get("params", {})
-    if not params and module.is_initializing() and not has_run:
-        return _NOT_MADE
-    is_leaf, axes = True, 0
-    for value in params.values():
-        if hasattr(value, "keys"):
-            is_leaf = False
-        for leaf in jax.tree.leaves(nn.unbox(value)):
-            axes = max(axes, sum(size > 1 for size in jnp.shape(leaf)))
-    return Structure(is_leaf=is_leaf, axes=axes)
+    own = [value for value in params.values() if not hasattr(value, "keys")]
+    leaves = jax.tree.leaves(nn.unbox(own))
+    return [jnp.shape(leaf) for leaf in leaves], len(own) == len(params)
 
 
 def _features(module: nn.Module, args: tuple) -> tuple[int, int] | None:

@@ -77,17 +77,26 @@ def _of_layer(
     experts = number_of_experts(vars(parent))
     if not (in_router or experts or may_be_gate(path)):
         return UNKNOWN
-    features = _features(modules[path])
+    features = _features(path, modules)
     return Structure(features=features, parent=bare_type(parent), experts=experts)
 
 
-def _features(module: Any) -> tuple[int, int] | None:
-    fields = vars(module)
+def _features(path: str, modules: Mapping[str, Any]) -> tuple[int, int] | None:
+    fields = vars(modules[path])
     takes, gives = fields.get("in_features"), fields.get("out_features")
     counts = int | tuple
-    if not (isinstance(takes, counts) and isinstance(gives, counts)):
+    if isinstance(takes, counts) and isinstance(gives, counts):
+        return _product(takes), _product(gives)
+    if any(inner.startswith(f"{path}/") for inner in modules):
         return None
-    return _product(takes), _product(gives)
+    stacked = len(stacked_axes(path, modules))
+    shapes = [
+        leaf.shape[stacked:]
+        for _, param in own_params(modules[path])
+        for leaf in jax.tree.leaves(param.get_raw_value())
+    ]
+    kernels = [shape for shape in shapes if len(shape) == 2]  # it may have one itself
+    return kernels[0] if len(kernels) == 1 else None
 
 
 def _product(sizes: int | tuple[int, ...]) -> int:

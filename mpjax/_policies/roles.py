@@ -15,7 +15,11 @@ from dataclasses import dataclass
 # Of a layer whose name alone does not say that it is a router: it gives at most this
 # part of the features that it takes. Gates of experts give a quarter or more.
 _FEW = 4
-_ROUTER = re.compile(r"(?i)\w*rout(er|ing)\w*")
+_ROUTER = re.compile(
+    r"(?i)\w*rout(er|ing)"
+    r"(_?(logits?|weights?|scores?|probs?|kernel|net(work)?|mlp|proj|dense|linear"
+    r"|layer|gate|fn))?(_?\d+)?"
+)
 # Layers with such a name may choose experts, or may be gates of any other kind.
 _GATE = re.compile(
     r"(?i)((moe|experts?|mlp|ffn?|top_?k|token|model|mixture)_?)?"

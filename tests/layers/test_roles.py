@@ -1,11 +1,13 @@
 """Norms and routers in models of both front ends: by structure, and said in tables."""
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from helpers import assert_trees_equal, normal
+from helpers import normal
 from jax.sharding import PartitionSpec
 
 import mpjax.linen
@@ -148,8 +150,9 @@ def test_structure_decides_and_tables_say_why(num_experts):
 
 def test_init_follows_the_structure_that_apply_finds():
     model = mpjax.linen.MixedPrecision(LinenModel(1), "mixed_bfloat16")
-    made = jax.jit(model.init)(jax.random.key(0), X)
-    _, seen = jax.jit(lambda v: model.apply(v, X, mutable=["seen"]))(made)
+    made = jax.eval_shape(model.init, jax.random.key(0), X)
+    run = partial(model.apply, mutable=["seen"])
+    _, seen = jax.eval_shape(run, made, X)
     for tree in (made["seen"], seen["seen"]):
         # The last call of a norm in init is the one that counts.
         dtypes = {
@@ -157,8 +160,8 @@ def test_init_follows_the_structure_that_apply_finds():
             "norm": tree["block"]["norm"]["dtype"][-1].dtype,
         }
         assert dtypes == {"block": jnp.bfloat16, "norm": jnp.float32}
-    params = jax.jit(LinenModel(1).init)(jax.random.key(0), X)["params"]
-    assert_trees_equal(params, made["params"])
+    bare = jax.eval_shape(LinenModel(1).init, jax.random.key(0), X)
+    assert bare["params"] == made["params"]
 
 
 def test_the_reason_is_in_the_graph_definition_of_a_stack():
@@ -222,3 +225,46 @@ def test_a_stack_of_linen_norms_and_partitioned_scales():
     spec = nn.get_partition_spec(variables)["params"]["layers"]["norm"]["scale"]
     assert spec == PartitionSpec(None, "a")
     assert model.apply(variables, X).dtype == jnp.float32
+
+
+class LinenGate(nn.Module):
+    """Chooses experts by a kernel of its own."""
+
+    @nn.compact
+    def __call__(self, x):
+        init = nn.initializers.lecun_normal()
+        return jax.nn.softmax(x @ self.param("weight", init, (x.shape[-1], 4)))
+
+
+class NnxGate(nnx.Module):
+    def __init__(self):
+        self.weight = nnx.Param(jnp.ones((16, 4)))
+
+    def __call__(self, x):
+        return jax.nn.softmax(x @ self.weight[...])
+
+
+class LinenMixer(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        p = LinenGate(name="gate")(x)
+        return nn.Dense(4)(x) * p.astype(x.dtype)
+
+
+class NnxMixer(nnx.Module):
+    def __init__(self):
+        self.gate, self.out = NnxGate(), nnx.Linear(16, 4, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return self.out(x) * self.gate(x).astype(x.dtype)
+
+
+def test_a_gate_may_have_a_kernel_of_its_own():
+    linen = mpjax.linen.MixedPrecision(LinenMixer(), "mixed_bfloat16")
+    of_nnx = mpjax.nnx.mixed_precision(NnxMixer(), "mixed_bfloat16")
+    for table in (
+        mpjax.linen.tabulate(linen, jax.random.key(0), X),
+        mpjax.nnx.tabulate(of_nnx),
+    ):
+        (row,) = (line for line in table.splitlines() if "gate" in line.split())
+        assert row.endswith("router: 4 of 16 features, called gate")

@@ -107,6 +107,10 @@ ROUTERS = [
     ("highway/gate", "Dense", layer(64, 64, "Highway"), None),
     ("cell/forget_gate", "Dense", layer(64, 8, "LSTMCell"), None),
     ("moe", "RoutedMoE", BLOCK, None),
+    ("router_encoder/layers_0/Dense_0", "Dense", layer(64, 64), None),
+    ("RoutingTransformer_0/Dense_0", "Dense", layer(64, 64), None),
+    ("moe/TopKRouter_0/Dense_0", "Dense", layer(64, 8, "TopKRouter"), "router_layer"),
+    ("layers/0/ffn/gate", "Gate", layer(7168, 256, "MoE"), "router_layer"),
     ("moe", "RouterMoeBlock", BLOCK, None),
 ]
 ENDS = [
