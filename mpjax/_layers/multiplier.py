@@ -65,9 +65,9 @@ class Multiplier:
             "preferred_element_type": preferred_element_type,
             "out_sharding": out_sharding,
         }
-        if self._is_small(dot_size(rhs.shape, contracting, batch)):
+        if self.is_small(dot_size(rhs.shape, contracting, batch)):
             return lax.dot_general(lhs, rhs, dimension_numbers, **options)
-        return self._observe(
+        return self.observe(
             name,
             rhs,
             lambda recipe, scales, copy: scaled_dot_general(
@@ -85,9 +85,9 @@ class Multiplier:
         self, subscripts: str, lhs: Array, rhs: Array, *, name="kernel", **options
     ) -> Array:
         """``jnp.einsum`` of two operands; the products of attention have no kernel."""
-        if name == "kernel" and self._is_small(einsum_size(subscripts, rhs.shape)):
+        if name == "kernel" and self.is_small(einsum_size(subscripts, rhs.shape)):
             return jnp.einsum(subscripts, lhs, rhs, **options)
-        return self._observe(
+        return self.observe(
             name,
             None,
             lambda recipe, scales, _: einsum(
@@ -103,17 +103,11 @@ class Multiplier:
         numbers = given.get("dimension_numbers")
         spec = lax.conv_dimension_numbers(lhs.shape, rhs.shape, numbers)
         features = rhs.shape[spec.rhs_spec[0]]
-        if self._is_small(convolution_size(rhs.shape, features)):
+        if self.is_small(convolution_size(rhs.shape, features)):
             options = {} if out_sharding is None else {"out_sharding": out_sharding}
             return conv_general_dilated(lhs, rhs, *args, **kwargs, **options)
-        check_convolution(self.path, self.recipe)
-        if out_sharding is not None:
-            raise ValueError(
-                f"Module {self.path!r} is a convolution, which takes no out_sharding "
-                "under a recipe. Leave out_sharding out, or give the module a rule "
-                "without a recipe, before the one that matches it."
-            )
-        return self._observe(
+        check_convolution(self.path, self.recipe, out_sharding)
+        return self.observe(
             "kernel",
             None,
             lambda recipe, scales, _: scaled_conv_general_dilated(
@@ -160,10 +154,11 @@ class Multiplier:
             preferred_element_type=preferred_element_type,
         )
 
-    def _is_small(self, size: tuple[int, int]) -> bool:
+    def is_small(self, size: tuple[int, int]) -> bool:
+        """Whether a product of this size goes without the recipe."""
         return min(size) < self.min_size
 
-    def _observe(self, name: str, weight: Array | None, product: Callable) -> Array:
+    def observe(self, name: str, weight: Array | None, product: Callable) -> Array:
         """A product under the recipe; of ``weight`` it may read a kept copy."""
         self.served.add(name)
         if not self.recipe.stateful:
@@ -220,13 +215,19 @@ def unserved_attention(path: str, kind: type) -> ValueError:
     )
 
 
-def check_convolution(path: str, recipe: Recipe) -> None:
+def check_convolution(path: str, recipe: Recipe, out_sharding: Any = None) -> None:
     """Raises ValueError where no convolution can be scaled so."""
     if not recipe.serves_convolutions:
         raise ValueError(
             f"Module {path!r} is a convolution, which cannot be scaled by block. Give "
             "it a rule of its own, before the one that matches it, with "
             "current_scaling() or without a recipe."
+        )
+    if out_sharding is not None:
+        raise ValueError(
+            f"Module {path!r} is a convolution, which takes no out_sharding under a "
+            "recipe. Leave out_sharding out, or give the module a rule without a "
+            "recipe, before the one that matches it."
         )
 
 

@@ -7,34 +7,46 @@ from typing import Any
 import numpy as np
 
 from mpjax._numerics.formats import find_format
-from mpjax._policies.policy import Policy
+from mpjax._policies.lookup import Decision
 from mpjax._printing.table import render
 from mpjax._recipes.recipe import Recipe
 
 
 def layer_table(
-    rows: Iterable[tuple[str, type, Policy | None, Recipe | None, Sequence[Any]]],
+    rows: Iterable[tuple[str, type, Decision | None, Recipe | None, Sequence[Any]]],
 ) -> str:
     """The table of a model's layers that ``tabulate`` of a front end returns.
 
     Args:
-      rows: path, class, policy, recipe, and the parameters (arrays or their shapes)
-        that belong to the layer itself.
+      rows: path, class, what it follows, the recipe that serves it, and the
+        parameters (arrays or their shapes) that belong to the layer itself.
 
     Returns:
       A table with a row a layer and the sum of all below.
     """
     cells, sizes, nbytes = [], 0, 0
-    for path, module_type, policy, recipe, params in rows:
+    for path, module_type, decision, recipe, params in rows:
         size = sum(math.prod(p.shape) for p in params)
         sizes += size
         nbytes += sum(math.prod(p.shape) * p.dtype.itemsize for p in params)
         names = sorted({_dtype_name(p.dtype) for p in params})
         name = module_type.__name__
-        cells.append((path, name, policy, recipe, " ".join(names), size))
+        policy = None if decision is None else decision.policy
+        reason = None if decision is None else decision.reason
+        if decision is not None and decision.recipe and recipe is None and params:
+            reason = unserved_reason(decision)
+        cells.append((path, name, policy, recipe, " ".join(names), size, reason or ""))
     title = f"{len(cells)} layers, {sizes:,} parameters in {nbytes:,} bytes"
     columns = ["path", "type", "policy", "recipe", "dtypes", "params"]
-    return render(cells, columns, title)
+    if any(cell[-1] for cell in cells):  # why a module is an exception
+        columns.append("because")
+    return render([cell[: len(columns)] for cell in cells], columns, title)
+
+
+def unserved_reason(decision: Decision) -> str:
+    """Why the recipe of a module with parameters serves none of its products."""
+    size = decision.min_size
+    return f"no product of min_size={size}" if size else "no product for the recipe"
 
 
 def _dtype_name(dtype: np.dtype) -> str:

@@ -30,16 +30,16 @@ def classes(module: nn.Module) -> tuple[Any, ...]:
     """The class of a module, and the classes of those among its attributes."""
     names = [field.name for field in dataclasses.fields(module)]
     fields = [vars(module).get(name) for name in names if name != "parent"]
-    return type(module), *map(classes, _modules(fields))
+    return type(module), *map(classes, modules_in(fields))
 
 
-def _modules(value: Any) -> Iterator[nn.Module]:
+def modules_in(value: Any) -> Iterator[nn.Module]:
     """Those in an attribute; not as a pytree, which sorts the keys of a dict."""
     if isinstance(value, nn.Module):
         yield value
     elif isinstance(value, list | tuple | Mapping):
         items = value.values() if isinstance(value, Mapping) else value
-        yield from itertools.chain.from_iterable(map(_modules, items))
+        yield from itertools.chain.from_iterable(map(modules_in, items))
 
 
 def overrides(

@@ -2,6 +2,7 @@
 
 import functools
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -13,10 +14,13 @@ from mpjax._layers.region import Exit, RunningMethod, running_method
 from mpjax._layers.results import NoPytreeError
 from mpjax._linen.attributes import check_real, method_under_rule, overrides
 from mpjax._linen.cache_keys import CacheKeys
+from mpjax._linen.own_products import run_with_own_products
 from mpjax._linen.recipes import make_multiplier
 from mpjax._linen.states import StateOwner, StateStore
+from mpjax._linen.structure import structure_of, waits_for_run
 from mpjax._policies.lookup import Matcher
 from mpjax._policies.policy import Policy
+from mpjax._policies.roles import UNKNOWN, Structure
 from mpjax._tree import keeps_dtypes
 
 # The policy of the module whose method runs. Traced calls nest, so it is put back on
@@ -47,14 +51,15 @@ class Run:
 
     Attributes:
       rules: of the wrapper.
-      seen: path and type of every module, in order of their first calls.
+      seen: by path and type, the structure of every module, in order of their first
+        calls.
       served: by path, the products that used a recipe.
       marks: in the scopes of the modules.
     """
 
     def __init__(self, rules: Matcher, root: nn.Module, wrapper: type[nn.Module]):
         self.rules = rules
-        self.seen: dict[tuple[str, type], None] = {}
+        self.seen: dict[tuple[str, type], Structure] = {}
         self.served: dict[str, set[str]] = {}
         self.marks = CacheKeys(rules, root.scope, enclosing_policy.get)
         self.marks.enter(root)
@@ -64,6 +69,11 @@ class Run:
         self._inside: str | None = None  # the path of the module that runs
         self._states = StateStore()
         self._apart: dict[int, str] = {}  # paths of modules that the model applies
+        # Of a module whose copy runs next, its path and counts of random keys.
+        self._copied: tuple[str, dict] | None = None
+        self._copies: set[int] = set()  # ids of their scopes
+        self._prefix: str | None = None  # the path of the module whose copy runs
+        self._multiplying: set[int] = set()  # ids of modules that have copies
 
     def intercept(self, method, args, kwargs, context):
         """Runs one method of one module of the model under the module's policy."""
@@ -74,9 +84,27 @@ class Run:
         self.marks.enter(module)
         if isinstance(module, self._wrapper):
             return method(*args, **kwargs)
-        path = self._path(module)
-        self.seen[path, type(module)] = None
-        decision = self.rules.decision(path, type(module))
+        path, kind = self._path(module), type(module)
+        structure = UNKNOWN
+        if self.rules.asks_structure:
+            structure = structure_of(module, path, (*args, *kwargs.values()))
+        self.seen[path, kind] = structure
+        decision = self.rules.decision(path, kind, structure)
+        call = args, kwargs, context.method_name
+        result = self._run(module, path, decision, method, *call)
+        if waits_for_run(structure) and context.method_name != "setup":
+            given = (*args, *kwargs.values())
+            structure = structure_of(module, path, given, has_run=True)
+            self.seen[path, kind] = structure
+            other = self.rules.decision(path, kind, structure)
+            if other != decision and structure.is_leaf:  # its parameters are made
+                object.__setattr__(module, "scope", module.scope.rewound())
+                self.marks.enter(module)
+                result = self._run(module, path, other, method, *call)
+        return result
+
+    def _run(self, module, path, decision, method, args, kwargs, name):
+        """Runs a method under what its module follows."""
         policy = None if decision is None else decision.policy
         around, trace = enclosing_policy.get(), get_opaque_trace_state()
         outer = running_method.get()
@@ -87,9 +115,9 @@ class Run:
             outer,
             outer is not None and outer.trace != trace,
             decision is not None and decision.cast_outputs,
-            is_own or _is_layer(type(module), context.method_name),
+            is_own or _is_layer(type(module), name),
         )
-        own, name, replaced = vars(module), context.method_name, {}
+        own, replaced, products = vars(module), {}, None
         states, given = self._states, (args, kwargs)
         if decision is not None and policy is not None:
             served = self.served.setdefault(path, set())
@@ -97,7 +125,9 @@ class Run:
             replaced = overrides(module, path, decision, products, name)
             check_real(module, path, policy, name, args, kwargs)
             method = method_under_rule(module, products, policy, name, method)
-        before = {name: own.get(name, _ABSENT) for name in replaced}
+        if decision is not None and products is not None and decision.own_products:
+            method = partial(self._run_own, module, products, policy, name, method)
+        before = {field: own.get(field, _ABSENT) for field in replaced}
         if decision is not None and policy != around and decision.cast_inputs:
             args, kwargs = decision.policy.cast_to_compute(given)
         running = RunningMethod((self, path), trace, (args, kwargs))
@@ -121,11 +151,11 @@ class Run:
                 raise
             raise told from error
         finally:
-            for name, value in before.items():
+            for field, value in before.items():
                 if value is _ABSENT:
-                    del own[name]
+                    del own[field]
                 else:
-                    own[name] = value
+                    own[field] = value
             enclosing_policy.reset(tokens[0])
             running_method.reset(tokens[1])
             self._inside, states.owner = outside
@@ -138,6 +168,25 @@ class Run:
         below = f"{path}(/.*)?" if path else ".*"
         return mixed_dtypes(error, path, type(module), policy, rule, below)
 
+    def _run_own(self, module, products, policy, name, method, *args, **kwargs):
+        """Runs a method with what it multiplies itself under the recipe."""
+        is_copy = id(module.scope.root) in self._copies and not module.path
+        if is_copy or id(module) in self._multiplying:  # called by another method
+            return method(*args, **kwargs)
+        path, outside = products.path, self._prefix
+
+        def entering(rng_counters):
+            self._copied, self._prefix = (path, rng_counters), path
+
+        self._multiplying.add(id(module))
+        try:
+            return run_with_own_products(
+                module, products, policy, name, method, args, kwargs, entering
+            )
+        finally:
+            self._multiplying.remove(id(module))
+            self._prefix = outside
+
     def _path(self, module: nn.Module) -> str:
         """The path of a module in the model.
 
@@ -146,8 +195,14 @@ class Run:
         """
         scope: Any = module.scope
         names, root = module.path[self._depth :], id(scope.root)
+        if self._copied is not None and root not in self._apart:
+            self._apart[root], scope.rng_counters = self._copied
+            self._copied = None
+            self._copies.add(root)
         if root in self._apart:
-            names = self._apart[root], *module.path
+            names = *filter(None, (self._apart[root],)), *module.path
+        elif self._prefix is not None:  # inside of a transformation
+            names = *filter(None, (self._prefix,)), *module.path
         elif (
             not names
             and self._inside is not None

@@ -23,7 +23,8 @@ def tabulate(model: nn.Module, rngs: Any, *args: Any, **kwargs: Any) -> str:
 
     Returns:
       A table with a row a module: path, type, policy, the recipe of its products ("-":
-      none uses it) and the dtypes and number of the parameters of its own.
+      none uses it), the dtypes and number of the parameters of its own, and, of a
+      module that is an exception for its role (``Rule.role``), why it is.
 
     Raises:
       ValueError: there is no ``MixedPrecision`` in the model.
@@ -58,12 +59,11 @@ def tabulate(model: nn.Module, rngs: Any, *args: Any, **kwargs: Any) -> str:
     rows = []
     for root, run in record.items():
         last = dict(run.seen.keys())  # two may share a path, and its parameters
-        for path, kind in run.seen:
+        for (path, kind), structure in run.seen.items():
             full = (*root, *filter(None, path.split("/")))
             own = [leaf for names, leaf in params.items() if names[:-1] == full]
             own = jax.tree.leaves(own) if last[path] is kind else []
-            decision = run.rules.decision(path, kind)
-            policy = None if decision is None else decision.policy
+            decision = run.rules.decision(path, kind, structure)
             recipe = decision.recipe if decision and run.served.get(path) else None
-            rows.append(("/".join(full), kind, policy, recipe, own))
+            rows.append(("/".join(full), kind, decision, recipe, own))
     return layer_table(rows)

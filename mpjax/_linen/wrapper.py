@@ -169,7 +169,7 @@ class MixedPrecision(nn.Module):
             run.marks.clear()
         if run.seen:  # a method without layers, or a trace from a cache, shows none
             known = functools.partial(_variable_paths, module.variables)
-            rules.check_all_used(list(run.seen), known, run.served)
+            rules.check_all_used(list(run.seen), known, run.served, run.seen)
         if record is not None:
             record[module.path] = run
         return result

@@ -25,7 +25,12 @@ from mpjax._layers.region import Exit, RunningMethod, running_method, running_po
 from mpjax._layers.results import NoPytreeError
 from mpjax._nnx.hooks import derive
 from mpjax._nnx.parameters import map_params, reader_for, unwrap_for_storage
-from mpjax._nnx.recipes import hook_names, replacement_for, replacement_method
+from mpjax._nnx.recipes import (
+    hook_names,
+    replacement_for,
+    replacement_method,
+    with_own_products,
+)
 from mpjax._nnx.scope_names import note, running_path, scope
 from mpjax._nnx.sums import shown_attributes, summing_method
 from mpjax._policies.lookup import Decision
@@ -173,6 +178,8 @@ def _method(bare: type, name: str, decision: Decision | None) -> Callable:
     run = function
     if decision is not None and decision.recipe is not None:
         run = replacement_method(function)
+        if decision.own_products:
+            run = with_own_products(run)
     if policy is not None:
         run = summing_method(function, policy, run)
     of_flax = is_of_flax(function, "nnx")

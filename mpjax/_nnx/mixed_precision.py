@@ -15,6 +15,7 @@ import jax
 from flax import nnx
 
 from mpjax._layers.dtypes import any_complex, complex_error
+from mpjax._layers.table import unserved_reason
 from mpjax._nnx.attention import attention
 from mpjax._nnx.classes import (
     bare_type,
@@ -27,8 +28,10 @@ from mpjax._nnx.parameters import cast_stored, own_params
 from mpjax._nnx.recipes import served_product_names
 from mpjax._nnx.scaling import ScalingStat
 from mpjax._nnx.states import keep_copies, set_states
+from mpjax._nnx.structure import structures_of
 from mpjax._policies.lookup import Decision, Matcher
 from mpjax._policies.policy import Policy, spelled_like
+from mpjax._policies.roles import UNKNOWN
 from mpjax._policies.rule import Rules, read_rules
 from mpjax._products.xla_cpu import conv_general_dilated
 
@@ -100,13 +103,17 @@ def mixed_precision(model: M, rules: Rules) -> M:
     model = nnx.clone(model)
     layers = layers_by_path(model)
     seen = {path: bare_type(layer) for path, (layer, *_) in layers.items()}
-    found = {path: lookup.decision(path, kind) for path, kind in seen.items()}
     modules = {path: nodes[0] for path, nodes in layers.items()}
+    structures = structures_of(modules) if lookup.asks_structure else {}
+    found = {
+        path: lookup.decision(path, kind, structures.get((path, kind), UNKNOWN))
+        for path, kind in seen.items()
+    }
     served = {
         path: served_product_names(path, module, seen[path], found[path])
         for path, module in modules.items()
     }
-    lookup.check_all_used(seen, served=served)
+    lookup.check_all_used(seen, served=served, structures=structures)
     set_states(modules, found, served)
     owners: dict[int, tuple[str, Policy]] = {}
     for path, nodes in layers.items():
@@ -116,7 +123,8 @@ def mixed_precision(model: M, rules: Rules) -> M:
                 if not isinstance(nodes[0], nnx.bridge.ToNNX):
                     set_type(nodes[0], None)  # left alone, it ends the region around it
             continue
-        decision, policy = _used(decision, served[path]), decision.policy
+        has_params = any(any(own_params(node)) for node in nodes)
+        decision, policy = _used(decision, served[path], has_params), decision.policy
         for node in nodes:
             _check(path, node)
             cast_stored(path, node, policy, owners)
@@ -128,11 +136,15 @@ def mixed_precision(model: M, rules: Rules) -> M:
     return model
 
 
-def _used(decision: Decision, served: set[str]) -> Decision:
+def _used(decision: Decision, served: set[str], has_params: bool) -> Decision:
     """A decision without a recipe that serves nothing, so that classes are fewer."""
     if served:
         return decision
-    return replace(decision, recipe=None, min_size=0, attention=False)
+    if decision.recipe is not None and has_params:
+        decision = replace(decision, reason=unserved_reason(decision))
+    return replace(
+        decision, recipe=None, min_size=0, attention=False, own_products=False
+    )
 
 
 def _meets_a_rule(path: str, found: Mapping[str, Decision | None]) -> bool:

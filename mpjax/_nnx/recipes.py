@@ -25,6 +25,7 @@ from mpjax._layers.multiplier import (
 )
 from mpjax._layers.served import body_of, hooks_of, served_layer
 from mpjax._nnx.attention import attention, is_stock_attention
+from mpjax._nnx.own_products import own_product_names, run_with_own_products
 from mpjax._nnx.scope_names import running_path
 from mpjax._policies.lookup import Decision
 from mpjax._recipes.state import ScalingState
@@ -103,7 +104,21 @@ def served_product_names(
         if not is_stock_attention(value):
             raise unserved_attention(path, bare)
         names |= {"query_key", "weights_value"}
+    if decision.own_products:
+        names |= own_product_names(module, bare)
     return names
+
+
+def with_own_products(method: Callable) -> Callable:
+    """The method, with what it multiplies itself under the recipe of its module."""
+
+    def run(module, *args, **kwargs):
+        policy = type(module)._mpjax_decision.policy
+        return run_with_own_products(
+            method, module, _products(module), policy, args, kwargs
+        )
+
+    return run
 
 
 def may_read_copy(module: nnx.Pytree, name: str) -> bool:

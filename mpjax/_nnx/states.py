@@ -47,7 +47,7 @@ def set_states(
             else:
                 delattr(module, name)
         if recipe is not None and wanted:
-            init = partial(_init, recipe, _stacked_axes(path, modules))
+            init = partial(_init, recipe, stacked_axes(path, modules))
             for name in sorted(wanted):
                 state = jax.eval_shape(init) if abstract else init()
                 setattr(module, name, ScalingStat(state, ref=False, hijax=False))
@@ -85,7 +85,7 @@ def _init(recipe: Recipe, axes: tuple[int, ...]) -> ScalingState:
     return jax.tree.map(lambda x: jnp.broadcast_to(x, axes + x.shape), state)
 
 
-def _stacked_axes(path: str, layers: Mapping[str, nnx.Pytree]) -> tuple[int, ...]:
+def stacked_axes(path: str, layers: Mapping[str, nnx.Pytree]) -> tuple[int, ...]:
     """The axes that ``nnx.vmap`` has put before those of a layer's parameters.
 
     They show in the kernels of Flax's own layers. What has none of these is taken to

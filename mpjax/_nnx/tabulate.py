@@ -18,8 +18,9 @@ def tabulate(model: nnx.Module) -> str:
 
     Returns:
       A table with a row a module: path, type, policy ("-": left alone), the recipe of
-      its products ("-": none uses it) and the dtypes and number of the parameters of
-      its own. The model is not run: of a layer whose kernel another module reads and
+      its products ("-": none uses it), the dtypes and number of the parameters of its
+      own, and, of a module that is an exception for its role (``Rule.role``), why it
+      is. The model is not run: of a layer whose kernel another module reads and
       multiplies with, the recipe is shown and not used; ``mpjax.lowering`` sees that.
 
     Raises:
@@ -45,7 +46,6 @@ def tabulate(model: nnx.Module) -> str:
         values = [p.get_raw_value() for node in nodes for _, p in own_params(node)]
         arrays = [leaf for leaf in jax.tree.leaves(values) if hasattr(leaf, "shape")]
         decision = decision_of(nodes[0])
-        policy = None if decision is None else decision.policy
         recipe = None if decision is None else decision.recipe
-        rows.append((path, type(nodes[0]), policy, recipe, arrays))
+        rows.append((path, type(nodes[0]), decision, recipe, arrays))
     return layer_table(rows)

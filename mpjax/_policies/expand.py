@@ -3,7 +3,7 @@
 import dataclasses
 
 from mpjax._policies.policy import Policy, get_policy
-from mpjax._policies.presets import PRESETS, full_name
+from mpjax._policies.presets import PRESETS, Protected, full_name
 from mpjax._policies.rule import Rule
 
 
@@ -15,12 +15,15 @@ def preset(name: str) -> tuple[Rule, ...]:
     the preset. The rules before it protect what is fragile in few bits, and the first
     that matches decides:
 
-    - Modules that choose experts (by class name) compute in float32, and layers with
-      the logits of experts (by path) return them so.
-    - Normalization layers (by class name) compute in float32 and return the compute
-      dtype of the preset.
-    - Under ``"mixed_float8"``, first and last layers have no recipe: embeddings (by
-      class name), patches, heads and logits (by path).
+    - Modules that choose experts compute in float32, and layers with the logits of
+      experts return them so.
+    - Normalization layers compute in float32 and return the compute dtype of the
+      preset.
+    - Under ``"mixed_float8"``, first and last layers have no recipe: embeddings,
+      patches, heads and logits.
+
+    Which modules these are is told by their structure, and by names only where nothing
+    else can, see ``Rule.role``; ``tabulate`` says why of each.
 
     The presets are ``"mixed_bfloat16"``, ``"mixed_float16"``, ``"mixed_float8"``,
     ``"bfloat16"``, ``"float16"``, ``"half"``, and ``"float32"``, which protects
@@ -59,6 +62,11 @@ def preset(name: str) -> tuple[Rule, ...]:
     return expand(Rule(policy=full))
 
 
+def _is_by_path(protected: Protected) -> bool:
+    by_type = protected.role in ("norm", "router", "embedding")
+    return protected.module_type is None and not by_type
+
+
 def expand(rule: Rule) -> tuple[Rule, ...]:
     """The literal rules among which a rule decides, for modules that it matches.
 
@@ -68,7 +76,7 @@ def expand(rule: Rule) -> tuple[Rule, ...]:
     Returns:
       Rules, the first match of which decides; the last is the rule itself, with the
       policy of the preset. A rule with a type has decided by type already: before it
-      stands what the preset protects by path alone.
+      stands what the preset protects by path.
     """
     if not isinstance(rule.policy, str):
         return (rule,)
@@ -83,12 +91,13 @@ def expand(rule: Rule) -> tuple[Rule, ...]:
                 own.get(one.output_dtype, one.output_dtype),
             ),
             module_type=one.module_type,
+            role=one.role,
             optional=True,
             cast_inputs=rule.cast_inputs,
             cast_outputs=rule.cast_outputs,
         )
         for one in named.protected
-        if one.module_type is None or rule.module_type is None
+        if rule.module_type is None or _is_by_path(one)
     ]
     literal = dataclasses.replace(
         rule,

@@ -8,22 +8,6 @@ import dataclasses
 from mpjax._recipes.named import current_scaling
 from mpjax._recipes.recipe import Recipe
 
-# Class names of normalization layers, in Linen, NNX and in models of other authors; but
-# not of blocks that are called after where their norm stands (PreNorm).
-NORMS = r"(?!\w*(Pre|Post|Add)Norm)\w*Norm(alization)?(_?V?\d+[dD]?)?"
-# Class names of modules that choose experts, and names of layers with their logits.
-ROUTERS = r"\w*(Router|Gating)\w*"
-ROUTER_PATHS = r"(?i:(.*/)?(\w*router\w*|\w*(moe|expert)\w*/gat(e|ing))(/.*)?)"
-# Layers that stand first or last in a model and make its inputs or outputs.
-END_PATHS = (
-    r"(?i:(.*/)?(?!multi|att)((\w+_)?(embed(ding)?s?|stem|head|classifier|readout)"
-    r"|embedder|unembed\w*|patch(es|ify)?(_?(embed\w*|proj\w*))?"
-    r"|logits\w*|\w+_logits|vocab_\w+|output_projection|predictions/decoder"
-    r"|encoder/conv1)"
-    r"(_\d+)?(/[^/]+){0,2})"
-)
-EMBEDDINGS = r"\w*Embed(ding)?s?"  # class names; their attend makes logits
-
 
 @dataclasses.dataclass(frozen=True)
 class Protected:
@@ -33,12 +17,14 @@ class Protected:
       path: regular expression that the whole path must match.
       module_type: regular expression for the name of a class, as of ``Rule``; None: any
         type.
+      role: of `roles.ROLES`; None: any.
       compute_dtype: a dtype, or ``"compute"`` or ``"output"``: that of the policy.
       output_dtype: the same.
     """
 
     path: str = ".*"
     module_type: str | None = None
+    role: str | None = None
     compute_dtype: str = "compute"
     output_dtype: str = "output"
 
@@ -62,12 +48,12 @@ class Preset:
 
 
 FRAGILE = (
-    Protected("", NORMS, "float32", "output"),  # a model that is a norm
-    Protected(".*", ROUTERS, "float32", "compute"),
-    Protected(ROUTER_PATHS, None, "float32", "float32"),
-    Protected(".*", NORMS, "float32", "compute"),
+    Protected("", None, "norm", "float32", "output"),  # a model that is a norm
+    Protected(".*", None, "router", "float32", "compute"),
+    Protected(".*", None, "router_layer", "float32", "float32"),
+    Protected(".*", None, "norm", "float32", "compute"),
 )
-ENDS = Protected(".*", EMBEDDINGS), Protected(END_PATHS)
+ENDS = Protected(role="embedding"), Protected(role="end")
 PRESETS = {
     "mixed_bfloat16": Preset("p=f32,c=bf16,o=f32", FRAGILE),
     "mixed_float16": Preset("p=f32,c=f16,o=f32", FRAGILE),

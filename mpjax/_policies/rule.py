@@ -7,6 +7,7 @@ from typing import TypeAlias
 
 from mpjax._policies.policy import Policy, get_policy, is_spelled_out
 from mpjax._policies.presets import PRESETS, full_name
+from mpjax._policies.roles import ROLES, UNKNOWN, Structure
 from mpjax._recipes.recipe import Recipe
 
 
@@ -14,8 +15,8 @@ from mpjax._recipes.recipe import Recipe
 class Rule:
     r"""Gives the modules that it matches a policy and, for their products, a recipe.
 
-    A module matches when its path *and* its type do. Its path is the names from the
-    model down to it, joined by "/", and "" for the model itself.
+    A module matches when its path, its type *and* its role do. Its path is the names
+    from the model down to it, joined by "/", and "" for the model itself.
 
     Attributes:
       path: regular expression that the whole path must match.
@@ -28,7 +29,13 @@ class Rule:
         dtype of the policy.
       module_type: a class, a tuple of classes, or a regular expression that the whole
         name of the module's class or of one of its bases must match. None: any type.
-      optional: allow the rule to match nothing.
+      role: the part that a module plays in a model: ``"norm"``, ``"router"`` (chooses
+        experts), ``"router_layer"`` (has the logits of experts), ``"embedding"`` or
+        ``"end"`` (makes inputs or outputs of a model). Structure decides where it
+        tells, so that a block which is called after the norms in it is none, and a
+        layer that is called "gate" is a router if it gives few features; names decide
+        elsewhere, and ``tabulate`` says why. None: any role.
+      optional: allow the rule to match nothing, and its recipe to serve no product.
       cast_inputs: whether floating arguments of a module that the rule makes the entry
         of a policy are cast to its compute dtype. False keeps, say, time steps or
         coordinates in float32 until the layers that take them cast them.
@@ -39,6 +46,10 @@ class Rule:
         stay in the compute dtype; None: 0, or what the preset says. Only with a recipe.
       attention: let the recipe also serve the two products between queries, keys and
         values. Only with a recipe.
+      own_products: let the recipe also serve what the modules multiply themselves, by
+        ``jnp.einsum``, ``jnp.dot``, ``@``, ``lax.dot_general`` and the like, where one
+        operand is a parameter of the module that multiplies, also after casts,
+        transpositions and slices of it. Only with a recipe.
 
     Raises:
       ValueError: ``path`` or ``module_type`` is not a valid regular expression, the
@@ -61,11 +72,13 @@ class Rule:
     module_type: type | tuple[type, ...] | str | None = dataclasses.field(
         default=None, kw_only=True
     )
+    role: str | None = dataclasses.field(default=None, kw_only=True)
     optional: bool = dataclasses.field(default=False, kw_only=True)
     cast_inputs: bool = dataclasses.field(default=True, kw_only=True)
     cast_outputs: bool = dataclasses.field(default=True, kw_only=True)
     min_size: int | None = dataclasses.field(default=None, kw_only=True)
     attention: bool = dataclasses.field(default=False, kw_only=True)
+    own_products: bool = dataclasses.field(default=False, kw_only=True)
 
     def __post_init__(self):
         _check_regex("path", self.path)
@@ -84,6 +97,13 @@ class Rule:
                         "Rule.module_type must be a class, a tuple of classes or a "
                         f"regular expression on class names, got {self.module_type!r}."
                     )
+        if not (
+            self.role is None or (isinstance(self.role, str) and self.role in ROLES)
+        ):
+            raise ValueError(
+                f"Rule.role must be one of {', '.join(map(repr, ROLES))} or None, got "
+                f"{self.role!r}."
+            )
         if self.policy is not None:
             name, policy = full_name(self.policy), get_policy(self.policy)
             if policy.compute_dtype.itemsize < 2:
@@ -113,10 +133,11 @@ class Rule:
             )
         named = PRESETS[self.policy] if isinstance(self.policy, str) else None
         has_none = self.recipe is None and (named is None or named.recipe is None)
-        if (size or self.attention) and has_none:
+        if (size or self.attention or self.own_products) and has_none:
             raise ValueError(
-                "Rule.min_size and Rule.attention say which products a recipe serves, "
-                f"and {self} has none: add recipe=mpjax.current_scaling()."
+                "Rule.min_size, Rule.attention and Rule.own_products say which "
+                f"products a recipe serves, and {self} has none: add "
+                "recipe=mpjax.current_scaling()."
             )
         if self.attention and self.recipe is not None:
             if self.recipe.rhs.is_delayed and not self.recipe.lhs.is_delayed:
@@ -127,17 +148,27 @@ class Rule:
                     "with mpjax.current_scaling()."
                 )
 
-    def matches(self, path: str, module_type: type) -> bool:
+    def matches(
+        self, path: str, module_type: type, structure: Structure = UNKNOWN
+    ) -> bool:
         """Whether the rule matches a module of this path and type.
 
         Args:
           path: of the module, from the model down; "" is the model.
           module_type: the class of the module.
+          structure: what else a front end knows of it.
 
         Returns:
           A bool.
         """
-        return self.matches_path(path) and self.matches_type(module_type)
+        return (
+            self.matches_path(path)
+            and self.matches_type(module_type)
+            and (
+                self.role is None
+                or ROLES[self.role](path, module_type, structure) is not None
+            )
+        )
 
     def matches_path(self, path: str) -> bool:
         """Whether the rule matches some type at this path.

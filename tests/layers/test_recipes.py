@@ -90,7 +90,11 @@ def test_every_product_of_a_layer_has_the_formats_of_its_recipe(layer, recipe):
     [
         ("conv", mpjax.mx_scaling(), "cannot be scaled by block"),
         ("norm", CURRENT, r"serves no product.*LayerNorm"),
-        ("dense", mpjax.Rule(".*", "mixed_float8"), r"serves no product.*min_size=128"),
+        (
+            "dense",
+            mpjax.Rule(".*", "mixed_float8", CURRENT),
+            r"serves no product.*min_size=128",
+        ),
     ],
 )
 def test_what_cannot_be_served_is_refused(front_end, model, recipe, match):

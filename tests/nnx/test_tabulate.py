@@ -17,7 +17,10 @@ def test_tabulate():
         ["dropout", "Dropout", "p=f32,c=bf16,o=f32", "-", "0"],
         ["head", "Linear", "-", "-", "f32", "27"],
         ["linear", "Linear", "p=f32,c=bf16,o=f32", "-", "f32", "72"],
-        ["norm", "BatchNorm", "p=f32,c=f32,o=bf16", "-", "f32", "16"],
+        [
+            *("norm", "BatchNorm", "p=f32,c=f32,o=bf16", "-", "f32", "16"),
+            *("norm:", "BatchNorm", "of", "Flax"),
+        ],
     ]
     assert rows[0] == ["MLP", "p=f32,c=bf16,o=f32", "-", "f32", "8"]
     table = mpjax.nnx.tabulate(mixed_precision(OwnParams(None, rngs()), "bf16"))

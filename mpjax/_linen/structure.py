@@ -1,0 +1,90 @@
+"""What a bound Linen module shows of its structure, for rules with roles."""
+
+import functools
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mpjax._policies.roles import (
+    UNKNOWN,
+    Structure,
+    is_router_class,
+    may_be_gate,
+    may_be_norm,
+    number_of_experts,
+)
+
+_FEATURES = "features", "out_features", "num_features", "out_dim", "output_dim"
+_may_be_norm = functools.cache(may_be_norm)
+_is_router_class = functools.cache(is_router_class)
+# Until a module has run in init, nobody knows what it makes.
+_NOT_MADE = Structure(is_leaf=False, axes=0)
+
+
+def structure_of(
+    module: nn.Module, path: str, args: tuple, *, has_run: bool = False
+) -> Structure:
+    """What is known of a module, as far as a role may depend on it.
+
+    Args:
+      module: bound.
+      path: of the module in the model.
+      args: of the method that runs.
+      has_run: whether a method of the module has run, which makes its parameters.
+    """
+    if _may_be_norm(type(module)):
+        if waits := _waits(module, has_run):
+            return waits
+        shapes, is_leaf = _own(module)
+        axes = (sum(size > 1 for size in shape) for shape in shapes)
+        return Structure(is_leaf=is_leaf, axes=max(axes, default=0))
+    parent = module.parent if isinstance(module.parent, nn.Module) else None
+    if parent is None:
+        return UNKNOWN
+    in_router = _is_router_class(type(parent))
+    experts = number_of_experts(vars(parent))
+    is_named = may_be_gate(path)
+    if not (in_router or experts or is_named):
+        return UNKNOWN
+    known = {"parent": type(parent), "experts": experts}
+    features = _features(module, args)
+    if features is None and is_named:  # it may have a kernel of its own
+        if waits := _waits(module, has_run):
+            return waits
+        shapes, is_leaf = _own(module)
+        kernels = [shape for shape in shapes if len(shape) == 2]
+        if is_leaf and len(kernels) == 1:
+            return Structure(features=kernels[0], is_leaf=True, **known)
+    return Structure(features=features, **known)
+
+
+def waits_for_run(structure: Structure) -> bool:
+    """Whether a module has to run before its structure is known."""
+    return structure is _NOT_MADE
+
+
+def _waits(module: nn.Module, has_run: bool) -> Structure | None:
+    is_made = has_run or not module.is_initializing()
+    return None if is_made or module.variables.get("params") else _NOT_MADE
+
+
+def _own(module: nn.Module) -> tuple[list[tuple[int, ...]], bool]:
+    """The shapes of a module's own parameters, and whether no module is in it."""
+    params: Any = module.variables.get("params", {})
+    own = [value for value in params.values() if not hasattr(value, "keys")]
+    leaves = jax.tree.leaves(nn.unbox(own))
+    return [jnp.shape(leaf) for leaf in leaves], len(own) == len(params)
+
+
+def _features(module: nn.Module, args: tuple) -> tuple[int, int] | None:
+    fields = vars(module)
+    given = next((fields[name] for name in _FEATURES if name in fields), None)
+    inputs = args[0] if args else None
+    if not isinstance(given, int | tuple) or not jnp.ndim(inputs):
+        return None
+    if not jnp.issubdtype(getattr(inputs, "dtype", jnp.int32), jnp.floating):
+        return None
+    return jnp.shape(inputs)[-1], given if isinstance(given, int) else math.prod(given)
