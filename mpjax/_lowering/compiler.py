@@ -19,8 +19,9 @@ from jax.extend import core
 from jax.sharding import NamedSharding
 
 from mpjax._hardware.targets import Target
+from mpjax._inspection.places import where
 from mpjax._inspection.primitives import CALLBACKS
-from mpjax._inspection.steps import steps, where
+from mpjax._inspection.steps import steps
 from mpjax._inspection.tracing import Traced
 from mpjax._lowering.compiled import Compiled, Gemm, ptx_kernels, tpu_kernels
 

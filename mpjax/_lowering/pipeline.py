@@ -10,9 +10,9 @@ import jax
 from jax.typing import DTypeLike
 
 from mpjax._hardware.targets import Target, get_target
-from mpjax._inspection.census import findings_in
+from mpjax._inspection.merging import findings_in
 from mpjax._inspection.products import is_product
-from mpjax._inspection.steps import steps
+from mpjax._inspection.steps import needed_steps, steps
 from mpjax._inspection.tags import tag
 from mpjax._inspection.tracing import trace
 from mpjax._lowering.assertion import check_share
@@ -107,7 +107,7 @@ def report(
         cycles=module.estimated_cycles if has_cycles else None,
         gemm=gemm,
         jax_version=jax.__version__,
-        findings=findings_in(program),
+        findings=findings_in(needed_steps(traced.jaxpr, device.platform)),
     )
 
 
