@@ -14,6 +14,7 @@ from mpjax._inspection.products import is_product
 from mpjax._inspection.steps import (
     Step,
     float_bits,
+    indices_of_makers,
     input_aval,
     makers,
     output_aval,
@@ -59,35 +60,50 @@ def accumulations(program: Sequence[Step]) -> Iterator[tuple[int, str]]:
 
 
 def round_trips(program: Sequence[Step]) -> Iterator[tuple[int, str]]:
-    """Finds casts up of which nothing comes but casts back.
+    """Finds casts up of which nothing comes but casts back, one of them the user's.
 
     In a backward pass these are the gradient of such a cast, which rounds.
     """
-    makers_of, readers = makers(program), collections.defaultdict(list)
+    makers_of, readers = indices_of_makers(program), collections.defaultdict(list)
     for step in program:
         for value in step.inputs:
             readers[value].append(step)
     for index, step in enumerate(program):
         if name_of(step.eqn) != CAST or step.backward or input_aval(step).size < 2:
             continue
-        first, alone = _before_moves(step, makers_of, readers)
-        if first and alone and name_of(first.eqn) == CAST:
-            old, between, new = input_aval(first), input_aval(step), output_aval(step)
-            if old.dtype == new.dtype and 0 < float_bits(old) < float_bits(between):
-                yield index, f"{old.dtype} to {between.dtype} and back"
+        chain = [step.inputs[0]]
+        up = makers_of.get(chain[0])
+        while up is not None and name_of(program[up].eqn) in MOVES:
+            if name_of(program[up].eqn) == CAST:
+                break
+            chain.append(program[up].inputs[0])
+            up = makers_of.get(chain[-1])
+        if up is None or name_of(program[up].eqn) != CAST:
+            continue
+        first, narrow = program[up], output_aval(step)
+        old, between = input_aval(first), input_aval(step)
+        if old.dtype != narrow.dtype or not 0 < float_bits(old) < float_bits(between):
+            continue
+        if all(_is_a_way_back(readers[value], narrow.dtype) for value in chain):
+            written = [i for i in (up, index) if author(program[i]) == "user"]
+            if written:
+                yield written[0], f"{old.dtype} to {between.dtype} and back"
 
 
 def exponentials(program: Sequence[Step]) -> Iterator[tuple[int, str]]:
     """Finds exp and log in 16 bits, but not where their errors stay small.
 
-    These are exp inside of softplus and of its gradient, and exp of minus a square or
-    an absolute value, as in the gradient of erf.
+    These are exp inside of softplus and in its gradient, in that of expm1, as of elu,
+    and exp of minus a square or an absolute value, as in the gradient of erf.
     """
     makers_of = makers(program)
     in_log1p = {s.inputs[0] for s in program if name_of(s.eqn) == "log1p"}
+    in_expm1 = {s.inputs[0] for s in program if name_of(s.eqn) == "expm1"}
     for index, step in enumerate(program):
         name = name_of(step.eqn)
-        if name in EXPONENTIALS and step.outputs[0] not in in_log1p:
+        is_part = step.outputs and step.outputs[0] in in_log1p
+        is_part = is_part or (name == "exp" and step.inputs[0] in in_expm1)
+        if name in EXPONENTIALS and not is_part:
             if _reads_16_bits(step) and not _is_at_most_one(step, makers_of):
                 yield index, f"{name} in {input_aval(step).dtype}"
 
@@ -102,25 +118,12 @@ def statistics(program: Sequence[Step]) -> Iterator[tuple[int, str]]:
             yield index, f"{name_of(step.eqn)} in {input_aval(step).dtype}"
 
 
-def _before_moves(
-    step: Step, makers_of: Mapping[int, Step], readers: Mapping[int, list[Step]]
-) -> tuple[Step | None, bool]:
-    """What made the value that a step moves, and whether only casts back read it."""
-    value, alone = step.inputs[0], True
-    made = makers_of.get(value)
-    while True:
-        alone &= (
-            all(
-                name_of(reader.eqn) == CAST
-                and output_aval(reader).dtype == output_aval(step).dtype
-                for reader in readers[value]
-            )
-            or len(readers[value]) == 1
-        )
-        if made is None or name_of(made.eqn) not in MOVES or name_of(made.eqn) == CAST:
-            return made, alone
-        value = made.inputs[0]
-        made = makers_of.get(value)
+def _is_a_way_back(readers: Sequence[Step], dtype: jnp.dtype) -> bool:
+    """Whether all who read a value cast it to a dtype, or one moves it."""
+    return len(readers) == 1 or all(
+        name_of(step.eqn) == CAST and output_aval(step).dtype == dtype
+        for step in readers
+    )
 
 
 def _is_at_most_one(step: Step, makers_of: Mapping[int, Step]) -> bool:

@@ -13,7 +13,13 @@ import jax.numpy as jnp
 
 from mpjax._inspection.places import author
 from mpjax._inspection.primitives import MOVES, name_of
-from mpjax._inspection.steps import Step, float_bits, input_aval, output_aval
+from mpjax._inspection.steps import (
+    Step,
+    float_bits,
+    indices_of_makers,
+    input_aval,
+    output_aval,
+)
 
 _PERIODIC = ("sin", "cos")
 _OF_COUNTERS = (
@@ -35,7 +41,7 @@ _Origins: TypeAlias = tuple[bool, frozenset[int]]
 
 def positions(program: Sequence[Step]) -> Iterator[tuple[int, str]]:
     """Finds angles that were rounded to 16 bits, and counters too long for them."""
-    makers = {out: i for i, step in enumerate(program) for out in step.outputs}
+    makers = indices_of_makers(program)
     known: dict[int, _Origins] = {}
     found: dict[int, str] = {}
     for index, step in enumerate(program):
@@ -53,7 +59,7 @@ def positions(program: Sequence[Step]) -> Iterator[tuple[int, str]]:
 
 
 def _of_angles(step: Step, aval: Any) -> str:
-    narrow = [v.aval for v in (*step.eqn.outvars, *step.eqn.invars)]
+    narrow: list[Any] = [v.aval for v in (*step.eqn.outvars, *step.eqn.invars)]
     dtype = next((a.dtype for a in narrow if float_bits(a) == 16), aval.dtype)
     return f"angles of sin and cos come from {dtype}"
 

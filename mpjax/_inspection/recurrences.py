@@ -4,7 +4,7 @@ Such a one keeps its state in float32 and ends in casts back to 16 bits by the h
 its author. One that is float32 by accident ends where the next layer casts its input.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 
 from jax.extend import core
 
@@ -21,28 +21,56 @@ from mpjax._inspection.steps import (
 
 
 def recurrent_products(program: Sequence[Step]) -> set[int]:
-    """Finds products of a state in float32 whose results are cast back on purpose.
+    """Finds products that lead to a state in float32, or read it, on purpose.
 
     Returns:
       The indices of their steps.
     """
     carried: dict[int, set[int]] = {}
-    states: set[int] = set()  # values that come from a state
-    found = set()
+    makers: set[int] = set()  # steps that make a state
+    states: set[int] = set()  # values that come from one
+    products: list[int] = []
     for index, step in enumerate(program):
         if step.backward or not step.eqn.outvars or float_bits(output_aval(step)) < 32:
             continue
-        reads = not states.isdisjoint(step.inputs) or _reads_carry(step, carried)
-        if is_product(step):
-            if reads and _is_cast_back(step.outputs[0], program[index + 1 :]):
-                found.add(index)
-        elif (
-            reads
+        if (
+            _reads_carry(step, carried)
             or name_of(step.eqn) in SCANS
             or is_called_in(step, "associative_scan")
         ):
+            makers.add(index)
+        if index in makers or not states.isdisjoint(step.inputs):
             states.update(step.outputs)
-    return found
+        if is_product(step):
+            products.append(index)
+    return {
+        index for index in products if _is_recurrent(index, program, makers, states)
+    }
+
+
+def _is_recurrent(
+    index: int, program: Sequence[Step], makers: Set[int], states: Set[int]
+) -> bool:
+    """Whether a product reads or makes a state, and all that comes of it is cast back.
+
+    What comes of it is float32 until a line of the user casts it to 16 bits.
+    """
+    step = program[index]
+    of_state = index in makers or not states.isdisjoint(step.inputs)
+    region, is_cast = set(step.outputs), False
+    for later in range(index + 1, len(program)):
+        step = program[later]
+        if step.backward or region.isdisjoint(step.inputs) or not step.eqn.outvars:
+            continue
+        bits = float_bits(output_aval(step))
+        of_state |= later in makers
+        if bits >= 32:
+            region.update(step.outputs)
+        elif 0 < bits:
+            if name_of(step.eqn) != CAST or author(step) != "user":
+                return False
+            is_cast = True
+    return of_state and is_cast
 
 
 def _reads_carry(step: Step, carried: dict[int, set[int]]) -> bool:
@@ -71,21 +99,3 @@ def _carried_in(loop: core.JaxprEqn) -> set[int]:
         body = inner(loop.params["body_jaxpr"])
         carry = body.invars[loop.params["body_nconsts"] :]
     return dependents(body, [var for var in carry if float_bits(var.aval) >= 32])
-
-
-def _is_cast_back(value: int, rest: Sequence[Step]) -> bool:
-    """Whether all that comes of a value is cast to 16 bits by lines of the user."""
-    region, is_cast = {value}, False
-    for step in rest:
-        if step.backward or region.isdisjoint(step.inputs) or not step.eqn.outvars:
-            continue
-        bits = float_bits(output_aval(step))
-        if is_product(step):
-            return False
-        if name_of(step.eqn) == CAST and 0 < bits <= 16:
-            if author(step) != "user":
-                return False
-            is_cast = True
-        elif bits >= 32:
-            region.update(step.outputs)
-    return is_cast

@@ -217,6 +217,11 @@ def makers(program: Sequence[Step]) -> dict[int, Step]:
     return {output: step for step in program for output in step.outputs}
 
 
+def indices_of_makers(program: Sequence[Step]) -> dict[int, int]:
+    """Maps each value to the index of the step that it is a result of."""
+    return {out: index for index, step in enumerate(program) for out in step.outputs}
+
+
 def carried_by_scan(scan: core.JaxprEqn) -> tuple[core.Jaxpr, list[core.Var]]:
     """The body of a scan, and what it carries as the body reads it."""
     body = inner(scan.params["jaxpr"])

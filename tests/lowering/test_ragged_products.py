@@ -1,4 +1,4 @@
-"""Products of groups of rows: a kernel of its own on a TPU, one dense product elsewhere.
+"""Products of groups of rows: a TPU has a kernel for them, others multiply all.
 
 Where it is dense every row is multiplied with the weights of all groups, and zeros
 stand in place of the rows of others.
