@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, get_args
 
 from mpjax._hardware.targets import Platform
-from mpjax._inspection.findings import KINDS, Finding, suspicious_steps
+from mpjax._inspection.findings import KINDS, Finding
+from mpjax._inspection.merging import findings_in
 from mpjax._inspection.primitives import CAST, name_of
 from mpjax._inspection.products import (
     TracedProduct,
@@ -16,7 +17,7 @@ from mpjax._inspection.products import (
     products_table,
     traced_product,
 )
-from mpjax._inspection.steps import Step, input_aval, output_aval, steps, where
+from mpjax._inspection.steps import Step, input_aval, needed_steps, output_aval
 from mpjax._inspection.summary import Summary
 from mpjax._inspection.tracing import trace
 from mpjax._printing.paths import common_parent, fold_layers, relative_to
@@ -29,7 +30,8 @@ class Census(Summary):
     """The products and the findings of a traced program; `print` shows tables.
 
     Attributes:
-      products: every matrix product and convolution, in the order of the program.
+      products: every matrix product and convolution, in the order of the program, but
+        for those of its backward pass whose results nobody needs.
       findings: what is probably not meant, in the order of the program.
       casts: elements cast in one run of the program, by "from -> to".
 
@@ -70,7 +72,7 @@ class Census(Summary):
         for kind in KINDS.values():
             rows = [
                 (relative_to(path, above), *rest, line.split(" in ")[0])
-                for name, *rest, line, path in self._merged_findings()
+                for name, *rest, line, path in self._rows_of_findings()
                 if name == kind.name
             ]
             if rows:
@@ -80,7 +82,7 @@ class Census(Summary):
 
     def _repr_html_(self) -> str:
         columns = "finding", "pass", "n", "what", "where", "path"
-        rows, number = self._merged_findings(), self._number_of_findings()
+        rows, number = self._rows_of_findings(), self._number_of_findings()
         page = products_html(self._rows(), _PRODUCT_COLUMNS, self._title())
         return page + html_table(rows, columns, number)
 
@@ -103,18 +105,13 @@ class Census(Summary):
         number = len(self.findings)
         return count(number, "finding") if number else "No findings"
 
-    def _merged_findings(self) -> Iterator[tuple]:
-        """Yields one row for all findings of the same line."""
-        merged: dict[tuple, dict[tuple, tuple[int, ...]]] = {}
+    def _rows_of_findings(self) -> Iterator[tuple]:
+        """Yields what tables show of each finding."""
         for f in self.findings:
-            line = f.where or "-"
-            key = f.kind, pass_name(f.backward), short_dtypes(f.detail), line
-            merged.setdefault(key, {})[f.path or "-",] = (f.count,)
-        for (kind, direction, detail, line), of_paths in merged.items():
-            number = sum(n for (n,) in of_paths.values())
-            (path,), *others = fold_layers(of_paths)
+            (path,), *others = fold_layers({(path or "-",): (1,) for path in f.paths})
             path += ", ..." if others else ""
-            yield kind, direction, number, detail, line, path
+            detail, direction = short_dtypes(f.detail), pass_name(f.backward)
+            yield f.kind, direction, f.count, detail, f.where or "-", path
 
 
 _PRODUCT_COLUMNS = "path", "pass", "dtypes"
@@ -152,7 +149,7 @@ def census(
     known = get_args(Platform)
     if platform not in known:
         raise ValueError(f"platform is one of {', '.join(known)}; got {platform!r}.")
-    return census_of_steps(list(steps(trace(fn, args, kwargs).jaxpr, platform)))
+    return census_of_steps(needed_steps(trace(fn, args, kwargs).jaxpr, platform))
 
 
 def census_of_steps(program: Sequence[Step]) -> Census:
@@ -166,19 +163,4 @@ def census_of_steps(program: Sequence[Step]) -> Census:
         products=tuple(traced_product(step) for step in program if is_product(step)),
         findings=findings_in(program),
         casts=dict(casts),
-    )
-
-
-def findings_in(program: Sequence[Step]) -> tuple[Finding, ...]:
-    """Merges the suspicious steps of a program that are alike, in its order."""
-    merged: dict[tuple, list[int]] = {}
-    for index, kind, detail in suspicious_steps(program):
-        step = program[index]
-        key = kind, step.path, where(step), step.backward, detail
-        size = max((getattr(v.aval, "size", 0) for v in step.eqn.invars), default=0)
-        first, number, largest = merged.get(key, (index, 0, 0))
-        merged[key] = [first, number + 1, max(largest, size)]
-    ordered = sorted(merged.items(), key=lambda item: item[1][0])
-    return tuple(
-        Finding(*key, count=number, elements=size) for key, (_, number, size) in ordered
     )

@@ -1,39 +1,49 @@
-"""Detectors of single steps: what adds up, exponentiates or casts in too few bits.
+"""Detectors of single steps: what exponentiates, multiplies or casts in too few bits.
 
 Each yields the index of a step and what happens there. `findings.py` lists them.
 """
 
-import math
+import collections
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import jax.numpy as jnp
 
-from mpjax._inspection.primitives import (
-    CAST,
-    EXPONENTIALS,
-    MOVES,
-    ROOTS,
-    SUMS,
-    inner,
-    name_of,
-)
+from mpjax._inspection.places import author
+from mpjax._inspection.primitives import CAST, EXPONENTIALS, MOVES, ROOTS, name_of
 from mpjax._inspection.products import is_product
-from mpjax._inspection.steps import Step, float_bits, input_aval, output_aval, widens
+from mpjax._inspection.steps import (
+    Step,
+    float_bits,
+    indices_of_makers,
+    input_aval,
+    makers,
+    output_aval,
+    widens,
+)
 
 _SHORT_ACCUMULATION = ("F16_F16_F16", "BF16_BF16_BF16")
 
 
 def dequantized(program: Sequence[Step]) -> Iterator[tuple[int, str]]:
-    """Finds products of operands that were cast up from 8 bits."""
-    makers = _makers(program)
+    """Finds products of operands that were cast up from 8 bits, but for mpjax's own.
+
+    Those are written so where that is what a compiler makes a native product of. In a
+    backward pass it is an echo, if the same module does so in the forward pass.
+    """
+    makers_of = makers(program)
+    paths: set[str] = set()
     for index, step in enumerate(program):
-        for i in (0, 1) if is_product(step) else ():
+        if not is_product(step):
+            continue
+        # Functions that JAX names, as einsum, have scopes of their own.
+        if step.backward and any(p.startswith(step.path) for p in paths):
+            continue
+        for i in (0, 1):
             wide = input_aval(step, i)
-            if float_bits(wide) > 8:
-                narrow = _narrow_source(step.inputs[i], makers)
-                if narrow:
-                    yield index, f"{narrow} becomes {wide.dtype} before the product"
+            narrow = _narrow_source(step.inputs[i], makers_of)
+            if narrow and float_bits(wide) > 8 and author(step) != "mpjax":
+                paths |= set() if step.backward else {step.path}
+                yield index, f"{narrow} becomes {wide.dtype} before the product"
 
 
 def accumulations(program: Sequence[Step]) -> Iterator[tuple[int, str]]:
@@ -50,48 +60,118 @@ def accumulations(program: Sequence[Step]) -> Iterator[tuple[int, str]]:
 
 
 def round_trips(program: Sequence[Step]) -> Iterator[tuple[int, str]]:
-    """Finds casts back to the dtype that a value was cast up from."""
-    makers = _makers(program)
+    """Finds casts up of which nothing comes but casts back, one of them the user's.
+
+    In a backward pass these are the gradient of such a cast, which rounds.
+    """
+    makers_of, readers = indices_of_makers(program), collections.defaultdict(list)
+    for step in program:
+        for value in step.inputs:
+            readers[value].append(step)
     for index, step in enumerate(program):
-        if name_of(step.eqn) != CAST or input_aval(step).size < 2:
+        if name_of(step.eqn) != CAST or step.backward or input_aval(step).size < 2:
             continue
-        first = makers.get(step.inputs[0])
-        while first and name_of(first.eqn) in MOVES and name_of(first.eqn) != CAST:
-            first = makers.get(first.inputs[0])
-        if first and name_of(first.eqn) == CAST:
-            old, between, new = input_aval(first), input_aval(step), output_aval(step)
-            if old.dtype == new.dtype and 0 < float_bits(old) < float_bits(between):
-                yield index, f"{old.dtype} to {between.dtype} and back"
-
-
-def reductions(program: Sequence[Step]) -> Iterator[tuple[int, str]]:
-    """Finds sums in 16 bits."""
-    for index, step in enumerate(program):
-        if detail := _reduction(step):
-            yield index, detail
+        chain = [step.inputs[0]]
+        up = makers_of.get(chain[0])
+        while up is not None and name_of(program[up].eqn) in MOVES:
+            if name_of(program[up].eqn) == CAST:
+                break
+            chain.append(program[up].inputs[0])
+            up = makers_of.get(chain[-1])
+        if up is None or name_of(program[up].eqn) != CAST:
+            continue
+        first, narrow = program[up], output_aval(step)
+        old, between = input_aval(first), input_aval(step)
+        if old.dtype != narrow.dtype or not 0 < float_bits(old) < float_bits(between):
+            continue
+        if all(_is_a_way_back(readers[value], narrow.dtype) for value in chain):
+            written = [i for i in (up, index) if author(program[i]) == "user"]
+            if written:
+                yield written[0], f"{old.dtype} to {between.dtype} and back"
 
 
 def exponentials(program: Sequence[Step]) -> Iterator[tuple[int, str]]:
-    """Finds exp and log in 16 bits, but not the exp in softplus, which is at most 1."""
+    """Finds exp and log in 16 bits, but not where their errors stay small.
+
+    These are exp inside of softplus and in its gradient, in that of expm1, as of elu,
+    and exp of minus a square or an absolute value, as in the gradient of erf.
+    """
+    makers_of = makers(program)
     in_log1p = {s.inputs[0] for s in program if name_of(s.eqn) == "log1p"}
+    in_expm1 = {s.inputs[0] for s in program if name_of(s.eqn) == "expm1"}
     for index, step in enumerate(program):
         name = name_of(step.eqn)
-        if name in EXPONENTIALS and step.outputs[0] not in in_log1p:
-            if _reads_16_bits(step):
+        is_part = step.outputs and step.outputs[0] in in_log1p
+        is_part = is_part or (name == "exp" and step.inputs[0] in in_expm1)
+        if name in EXPONENTIALS and not is_part:
+            if _reads_16_bits(step) and not _is_at_most_one(step, makers_of):
                 yield index, f"{name} in {input_aval(step).dtype}"
 
 
 def statistics(program: Sequence[Step]) -> Iterator[tuple[int, str]]:
-    """Finds square roots in 16 bits."""
+    """Finds square roots in 16 bits: of arrays, and of sums, as of a norm."""
+    makers_of = makers(program)
     for index, step in enumerate(program):
-        name = name_of(step.eqn)
-        if name in ROOTS and _reads_16_bits(step):
-            yield index, f"{name} in {input_aval(step).dtype}"
+        if name_of(step.eqn) not in ROOTS or not 0 < float_bits(input_aval(step)) <= 16:
+            continue
+        if input_aval(step).size > 1 or _is_a_sum(step.inputs[0], makers_of):
+            yield index, f"{name_of(step.eqn)} in {input_aval(step).dtype}"
 
 
-def _makers(program: Sequence[Step]) -> dict[int, Step]:
-    """Maps each value to the step that it is a result of."""
-    return {output: step for step in program for output in step.outputs}
+def _is_a_way_back(readers: Sequence[Step], dtype: jnp.dtype) -> bool:
+    """Whether all who read a value cast it to a dtype, or one moves it."""
+    return len(readers) == 1 or all(
+        name_of(step.eqn) == CAST and output_aval(step).dtype == dtype
+        for step in readers
+    )
+
+
+def _is_at_most_one(step: Step, makers_of: Mapping[int, Step]) -> bool:
+    """Whether an exp is of what cannot be positive, by the way it was computed."""
+    made = makers_of.get(step.inputs[0])
+    if name_of(step.eqn) not in ("exp", "exp2") or made is None:
+        return False
+    if name_of(made.eqn) == "sub":  # x - log(exp(x) + exp(y)), a gradient of softplus
+        return _is_log_of_sum(made.inputs[1], makers_of)
+    if name_of(made.eqn) != "neg":
+        return False
+    value = made.inputs[0]
+    while (made := makers_of.get(value)) and name_of(made.eqn) in ("mul", "div"):
+        if len(set(made.inputs)) == 1:
+            return True
+        if -1 not in made.inputs:  # no constant
+            return False
+        value = max(made.inputs)
+    if made is None:
+        return False
+    is_even = name_of(made.eqn) == "integer_pow" and made.eqn.params["y"] % 2 == 0
+    return is_even or name_of(made.eqn) in ("abs", "square")
+
+
+def _is_log_of_sum(value: int, makers_of: Mapping[int, Step], depth: int = 8) -> bool:
+    """Whether a value is the maximum of two, plus log1p."""
+    made = makers_of.get(value)
+    if made is None or depth == 0:
+        return False
+    name = name_of(made.eqn)
+    if name == "add":
+        sources = [makers_of.get(value) for value in made.inputs]
+        return any(s is not None and name_of(s.eqn) == "log1p" for s in sources)
+    if name == "select_n" or name in MOVES:
+        return any(_is_log_of_sum(i, makers_of, depth - 1) for i in made.inputs)
+    return False
+
+
+def _is_a_sum(value: int, makers_of: Mapping[int, Step], depth: int = 64) -> bool:
+    """Whether a number is a sum of many, or comes from such by few steps."""
+    made = makers_of.get(value)
+    if made is None or depth == 0:
+        return False
+    if name_of(made.eqn) == "reduce_sum":
+        return input_aval(made).size > 1
+    if name_of(made.eqn) in MOVES or name_of(made.eqn) in ("add", "mul", "div", "max"):
+        return any(_is_a_sum(i, makers_of, depth - 1) for i in made.inputs)
+    return False
 
 
 def _narrow_source(
@@ -126,64 +206,3 @@ def _reads_16_bits(step: Step) -> bool:
         return False
     value = input_aval(step)
     return float_bits(value) == 16 and value.size > 1
-
-
-def _reduction(step: Step) -> str | None:
-    """The sum in 16 bits that a step is, in words."""
-    name = name_of(step.eqn)
-    is_sum = name in SUMS or name in ("reduce_window_sum", "scatter-add")
-    if not (is_sum or name in ("add", "add_any")) or not _reads_16_bits(step):
-        return None
-    dtype = input_aval(step).dtype
-    if not is_sum:
-        terms = _terms_over_steps(step)
-        return f"sum in {dtype} over {terms} steps of a scan" if terms > 1 else None
-    terms = _terms(step)
-    if terms > 1:
-        return f"{name} in {dtype} of {terms} terms"
-    # How many terms these add up, their shapes do not say.
-    is_open = name.startswith(("cum", "psum"))
-    return f"{name} in {dtype}" if is_open else None
-
-
-def _terms(step: Step) -> int:
-    """How many values add up to one element of a sum."""
-    match name_of(step.eqn):
-        case "reduce_window_sum":
-            return math.prod(step.eqn.params["window_dimensions"])
-        case "scatter-add":
-            return input_aval(step, 2).size // input_aval(step).size
-        case _:
-            return input_aval(step).size // max(output_aval(step).size, 1)
-
-
-def _terms_over_steps(step: Step) -> int:
-    """How many values a scan adds to what it carries by this addition, or 0.
-
-    The residual stream of layers in a scan is no such sum: what is added depends on it.
-    """
-    scan = step.calls[-1] if step.calls else None
-    if scan is None or name_of(scan) != "scan":
-        return 0
-    body = inner(scan.params["jaxpr"])
-    carries = _without_step_axis(scan.outvars, body.outvars)  # the rest are stacked
-    unstacked = _without_step_axis(scan.invars, body.invars)
-    for i in range(carries):
-        carried = body.invars[unstacked - carries + i]
-        if body.outvars[i] is step.eqn.outvars[0] and any(
-            atom is carried for atom in step.eqn.invars
-        ):
-            depends = {id(carried)}
-            for eqn in body.eqns:
-                if any(id(atom) in depends for atom in eqn.invars):
-                    depends |= set(map(id, eqn.outvars))
-            others = [atom for atom in step.eqn.invars if atom is not carried]
-            own = any(id(atom) in depends for atom in others)
-            return 0 if own else scan.params["length"]
-    return 0
-
-
-def _without_step_axis(outside: Sequence[Any], inside: Sequence[Any]) -> int:
-    """How many values of a scan have no axis for its steps."""
-    pairs = zip(outside, inside, strict=True)
-    return sum(out.aval.shape == own.aval.shape for out, own in pairs)

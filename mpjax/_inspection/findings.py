@@ -5,7 +5,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, TypeAlias
 
 from mpjax._inspection import detectors
+from mpjax._inspection.positions import positions
 from mpjax._inspection.promotions import promotions
+from mpjax._inspection.reductions import reductions
 from mpjax._inspection.steps import Step
 
 Kind: TypeAlias = Literal[
@@ -16,6 +18,7 @@ Kind: TypeAlias = Literal[
     "statistics",
     "accumulation",
     "round_trip",
+    "positions",
 ]
 
 
@@ -40,9 +43,9 @@ class FindingKind:
 _ALL = (
     FindingKind(
         "promotion",
-        "A 16-bit value becomes float32 and stays so, into a product or out of its "
-        "module, or is multiplied with float32. Routers are meant to: products with "
-        "few results, which end in a softmax or a choice.",
+        "A 16-bit value becomes float32 and stays so: into a product, into another "
+        "module, or from layer to layer. Routers, recurrences that are cast back and "
+        "the loss's own products are meant to.",
         promotions,
         "Cast the float32 operand down, or the result at once; parameters that a "
         "module reads itself follow its policy under MixedPrecision.",
@@ -56,24 +59,29 @@ _ALL = (
     ),
     FindingKind(
         "reduction",
-        "A sum adds up in 16 bits: of an array, of segments, or over the steps of a "
-        "scan.",
-        detectors.reductions,
-        "Sum in float32: jnp.sum(x, dtype=jnp.float32). In a backward pass it is the "
-        "gradient of what was broadcast, as a bias: add that in float32 if it matters.",
+        "A sum adds up in 16 bits, and so many values can meet in one element that it "
+        "stops growing: of an array, of updates, over a scan, over devices.",
+        reductions,
+        "Sum in float32: jnp.sum(x, dtype=jnp.float32), or x.astype(jnp.float32) "
+        "before a scatter; unique_indices=True for updates that never meet. In a "
+        "backward pass it is the gradient of what was broadcast or looked up: do that "
+        "in float32, and cast the result.",
     ),
     FindingKind(
         "exponential",
         "exp or log is computed in 16 bits.",
         detectors.exponentials,
-        "Cast to float32 before exp or log, and back after the softmax.",
+        "Cast to float32 before exp or log, and back after the softmax. Attention of "
+        "Flax takes force_fp32_for_softmax=True.",
     ),
     FindingKind(
         "statistics",
-        "A square root is computed in 16 bits, as of the variance in a norm.",
+        "A square root is computed in 16 bits, as of the variance in a norm or of the "
+        "sum of squares of all gradients.",
         detectors.statistics,
         "Compute means, variances and their roots in float32; policies with a name do "
-        "so for normalization layers.",
+        "so for normalization layers. Cast gradients to float32 before they are "
+        "clipped by their norm, as mpjax.dynamic_loss_scaling does.",
     ),
     FindingKind(
         "accumulation",
@@ -88,6 +96,15 @@ _ALL = (
         detectors.round_trips,
         "Leave the value in its dtype: neither cast changes it.",
     ),
+    FindingKind(
+        "positions",
+        "Positions, times or frequencies are in 16 bits: before sin or cos, or as "
+        "whole numbers too large for the format.",
+        positions,
+        "Keep them in float32 until after sin and cos: jnp.arange(n, "
+        "dtype=jnp.float32), a rule of float32 for a module with frequencies as "
+        "parameters, Rule(cast_inputs=False) for times and coordinates.",
+    ),
 )
 KINDS: dict[str, FindingKind] = {kind.name: kind for kind in _ALL}
 
@@ -98,23 +115,29 @@ class Finding:
 
     The kinds are:
 
-    - "promotion": a 16-bit value becomes float32 and stays so, into a product or out of
-      its module, or is multiplied with float32, unless it is for a router.
+    - "promotion": a 16-bit value becomes float32 and stays so, into a product, into
+      another module, or from layer to layer.
     - "dequantized": values of float8, int8 or int4 are cast up before their product.
-    - "reduction": a sum adds up in 16 bits.
+    - "reduction": a sum of many values adds up in 16 bits.
     - "exponential": exp or log is computed in 16 bits.
     - "statistics": a square root is computed in 16 bits, as in a norm.
     - "accumulation": a product adds up in less than 32 bits.
     - "round_trip": a value is cast to a wider dtype and back at once.
+    - "positions": positions, times or frequencies are in 16 bits before sin or cos.
+
+    What has one cause is one finding, in the forward and in the backward pass: a line
+    of the user's code, or layers of a stack that one line runs. Of several steps it
+    describes the one with the largest array, of the forward pass if there is one.
 
     Attributes:
       kind: one of these.
       path: the modules and scopes around it.
       where: "file:line in function" of the user's code.
-      backward: whether it belongs to a backward pass.
+      backward: whether all of it belongs to a backward pass.
       detail: what happens there.
-      count: how many are alike.
+      count: how many steps of the program have this cause.
       elements: of the largest array concerned.
+      paths: all paths where it is, `path` among them.
 
     Example:
       >>> import jax, jax.numpy as jnp, mpjax.lowering
@@ -122,8 +145,8 @@ class Finding:
       >>> (finding,) = mpjax.lowering.census(jnp.exp, x).findings
       >>> finding.kind, finding.detail, finding.elements
       ('exponential', 'exp in bfloat16', 4096)
-      >>> finding.remedy
-      'Cast to float32 before exp or log, and back after the softmax.'
+      >>> finding.remedy.split(",")[0]
+      'Cast to float32 before exp or log'
     """
 
     kind: Kind
@@ -133,6 +156,7 @@ class Finding:
     detail: str
     count: int
     elements: int
+    paths: tuple[str, ...] = ()
 
     @property
     def remedy(self) -> str:

@@ -35,7 +35,9 @@ COMBINERS = ("reduce", "scatter", "select_and", "argmax", "argmin", "sort", "cum
 # Near 0 expm1 and log1p keep all bits.
 EXPONENTIALS = ("exp", "exp2", "log", "cumlogsumexp")
 ROOTS = ("rsqrt", "sqrt")
-SUMS = ("reduce_sum", "cumsum", "reduce_prod", "cumprod", "psum", "psum_invariant")
+SUMS = ("reduce_sum", "cumsum", "reduce_prod", "cumprod")
+SCANS = ("cumsum", "cumprod", "cumlogsumexp", "cummax", "cummin")
+SUMS_OVER_DEVICES = ("psum", "psum_invariant", "reduce_scatter")
 ENDS_A_STREAM = ("reduce_", "argm", "cum", "gather", "iota", "random", "sort")
 GATES = ("exp", "exp2", "logistic", "top_k", "argmax", "sort")
 

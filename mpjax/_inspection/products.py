@@ -8,8 +8,9 @@ from typing import Any
 import jax.numpy as jnp
 from jax.extend import core
 
+from mpjax._inspection.places import where
 from mpjax._inspection.primitives import PRODUCTS
-from mpjax._inspection.steps import Step, where
+from mpjax._inspection.steps import Step
 from mpjax._printing.paths import fold_layers, relative_to
 from mpjax._printing.table import html_table, render
 from mpjax._printing.text import WIDTH, si_number

@@ -1,172 +1,152 @@
 """16-bit values that become float32 and stay so.
 
-Three parts: `reach` follows every cast to the values that come from it, `_uses` lists
-the steps that read such values, and one predicate per consequence judges a use.
+`casts` finds where that happens, `streams.py` follows them, and a rule for each
+consequence judges who reads them. What has one origin is found once: the first cast of
+each region of float32 that hangs together.
 """
 
 import collections
-import dataclasses
-from collections.abc import Container, Iterator, Mapping, Sequence, Set
-from typing import TypeAlias
+from collections.abc import Iterator, Mapping, Sequence
 
-from mpjax._inspection.primitives import ENDS_A_STREAM, GATES, MOVES, name_of
+from mpjax._inspection.places import author, where
+from mpjax._inspection.primitives import name_of
 from mpjax._inspection.products import is_product
+from mpjax._inspection.recurrences import recurrent_products
+from mpjax._inspection.routers import chooses, routers
 from mpjax._inspection.steps import Step, float_bits, input_aval, output_aval, widens
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Cast:
-    """A step that makes float32 of 16 bits.
-
-    Attributes:
-      index: of the step in the program.
-      source: the number of the 16-bit value; of a product, that of its left operand.
-      size: elements of that value.
-      path: the module that casts.
-      dtypes: before and after, in words.
-      is_product: whether it is a product of 16-bit operands with a float32 result.
-    """
-
-    index: int
-    source: int
-    size: int
-    path: str
-    dtypes: str
-    is_product: bool
-
-
-Reached: TypeAlias = Mapping[int, frozenset[Cast]]
-_NONE: frozenset[Cast] = frozenset()
-
-
-@dataclasses.dataclass(frozen=True)
-class Use:
-    """A step that reads what was cast.
-
-    Attributes:
-      index: of the step in the program.
-      step: the step.
-      casts: those that any of its operands comes from.
-      reads_only_casts: whether each of its operands comes from one.
-    """
-
-    index: int
-    step: Step
-    casts: frozenset[Cast]
-    reads_only_casts: bool
+from mpjax._inspection.streams import (
+    Cast,
+    Reached,
+    Use,
+    carried,
+    exits,
+    persistent,
+    reach,
+    regions,
+    uses,
+)
 
 
 def promotions(program: Sequence[Step]) -> Iterator[tuple[int, str]]:
     """Finds 16-bit arrays that become float32 and, still so, meet a product or module.
 
-    What is cast for a router is meant, and so are the products of its gradients: a
-    product that makes few numbers of many, and a choice by them.
+    A product in float32 is meant if it is a router, the step of a recurrence that is
+    cast back, a head that a policy keeps in float32, mpjax's own, or the loss's.
     """
-    seeds = _casts(program)
+    seeds = casts(program, backward=False)
     reached = reach(program, seeds)
+    readers = uses(program, reached, seeds)
+    products = [use for use in readers if is_product(use.step)]
+    meant = _meant(program, products, reached) if products else set()
     yield from _mixed_products(program, reached)
-    uses = _uses(program, reached, seeds)
-    routers = _routers(program)
-    meant = _meant_for_routers(uses, reached, routers)
-    of_cast: dict[Cast, list[Use]] = collections.defaultdict(list)
-    for use in uses:
-        if not is_meant_for_a_router(use, reached, routers):
-            for cast in use.casts:
-                of_cast[cast].append(use)
-    for cast in seeds.values():
-        if what := _consequence(cast, of_cast[cast], meant):
-            yield cast.index, f"{cast.dtypes} and {what}"
+    judge = _Judge(program, reached, [u for u in readers if u.index not in meant])
+    stays = persistent(program, reached, seeds)
+    for region in regions(program, reached, seeds):
+        told = (judge.consequence(cast) for cast in region)
+        found = next(filter(None, told), None)
+        if found is None and not stays.isdisjoint(region):
+            if author(program[region[0].index]) != "library":  # the state of a cell
+                found = region[0].index, f"{region[0].dtypes} and stays so for layers"
+        if found is not None:
+            yield found
+    yield from _backward_products(program)
 
 
-def reach(program: Sequence[Step], seeds: Mapping[int, Cast]) -> Reached:
-    """Follows casts forward, until a sum, a product or a cast down.
+class _Judge:
+    """Says what comes of each cast, and of each product once.
 
     Args:
       program: the steps.
-      seeds: the casts, by the indices of their steps.
-
-    Returns:
-      For each value of at least 32 bits that comes from casts, these casts.
+      reached: what comes from casts.
+      readers: the steps that read a cast and are not meant to.
     """
-    reached: dict[int, frozenset[Cast]] = {}
-    for index, step in enumerate(program):
-        if index in seeds:
-            reached[step.outputs[0]] = frozenset({seeds[index]})
-        elif (casts := _carried(step, reached)) and not _ends_a_stream(step):
-            for value, var in zip(step.outputs, step.eqn.outvars, strict=True):
-                if float_bits(var.aval) >= 32:
-                    reached[value] = casts
-    return reached
 
+    def __init__(
+        self, program: Sequence[Step], reached: Reached, readers: Sequence[Use]
+    ):
+        self._program = program
+        self._readers: dict[Cast, list[Use]] = collections.defaultdict(list)
+        self._exits: dict[Cast, list[Use]] = collections.defaultdict(list)
+        for found, some in (
+            (self._readers, readers),
+            (self._exits, exits(program, reached)),
+        ):
+            for use in some:
+                for cast in use.casts:
+                    found[cast].append(use)
+        self._exponents = _exponents(program, reached)
+        self._told: set[int] = set()  # products
 
-def multiplied_in_float32(cast: Cast, use: Use, meant: Container[Cast]) -> bool:
-    """Whether a product reads it in float32; in a backward pass only if not `meant`."""
-    if not is_product(use.step):
-        return False
-    return not use.step.backward or not (cast.is_product or cast in meant)
-
-
-def enters_a_module(cast: Cast, use: Use, first: str) -> bool:
-    """Whether another module than the `first` one reads it.
-
-    One that is alone in reading it was handed float32 on purpose.
-    """
-    return _is_elsewhere(cast, use) and not f"{use.step.path}/".startswith(f"{first}/")
-
-
-def makes_a_sum_float32(cast: Cast, use: Use) -> bool:
-    """Whether it is added to another value that was cast, both as large as the sum."""
-    if _is_elsewhere(cast, use) or name_of(use.step.eqn) != "add":
-        return False
-    others = (c for c in use.casts if c.is_product or c.source != cast.source)
-    is_large = cast.size == output_aval(use.step).size
-    return (
-        is_large
-        and use.reads_only_casts
-        and any(other.size == cast.size for other in others)
-    )
-
-
-def is_meant_for_a_router(use: Use, reached: Reached, routers: Container[int]) -> bool:
-    """Whether it is a product that makes few numbers of many and chooses by them."""
-    if use.index not in routers:
-        return False
-    sizes = (
-        input_aval(use.step, i).size for i in (0, 1) if use.step.inputs[i] in reached
-    )
-    return output_aval(use.step).size < max(sizes)
-
-
-def _consequence(cast: Cast, uses: Sequence[Use], meant: Container[Cast]) -> str | None:
-    """What comes of a cast: a product, or else what comes first."""
-    if any(multiplied_in_float32(cast, use, meant) for use in uses):
-        return "is multiplied in float32"
-    if cast.is_product:
+    def consequence(self, cast: Cast) -> tuple[int, str] | None:
+        """Where a cast is a fault, and what comes of it: a product, or a module."""
+        readers = self._readers[cast]
+        products = [use for use in readers if is_product(use.step)]
+        if products:
+            new = [use for use in products if use.index not in self._told]
+            self._told.update(use.index for use in new)
+            if not new:
+                return None
+            what = f"{cast.dtypes}{self._border(cast)} and is multiplied in float32"
+            # A softmax is float32 for good reason: what is missing is the cast after.
+            late = not self._exponents.isdisjoint(new[0].step.inputs)
+            return (new[0].index if late else cast.index), what
+        if cast.is_product:
+            return None
+        others = [u.step.path for u in readers if _is_in_another_module(cast, u)]
+        for path in others:
+            # One that is alone in reading it was handed float32 on purpose.
+            if not f"{path}/".startswith(f"{others[0]}/"):
+                name = others[0].rpartition("/")[2]
+                what = f"{cast.dtypes}{self._border(cast)} and enters {name} in float32"
+                return cast.index, what
+        if self._leaves(cast, readers):
+            name = cast.path.rpartition("/")[2]
+            return cast.index, f"{cast.dtypes} and leaves {name} in float32"
         return None
-    return _outside_of_products(cast, [u for u in uses if not is_product(u.step)])
+
+    def _leaves(self, cast: Cast, readers: Sequence[Use]) -> bool:
+        """Whether another layer has to cast down what the author's arithmetic made."""
+        if author(self._program[cast.index]) != "user":
+            return False
+        computing = {use.step.path for use in readers}
+        return cast.path in computing and any(
+            _is_in_another_module(cast, use)
+            and use.step.path not in computing
+            and author(use.step) != "user"
+            for use in self._exits[cast]
+        )
+
+    def _border(self, cast: Cast) -> str:
+        if cast.is_product or author(self._program[cast.index]) != "mpjax":
+            return ""
+        module = cast.path.rpartition("/")[2]
+        return f" where the policy of {module} begins" if module else ""
 
 
-def _outside_of_products(cast: Cast, uses: Sequence[Use]) -> str | None:
-    """What comes of a cast first: another module that reads it, or a sum."""
-    first = next((use.step.path for use in uses if _is_elsewhere(cast, use)), "")
-    for use in uses:
-        if enters_a_module(cast, use, first):
-            return f"enters {first.rpartition('/')[2]} in float32"
-        if makes_a_sum_float32(cast, use):
-            return "makes a sum float32"
-    return None
+def _exponents(program: Sequence[Step], reached: Reached) -> set[int]:
+    """The float32 values that come from a softmax or a sigmoid of casts."""
+    found: set[int] = set()
+    for step in program:
+        if not step.outputs or step.outputs[0] not in reached:
+            continue
+        if name_of(step.eqn) in ("exp", "exp2", "logistic") or not found.isdisjoint(
+            step.inputs
+        ):
+            found.update(step.outputs)
+    return found
 
 
-def _is_elsewhere(cast: Cast, use: Use) -> bool:
-    return bool(cast.path and use.step.path) and cast.path != use.step.path
+def casts(program: Sequence[Step], *, backward: bool) -> dict[int, Cast]:
+    """The casts from 16 bits to float32, by the indices of their steps.
 
-
-def _casts(program: Sequence[Step]) -> dict[int, Cast]:
-    """The casts from 16 bits to float32, by the indices of their steps."""
+    Of the forward pass also products of 16 bits with float32 results.
+    """
     found = {}
     for index, step in enumerate(program):
-        multiplies = is_product(step) and not step.backward
-        widened = multiplies and _operand_bits(step) == [16, 16]
+        if step.backward != backward:
+            continue
+        multiplies = is_product(step) and not backward
+        widened = multiplies and operand_bits(step) == [16, 16]
         widened = widened and float_bits(output_aval(step)) == 32
         if widened or widens(step, 16, 32):
             old, new = input_aval(step), output_aval(step)
@@ -177,102 +157,41 @@ def _casts(program: Sequence[Step]) -> dict[int, Cast]:
     return found
 
 
-def _mixed_products(
-    program: Sequence[Step], reached: Reached
-) -> Iterator[tuple[int, str]]:
-    """Finds products of the forward pass of 16 bits with what was float32 before."""
-    for index, step in enumerate(program):
-        if is_product(step) and not step.backward and not _carried(step, reached):
-            if _operand_bits(step) == [16, 32]:
-                is_second = float_bits(input_aval(step, 0)) == 32
-                narrow = input_aval(step, int(is_second)).dtype
-                yield index, f"{narrow} is multiplied with float32"
-
-
-def _operand_bits(step: Step) -> list[int]:
+def operand_bits(step: Step) -> list[int]:
+    """The bits of the operands of a product, the fewer first."""
     return sorted(float_bits(input_aval(step, i)) for i in (0, 1))
 
 
-def _carried(step: Step, reached: Reached) -> frozenset[Cast]:
-    """The casts that any operand of a step comes from."""
-    found = [reached[value] for value in step.inputs if value in reached]
-    return found[0].union(*found[1:]) if found else _NONE
-
-
-def _ends_a_stream(step: Step) -> bool:
-    return is_product(step) or name_of(step.eqn).startswith(ENDS_A_STREAM)
-
-
-def _uses(
-    program: Sequence[Step], reached: Reached, seeds: Container[int]
-) -> list[Use]:
-    """The products that read a cast, and the steps of the forward pass that do.
-
-    Of these only the ones that compute, and that a product needs.
-    """
-    feeds, found = _feeding_products(program), []
-    for index, step in enumerate(program):
-        if index in seeds or not (casts := _carried(step, reached)):
-            continue
-        computes = not step.backward and name_of(step.eqn) not in MOVES
-        if is_product(step) or (computes and not feeds.isdisjoint(step.outputs)):
-            only = all(value in reached for value in step.inputs)
-            found.append(Use(index, step, casts, only))
-    return found
-
-
-def _meant_for_routers(
-    uses: Sequence[Use], reached: Reached, routers: Container[int]
-) -> Set[Cast]:
-    """The casts that routers and the products of their gradients read."""
-    meant: set[Cast] = set()
-    for use in uses:
-        is_gradient = is_product(use.step) and use.step.backward
-        if is_meant_for_a_router(use, reached, routers) or (
-            is_gradient and not meant.isdisjoint(use.casts)
+def _meant(
+    program: Sequence[Step], products: Sequence[Use], reached: Reached
+) -> set[int]:
+    """The indices of products that are meant to read float32."""
+    choosing, recurrent = routers(program), recurrent_products(program)
+    feeding = _feeding(program)
+    narrow = {
+        _root(step)
+        for step in program
+        if is_product(step) and not step.backward and operand_bits(step)[0] <= 16
+    }
+    found = set()
+    for use in products:
+        last = feeding.isdisjoint(use.step.outputs)
+        if (
+            use.index in recurrent
+            or (use.index in choosing and chooses(use.step, reached))
+            or (last and narrow and _root(use.step) not in narrow)
+            or (last and all(author(program[c.index]) == "mpjax" for c in use.casts))
+            or author(use.step) == "mpjax"
         ):
-            meant |= use.casts
-    return meant
-
-
-def _routers(program: Sequence[Step]) -> set[int]:
-    """Products whose results end in a softmax or a choice before any other product.
-
-    Those of attention have batches.
-    """
-    found: set[int] = set()
-    gates: set[int] = set()  # values that a softmax, a sigmoid or a choice reads
-    multiplied: set[int] = set()  # values that a product reads before
-    for index, step in reversed(list(enumerate(program))):
-        if is_product(step):
-            result = step.outputs[0]
-            if result in gates and result not in multiplied and not _batches(step):
-                found.add(index)
-            if not step.backward:
-                multiplied.update(step.inputs)
-        elif name_of(step.eqn) in GATES:
-            gates.update(step.inputs)
-        else:
-            _extend_backward(gates, step)
-            _extend_backward(multiplied, step)
+            found.add(use.index)
     return found
 
 
-def _extend_backward(values: set[int], step: Step) -> None:
-    """Adds the operands of a step of which any result is among the values."""
-    if not values.isdisjoint(step.outputs):
-        values.update(step.inputs)
+def _root(step: Step) -> str:
+    return step.path.split("/")[0]
 
 
-def _batches(step: Step) -> bool:
-    """Whether a product is several, or no ordinary one."""
-    if name_of(step.eqn) != "dot_general":
-        return True
-    _, (batch, _) = step.eqn.params["dimension_numbers"]
-    return bool(batch)
-
-
-def _feeding_products(program: Sequence[Step]) -> set[int]:
+def _feeding(program: Sequence[Step]) -> set[int]:
     """The values that a product of the forward pass comes from."""
     feeds: set[int] = set()
     for step in reversed(program):
@@ -281,3 +200,49 @@ def _feeding_products(program: Sequence[Step]) -> set[int]:
                 feeds.update(step.inputs)
     feeds.discard(-1)  # literals
     return feeds
+
+
+def _is_in_another_module(cast: Cast, use: Use) -> bool:
+    return bool(cast.path and use.step.path) and cast.path != use.step.path
+
+
+def _mixed_products(
+    program: Sequence[Step], reached: Reached
+) -> Iterator[tuple[int, str]]:
+    """Finds products of the forward pass of 16 bits with what was float32 before."""
+    for index, step in enumerate(program):
+        if is_product(step) and not step.backward and not carried(step, reached):
+            if operand_bits(step) == [16, 32] and author(step) != "mpjax":
+                is_second = float_bits(input_aval(step, 0)) == 32
+                narrow = input_aval(step, int(is_second)).dtype
+                yield index, f"{narrow} is multiplied with float32"
+
+
+def _backward_products(program: Sequence[Step]) -> Iterator[tuple[int, str]]:
+    """Finds products in float32 that only a backward pass has, as one written by hand.
+
+    Others follow from the forward pass, where they are found or meant.
+    """
+    seeds = casts(program, backward=True)
+    reached = reach(program, seeds)
+    candidates = [step for step in program if step.backward and _reads(step, reached)]
+    if not candidates:
+        return
+    forward = {
+        _place(step)
+        for step in program
+        if is_product(step) and not step.backward
+        if 32 in (*operand_bits(step), float_bits(output_aval(step)))
+    }
+    for step in candidates:
+        if author(step) != "mpjax" and _place(step) not in forward:
+            for cast in carried(step, reached):
+                yield cast.index, f"{cast.dtypes} and is multiplied in float32"
+
+
+def _reads(step: Step, reached: Mapping[int, object]) -> bool:
+    return is_product(step) and any(value in reached for value in step.inputs)
+
+
+def _place(step: Step) -> str:
+    return where(step) or step.path

@@ -8,7 +8,6 @@ way.
 import functools
 import itertools
 import math
-import os
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -63,17 +62,44 @@ class Step(NamedTuple):
         return any(name_of(c) == "pallas_call" for c in self.calls)
 
 
-def steps(jaxpr: Any, platform: str) -> Iterator[Step]:
+def steps(jaxpr: Any, platform: str) -> Generator[Step, None, list[int]]:
     """Reads a program with all calls, loops and branches opened.
 
     Args:
       jaxpr: as tracing returns it.
       platform: of ``lax.platform_dependent`` only the branch of this platform is read.
+
+    Returns:
+      The numbers of the program's results, at the end of the steps.
     """
     numbers = itertools.count()
     jaxpr = inner(jaxpr)
     inputs = [next(numbers) for _ in jaxpr.invars]
-    yield from _steps_of(jaxpr, inputs, ((), False, 1, ()), platform, numbers)
+    return (yield from _steps_of(jaxpr, inputs, ((), False, 1, ()), platform, numbers))
+
+
+def needed_steps(jaxpr: Any, platform: str) -> list[Step]:
+    """Reads a program without what nobody needs of its backward pass.
+
+    Such are the gradients of inputs: layers with a derivative of their own make them,
+    and compilers remove them. In loops and kernels everything counts as needed.
+    """
+    program: list[Step] = []
+    reader = steps(jaxpr, platform)
+    while True:
+        try:
+            program.append(next(reader))
+        except StopIteration as end:
+            needed = set(end.value)
+            break
+    kept = []
+    for step in reversed(program):
+        inside = any(name_of(c) in ("scan", "while", "pallas_call") for c in step.calls)
+        always = not step.backward or inside or step.eqn.effects
+        if always or not needed.isdisjoint(step.outputs):
+            needed.update(step.inputs)
+            kept.append(step)
+    return kept[::-1]
 
 
 def _steps_of(
@@ -186,24 +212,37 @@ def _once(names: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
-@functools.cache
-def _libraries() -> tuple[str, ...]:
-    """Folders of libraries, whose lines are not those of the user."""
-    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # mpjax
-    packages = os.path.dirname(os.path.dirname(os.path.abspath(jax.__file__)))
-    names = ("jax", "flax", "optax", "numpy", "haiku", "equinox")
-    return (here + os.sep, *(os.path.join(packages, n) + os.sep for n in names))
+def makers(program: Sequence[Step]) -> dict[int, Step]:
+    """Maps each value to the step that it is a result of."""
+    return {output: step for step in program for output in step.outputs}
 
 
-def where(step: Step) -> str:
-    """The innermost line of the user's code, as "file:line in function", or ""."""
-    for eqn in (step.eqn, *reversed(step.calls)):
-        traceback = eqn.source_info.traceback
-        for frame in traceback.frames if traceback else ():
-            if not frame.file_name.startswith(_libraries()):
-                file = os.path.basename(frame.file_name)
-                return f"{file}:{frame.line_num} in {frame.function_name}"
-    return ""
+def indices_of_makers(program: Sequence[Step]) -> dict[int, int]:
+    """Maps each value to the index of the step that it is a result of."""
+    return {out: index for index, step in enumerate(program) for out in step.outputs}
+
+
+def carried_by_scan(scan: core.JaxprEqn) -> tuple[core.Jaxpr, list[core.Var]]:
+    """The body of a scan, and what it carries as the body reads it."""
+    body = inner(scan.params["jaxpr"])
+    carries = _without_step_axis(scan.outvars, body.outvars)  # the rest are stacked
+    unstacked = _without_step_axis(scan.invars, body.invars)
+    return body, body.invars[unstacked - carries : unstacked]
+
+
+def _without_step_axis(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+    """How many values of a scan have no axis for its steps."""
+    pairs = zip(outside, inside, strict=True)
+    return sum(out.aval.shape == own.aval.shape for out, own in pairs)
+
+
+def dependents(body: core.Jaxpr, sources: Sequence[core.Var]) -> set[int]:
+    """The values of a jaxpr that come from some of them, by identity."""
+    depends = set(map(id, sources))
+    for eqn in body.eqns:
+        if any(id(atom) in depends for atom in eqn.invars):
+            depends |= set(map(id, eqn.outvars))
+    return depends
 
 
 def input_aval(step: Step, i: int = 0) -> Any:

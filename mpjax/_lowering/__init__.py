@@ -6,7 +6,7 @@
 2. tag: `_inspection/tags.py` numbers the products in the names that compilers keep.
 3. compile: `compiler.py` sends it to the target's compiler, in a process of its own
    (`compiler_worker.py`) that ends with the caller (`orphan_guard.py`); `compiled.py`
-   is what comes back.
+   is what comes back, `failures.py` says why nothing did.
 4. parse: `hlo.py` reads the kernels and the products of the emitted program.
 5. pair: `pairing.py` finds the compiled products of each traced one.
 6. judge: `verdicts.py` says whether each runs in the dtypes as traced, which

@@ -110,9 +110,9 @@ def _why(
 ) -> tuple[str, str]:
     """Why a product does not count, and what to do about it."""
     written = short_dtypes(p.traced.operands)
-    place = p.traced.path, p.traced.where, p.traced.backward
     for f in findings:
-        if f.kind == "dequantized" and (f.path, f.where, f.backward) == place:
+        here = f.where == p.traced.where and p.traced.path in f.paths
+        if f.kind == "dequantized" and here:
             return short_dtypes(f.detail), f.remedy
     if not all(_is_at_most(d, dtype) for d in (p.traced.lhs, p.traced.rhs)):
         return f"written in {written}", (

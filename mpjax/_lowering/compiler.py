@@ -1,6 +1,7 @@
 """Sends a traced program to a compiler in a process of its own."""
 
 import contextlib
+import errno
 import importlib.util
 import json
 import os
@@ -19,18 +20,18 @@ from jax.extend import core
 from jax.sharding import NamedSharding
 
 from mpjax._hardware.targets import Target
+from mpjax._inspection.places import where
 from mpjax._inspection.primitives import CALLBACKS
-from mpjax._inspection.steps import steps, where
+from mpjax._inspection.steps import steps
 from mpjax._inspection.tracing import Traced
 from mpjax._lowering.compiled import Compiled, Gemm, ptx_kernels, tpu_kernels
+from mpjax._lowering.failures import failure, full_disk, shorten, timed_out
 
 _WORKER = pathlib.Path(__file__).with_name("compiler_worker.py")
 _GUARD = pathlib.Path(__file__).with_name("orphan_guard.py")
 _INSTALL = "Install the compilers with pip install 'mpjax[lowering]' (Linux x86-64)."
 _CUSTOM_CALL = re.compile(r"custom_call @([\w.$]+)")
-_RAISED = re.compile(r"[A-Za-z][\w.]*(Error|Exception)\b: ")
 _CONFIG = threading.Lock()
-_LONGEST = 2000  # characters of an error message
 
 # Without an accelerator libtpu asks the network what it runs on.
 _ENVIRONMENT = dict(
@@ -84,6 +85,7 @@ def compile_for(
     gemm: Gemm = "library",
     compiler_options: Mapping[str, Any] | None = None,
     quick: bool = False,
+    timeout: float | None = None,
 ) -> Compiled:
     """Compiles a program for a device that need not be there.
 
@@ -94,6 +96,7 @@ def compile_for(
       gemm: as of ``report``.
       compiler_options: as of ``report``.
       quick: as of ``report``.
+      timeout: as of ``report``.
 
     Returns:
       The program as compiled, its memory and its kernels.
@@ -103,7 +106,8 @@ def compile_for(
       TypeError: the options are not names with strings, numbers or bools.
       ValueError: the program calls back into Python, or its arguments lie on several
         meshes.
-      LoweringError: JAX cannot lower the program, or the compiler refuses it.
+      LoweringError: JAX cannot lower the program, or the compiler refuses it or has no
+        answer; the message says which.
     """
     if gemm not in _GEMM:
         raise ValueError(f"gemm is one of {', '.join(_GEMM)}; got {gemm!r}.")
@@ -136,9 +140,14 @@ def compile_for(
             donated=traced.donated,
             compiler_options=options,
         )
-        (directory / "program").write_bytes(program.serialize())
-        (directory / "request.json").write_text(json.dumps(request))
-        _run(target, directory, program.nr_devices, quick)
+        try:
+            (directory / "program").write_bytes(program.serialize())
+            (directory / "request.json").write_text(json.dumps(request))
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise LoweringError(full_disk(target.name, name)) from error
+        _run(target, directory, program.nr_devices, quick, timeout)
         return Compiled(
             text=(directory / "module.txt").read_text(),
             figures=json.loads((directory / "answer.json").read_text()),
@@ -162,6 +171,18 @@ def _options(options: Mapping[str, Any] | None) -> dict[str, str | float]:
                 f"{name!r}: {value!r}, of {type(value).__name__}."
             )
     return dict(options)
+
+
+def check_timeout(timeout: float | None) -> None:
+    """Raises unless it is a number of seconds, or None."""
+    is_number = isinstance(timeout, int | float) and not isinstance(timeout, bool)
+    if timeout is not None and not is_number:
+        raise TypeError(
+            f"timeout is a number of seconds or None, got {timeout!r} of "
+            f"{type(timeout).__name__}."
+        )
+    if timeout is not None and not timeout > 0:
+        raise ValueError(f"timeout is a positive number of seconds, got {timeout!r}.")
 
 
 def check_installed(target: Target) -> None:
@@ -216,7 +237,7 @@ def _export(target: Target, traced: Traced) -> export.Exported:
         hint = f" It has kernels of Pallas: {', '.join(kernels)}." if kernels else ""
         raise LoweringError(
             f"JAX cannot lower this program for {target.name}.{hint} "
-            f"{str(error)[:_LONGEST]}"
+            f"{shorten(str(error))}"
         ) from error
 
 
@@ -239,7 +260,13 @@ def _spec(sharding: NamedSharding | None) -> list:
     return [list(axes) if isinstance(axes, tuple) else axes for axes in sharding.spec]
 
 
-def _run(target: Target, directory: pathlib.Path, devices: int, quick: bool) -> None:
+def _run(
+    target: Target,
+    directory: pathlib.Path,
+    devices: int,
+    quick: bool,
+    timeout: float | None,
+) -> None:
     environment = {
         key: value
         for key, value in os.environ.items()
@@ -273,12 +300,12 @@ def _run(target: Target, directory: pathlib.Path, devices: int, quick: bool) -> 
         open(writer, "wb"),
     ):
         os.close(reader)
-        _, errors = process.communicate()
+        try:
+            _, errors = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired as error:
+            assert timeout is not None
+            raise LoweringError(timed_out(target.name, error.timeout)) from error
     if process.returncode:
-        lines = [line for line in errors.splitlines() if line.strip()]
-        raised = [i for i, line in enumerate(lines) if _RAISED.match(line)]
-        said = lines[raised[-1] :][:20] if raised else lines[-20:]
         raise LoweringError(
-            f"The compiler for {target.name} refused this program (exit status "
-            f"{process.returncode}):\n" + "\n".join(said)[:_LONGEST]
+            failure(target.name, str(directory), process.returncode, errors)
         )

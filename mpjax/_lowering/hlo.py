@@ -77,7 +77,20 @@ class Instruction:
             "convolution",
             "scaled-dot",
             "ragged-dot",
-        ) or bool(PRODUCT_CALLS.search(self.call))
+        ) or bool(PRODUCT_CALLS.search(self.call) or self.is_ragged_kernel)
+
+    @property
+    def is_ragged_kernel(self) -> bool:
+        """Whether it is a kernel of its own for the products of groups of rows."""
+        last = self.op_name.rpartition("/")[2]
+        of_tpu = self.call == "tpu_custom_call" and last.startswith("ragged-dot")
+        return (of_tpu and "metadata" not in last) or self.opcode == "ragged-dot"
+
+    @property
+    def factors(self) -> tuple[str, ...]:
+        """The names of what it multiplies."""
+        last = self.call and self.is_ragged_kernel  # after the sizes of the groups
+        return self.operands[-2:] if last else self.operands[:2]
 
     @property
     def highest(self) -> bool:
@@ -188,8 +201,8 @@ class Module:
         products = []
         for instruction, kernel, name, runs in self.placed:
             if instruction.is_product:
-                operands = [types[name].get(o, ("", 0)) for o in instruction.operands]
-                dtypes, sizes = zip(*operands[:2], strict=True)
+                factors = [types[name].get(o, ("", 0)) for o in instruction.factors]
+                dtypes, sizes = zip(*factors, strict=True)
                 sizes = (*sorted(sizes), _type(instruction.result)[1])
                 products.append(
                     CompiledProduct(instruction, kernel, dtypes, sizes, runs)

@@ -10,14 +10,14 @@ import jax
 from jax.typing import DTypeLike
 
 from mpjax._hardware.targets import Target, get_target
-from mpjax._inspection.census import findings_in
+from mpjax._inspection.merging import findings_in
 from mpjax._inspection.products import is_product
-from mpjax._inspection.steps import steps
+from mpjax._inspection.steps import needed_steps, steps
 from mpjax._inspection.tags import tag
 from mpjax._inspection.tracing import trace
 from mpjax._lowering.assertion import check_share
 from mpjax._lowering.compiled import Gemm
-from mpjax._lowering.compiler import compile_for
+from mpjax._lowering.compiler import check_installed, check_timeout, compile_for
 from mpjax._lowering.hlo import Module
 from mpjax._lowering.report import Memory, Report
 from mpjax._lowering.verdicts import judge_products
@@ -31,6 +31,7 @@ def report(
     gemm: Gemm = "library",
     compiler_options: Mapping[str, Any] | None = None,
     quick: bool = False,
+    timeout: float | None = None,
     **kwargs: Any,
 ) -> Report:
     """Says what a device would run for a function, without the device.
@@ -59,6 +60,7 @@ def report(
       quick: whether the compiler of a TPU does less to make the program fast, in about
         half the time. Products run on the same units; there are no cycles, and
         temporary memory and bytes accessed are those of a slower program.
+      timeout: seconds after which the compiler is ended; None waits for it.
       **kwargs: arguments of the function by name. Bind one that is called like an
         argument here, such as `target`, with ``functools.partial``.
 
@@ -67,8 +69,10 @@ def report(
 
     Raises:
       ImportError: the compiler is not installed; the message says how to.
-      LoweringError: JAX or the compiler refuses the program.
-      TypeError: the target or the compiler's options are of another type.
+      LoweringError: JAX or the compiler refuses the program, or the compiler was
+        killed, found the disk full or took longer than `timeout`; the message says
+        which.
+      TypeError: the target, the timeout or the compiler's options are of another type.
       ValueError: the target is unknown, the program calls back into Python, or its
         arguments lie on several meshes.
 
@@ -80,9 +84,11 @@ def report(
       {'bfloat16': 33554432}
     """
     device = get_target(target)
+    check_installed(device)
+    check_timeout(timeout)
     traced = trace(fn, args, kwargs)
     traced = dataclasses.replace(traced, jaxpr=tag(traced.jaxpr))
-    options = topology, gemm, compiler_options, quick
+    options = topology, gemm, compiler_options, quick, timeout
     compiled = compile_for(device, traced, *options)
     module = Module(compiled.text)
     program = list(steps(traced.jaxpr, device.platform))
@@ -107,7 +113,7 @@ def report(
         cycles=module.estimated_cycles if has_cycles else None,
         gemm=gemm,
         jax_version=jax.__version__,
-        findings=findings_in(program),
+        findings=findings_in(needed_steps(traced.jaxpr, device.platform)),
     )
 
 
@@ -121,6 +127,7 @@ def assert_native(
     gemm: Gemm = "library",
     compiler_options: Mapping[str, Any] | None = None,
     quick: bool = False,
+    timeout: float | None = None,
     **kwargs: Any,
 ) -> Report:
     """Fails unless a share of a function's operations runs natively in a dtype.
@@ -137,6 +144,7 @@ def assert_native(
       gemm: as of ``report``.
       compiler_options: as of ``report``.
       quick: as of ``report``.
+      timeout: as of ``report``.
       **kwargs: arguments of the function by name.
 
     Returns:
@@ -146,8 +154,10 @@ def assert_native(
       AssertionError: it is less; the message lists the products that do not count, with
         their paths, their lines, and what to do.
       ImportError: the compiler is not installed.
-      LoweringError: JAX or the compiler refuses the program.
-      TypeError: the target or the compiler's options are of another type.
+      LoweringError: JAX or the compiler refuses the program, or the compiler was
+        killed, found the disk full or took longer than `timeout`; the message says
+        which.
+      TypeError: the target, the timeout or the compiler's options are of another type.
       ValueError: the target is unknown, `at_least` is no share, the program calls
         back into Python, or its arguments lie on several meshes.
 
@@ -166,6 +176,7 @@ def assert_native(
         gemm=gemm,
         compiler_options=compiler_options,
         quick=quick,
+        timeout=timeout,
         **kwargs,
     )
     made.assert_native(dtype, at_least)

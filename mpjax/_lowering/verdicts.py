@@ -7,7 +7,7 @@ from typing import Literal, TypeAlias
 
 from mpjax._hardware.targets import Target
 from mpjax._inspection.products import TracedProduct, traced_product
-from mpjax._inspection.steps import Step
+from mpjax._inspection.steps import Step, input_aval
 from mpjax._lowering.compiled import Compiled, Gemm
 from mpjax._lowering.hlo import CompiledProduct, Module, bits
 from mpjax._lowering.matrix_units import unit_of
@@ -25,7 +25,9 @@ class LoweredProduct:
     Attributes:
       traced: the product as it was traced.
       flops: floating-point operations that the target does for it: none if it is
-        removed, and fewer than as traced if the compiler takes it out of a loop.
+        removed, fewer than as traced if the compiler takes it out of a loop, and of
+        ``lax.ragged_dot`` more if it multiplies all rows with the weights of all groups
+        and zeros in place of the rows of others, as on GPUs.
       unit: the dtype that the matrix unit multiplies, such as "float8_e4m3fn",
         "bfloat16" or "tf32"; of a product that no matrix unit does, "".
       verdict: how it runs. "native": in the dtypes as traced; "block-scaled": so, with
@@ -90,8 +92,8 @@ def judge_products(
                 verdict = "unknown"
             elif number in module.leftover_tags:
                 verdict = "vector"
-            flops = 0 if verdict == "removed" else p.flops
-            yield LoweredProduct(p, flops, "", verdict, "", "", None)
+            work = 0 if verdict == "removed" else p.flops
+            yield LoweredProduct(p, work, "", verdict, "", "", None)
             continue
         own = found[number]
         units = [unit_of(target, gemm, one, compiled) for one in own]
@@ -112,11 +114,19 @@ def judge_products(
 
 
 def _flops(traced: TracedProduct, step: Step, compiled: list[CompiledProduct]) -> int:
-    """Counts a product once if the compiler takes it out of a loop."""
+    """Counts what the compiler makes of a product.
+
+    Once if it takes it out of a loop, and for all groups of rows together if it
+    multiplies zeros in place of the rows of the others.
+    """
+    work = traced.flops
+    if traced.primitive.startswith("ragged"):
+        kernels = (one.instruction.is_ragged_kernel for one in compiled)
+        work *= 1 if any(kernels) else input_aval(step, 2).shape[-1]
     known = [one.runs for one in compiled if one.runs is not None]
     if len(known) < len(compiled) or sum(known) >= step.loops:
-        return traced.flops
-    return traced.flops * sum(known) // step.loops
+        return work
+    return work * sum(known) // step.loops
 
 
 def _verdict(traced: TracedProduct, unit: str, evidence: str, scaled: bool) -> Verdict:

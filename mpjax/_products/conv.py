@@ -159,10 +159,14 @@ class _Conv(ScaledProduct):
         grad, grad_scale = _values_and_factor(grad_for_lhs)
         other, other_scale = _values_and_factor(grad_for_rhs)
         grad, kernel, point = _in_common_dtype(grad, rhs_values, lhs_values)
-        _, pull = jax.vjp(lambda x: self._convolve(x, kernel, "lhs_grad"), point)
+        pull = jax.linear_transpose(
+            lambda x: self._convolve(x, kernel, "lhs_grad"), point
+        )
         lhs_grad = pull(grad)[0] * (grad_scale * rhs_scale)
         other, images, point = _in_common_dtype(other, lhs_values, rhs_values)
-        _, pull = jax.vjp(lambda x: self._convolve(images, x, "rhs_grad"), point)
+        pull = jax.linear_transpose(
+            lambda x: self._convolve(images, x, "rhs_grad"), point
+        )
         rhs_grad = pull(other)[0] * (lhs_scale * other_scale)
         return lhs_grad.astype(self.lhs_dtype), rhs_grad.astype(self.rhs_dtype)
 

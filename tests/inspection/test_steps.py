@@ -6,7 +6,7 @@ import pytest
 from jax import lax
 from jax.extend import core
 
-from mpjax._inspection import steps, tags
+from mpjax._inspection import places, steps, tags
 
 Struct = jax.ShapeDtypeStruct
 F32 = jnp.float32
@@ -32,7 +32,7 @@ def test_jaxprs_are_laid_out_as_this_library_reads_them():
         ("outer/inner", True, 1),
         ("outer/inner", True, 2),
     ]
-    assert {steps.where(p).split(":")[0] for p in products} == {"test_steps.py"}
+    assert {places.where(p).split(":")[0] for p in products} == {"test_steps.py"}
     same = jax.jit(core.jaxpr_as_fun(tagged))
     text = same.trace(Struct((4, 4), F32)).lower().as_text(debug_info=True)
     assert "mpjax.1" in text  # nobody needs the first
