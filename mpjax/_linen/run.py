@@ -163,7 +163,8 @@ class Run:
     def _explain(
         self, error: TypeError, module: nn.Module, path: str, policy: Policy
     ) -> TypeError | None:
-        index = self.rules.find(path, type(module))
+        kind = type(module)
+        index = self.rules.find(path, kind, self.seen[path, kind])
         rule = str(policy) if index is None else str(self.rules.rules[index])
         below = f"{path}(/.*)?" if path else ".*"
         return mixed_dtypes(error, path, type(module), policy, rule, below)
