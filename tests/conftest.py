@@ -7,10 +7,11 @@ is compilation, and they double it. XLA's own passes, fusion among them, are on.
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-flags = os.environ.get("XLA_FLAGS", "")
-if "xla_backend_optimization_level" not in flags:
-    flags += " --xla_backend_optimization_level=0"
-os.environ["XLA_FLAGS"] = flags + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = (
+    "--xla_backend_optimization_level=0 "
+    + os.environ.get("XLA_FLAGS", "")  # what is said twice counts the second time
+    + " --xla_force_host_platform_device_count=8"
+)
 
 import annotations
 import jax
