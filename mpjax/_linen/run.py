@@ -11,7 +11,7 @@ from mpjax._linen.cache_keys import CacheKeys
 from mpjax._linen.own_products import run_with_own_products
 from mpjax._linen.recipes import make_multiplier
 from mpjax._linen.states import StateOwner, StateStore
-from mpjax._linen.structure import structure_of, waits_for_run
+from mpjax._linen.structure import scope_without_names, structure_of, waits_for_run
 from mpjax._policies.lookup import Matcher
 from mpjax._policies.policy import Policy
 from mpjax._policies.roles import UNKNOWN, Structure
@@ -57,9 +57,9 @@ class Run:
         self._prefix: str | None = None  # the path of the module whose copy runs
         self._multiplying: set[int] = set()  # ids of modules that have copies
 
-    def intercept(self, method, args, kwargs, context):
+    def intercept(self, method, args, kwargs, context, has_run=False):
         """Runs one method of one module of the model under the module's policy."""
-        module = context.module
+        module, given = context.module, (method, args, kwargs)
         # Flax tries each setup in a scope of another type, at no path of the model.
         if type(module.scope) is not self._scope_type:
             return method(*args, **kwargs)
@@ -69,27 +69,13 @@ class Run:
         path, kind = self._path(module), type(module)
         structure = UNKNOWN
         if self.rules.asks_structure:
-            structure = structure_of(module, path, (*args, *kwargs.values()))
+            inputs = *args, *kwargs.values()
+            structure = structure_of(module, path, inputs, has_run=has_run)
         self.seen[path, kind] = structure
         decision = self.rules.decision(path, kind, structure)
-        call = args, kwargs, context.method_name
-        result = self._run(module, path, decision, method, *call)
-        if waits_for_run(structure) and context.method_name != "setup":
-            given = (*args, *kwargs.values())
-            structure = structure_of(module, path, given, has_run=True)
-            self.seen[path, kind] = structure
-            other = self.rules.decision(path, kind, structure)
-            if other != decision and structure.is_leaf:  # its parameters are made
-                object.__setattr__(module, "scope", module.scope.rewound())
-                self.marks.enter(module)
-                result = self._run(module, path, other, method, *call)
-        return result
-
-    def _run(self, module, path, decision, method, args, kwargs, name):
-        """Runs a method under what its module follows."""
         policy = None if decision is None else decision.policy
         boundary = policy if policy != enclosing_policy.get() else None
-        own, replaced, products = vars(module), {}, None
+        own, name, replaced = vars(module), context.method_name, {}
         states = self._states
         if decision is not None and policy is not None:
             served = self.served.setdefault(path, set())
@@ -97,8 +83,8 @@ class Run:
             replaced = overrides(module, path, decision, products, name)
             check_real(module, path, policy, name, args, kwargs)
             method = method_under_rule(module, products, policy, name, method)
-        if products is not None and decision.own_products:
-            method = partial(self._run_own, module, products, policy, name, method)
+            if products is not None and decision.own_products:
+                method = partial(self._run_own, module, products, policy, name, method)
         before = {field: own.get(field, _ABSENT) for field in replaced}
         token, outside = enclosing_policy.set(policy), (self._inside, states.owner)
         self._inside = path
@@ -110,7 +96,8 @@ class Run:
             if boundary is not None and decision is not None and decision.cast_inputs:
                 args, kwargs = boundary.cast_to_compute((args, kwargs))
             result = method(*args, **kwargs)
-            return result if boundary is None else boundary.cast_to_output(result)
+            if boundary is not None:
+                result = boundary.cast_to_output(result)
         finally:
             for field, value in before.items():
                 if value is _ABSENT:
@@ -119,6 +106,14 @@ class Run:
                     own[field] = value
             enclosing_policy.reset(token)
             self._inside, states.owner = outside
+        if waits_for_run(structure) and name != "setup":
+            structure = structure_of(module, path, given[1], has_run=True)
+            self.seen[path, kind] = structure
+            other = self.rules.decision(path, kind, structure)
+            if other != decision and structure.is_leaf:  # its parameters are made
+                object.__setattr__(module, "scope", scope_without_names(module))
+                return self.intercept(*given, context, has_run=True)
+        return result
 
     def _run_own(self, module, products, policy, name, method, *args, **kwargs):
         """Runs a method with what it multiplies itself under the recipe."""
