@@ -179,7 +179,7 @@ class _Planner:
             size = convolution_size(shape, shape[out])
         if self.multiplier.is_small(size):
             return None
-        name = min(given[weights.index(True)] - _OTHER)
+        name = min((given[weights.index(True)] or _LITERAL) - _OTHER)
         if self.inside is not None:
             raise ValueError(
                 f"Module {self.multiplier.path!r} multiplies by its parameter {name!r} "
@@ -279,17 +279,18 @@ def _multiply(eqn: Any, operands: list, product: _Product, multiplier) -> Array:
             ),
         )
     numbers = options.pop("dimension_numbers")
+    lhs, rhs = operands
     if product.is_first:  # a recipe has the weight second
-        operands, numbers = operands[::-1], tuple(side[::-1] for side in numbers)
+        lhs, rhs, numbers = rhs, lhs, tuple(side[::-1] for side in numbers)
     out = multiplier.observe(
         product.name,
         None,
         lambda recipe, scales, _: scaled_dot_general(
-            *operands, numbers, recipe=recipe, scales=scales, **options
+            lhs, rhs, numbers, recipe=recipe, scales=scales, **options
         ),
     )
     if not product.is_first:
         return out
-    batch, free = len(numbers[1][0]), operands[0].ndim - len(numbers[0][0])
+    batch, free = len(numbers[1][0]), lhs.ndim - len(numbers[0][0])
     order = (*range(batch), *range(free, out.ndim), *range(batch, free))
     return lax.transpose(out, order)

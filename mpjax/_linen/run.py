@@ -17,7 +17,7 @@ from mpjax._linen.cache_keys import CacheKeys
 from mpjax._linen.own_products import run_with_own_products
 from mpjax._linen.recipes import make_multiplier
 from mpjax._linen.states import StateOwner, StateStore
-from mpjax._linen.structure import structure_of, waits_for_run
+from mpjax._linen.structure import scope_without_names, structure_of, waits_for_run
 from mpjax._policies.lookup import Matcher
 from mpjax._policies.policy import Policy
 from mpjax._policies.roles import UNKNOWN, Structure
@@ -75,9 +75,9 @@ class Run:
         self._prefix: str | None = None  # the path of the module whose copy runs
         self._multiplying: set[int] = set()  # ids of modules that have copies
 
-    def intercept(self, method, args, kwargs, context):
+    def intercept(self, method, args, kwargs, context, has_run=False):
         """Runs one method of one module of the model under the module's policy."""
-        module = context.module
+        module, given = context.module, (method, args, kwargs)
         # Flax tries each setup in a scope of another type, at no path of the model.
         if type(module.scope) is not self._scope_type:
             return method(*args, **kwargs)
@@ -87,24 +87,10 @@ class Run:
         path, kind = self._path(module), type(module)
         structure = UNKNOWN
         if self.rules.asks_structure:
-            structure = structure_of(module, path, (*args, *kwargs.values()))
+            inputs = *args, *kwargs.values()
+            structure = structure_of(module, path, inputs, has_run=has_run)
         self.seen[path, kind] = structure
         decision = self.rules.decision(path, kind, structure)
-        call = args, kwargs, context.method_name
-        result = self._run(module, path, decision, method, *call)
-        if waits_for_run(structure) and context.method_name != "setup":
-            given = (*args, *kwargs.values())
-            structure = structure_of(module, path, given, has_run=True)
-            self.seen[path, kind] = structure
-            other = self.rules.decision(path, kind, structure)
-            if other != decision and structure.is_leaf:  # its parameters are made
-                object.__setattr__(module, "scope", module.scope.rewound())
-                self.marks.enter(module)
-                result = self._run(module, path, other, method, *call)
-        return result
-
-    def _run(self, module, path, decision, method, args, kwargs, name):
-        """Runs a method under what its module follows."""
         policy = None if decision is None else decision.policy
         around, trace = enclosing_policy.get(), get_opaque_trace_state()
         outer = running_method.get()
@@ -115,21 +101,21 @@ class Run:
             outer,
             outer is not None and outer.trace != trace,
             decision is not None and decision.cast_outputs,
-            is_own or _is_layer(type(module), name),
+            is_own or _is_layer(type(module), context.method_name),
         )
-        own, replaced, products = vars(module), {}, None
-        states, given = self._states, (args, kwargs)
+        own, name, replaced = vars(module), context.method_name, {}
+        states, came = self._states, (args, kwargs)
         if decision is not None and policy is not None:
             served = self.served.setdefault(path, set())
             products = make_multiplier(module, path, decision, served, states)
             replaced = overrides(module, path, decision, products, name)
             check_real(module, path, policy, name, args, kwargs)
             method = method_under_rule(module, products, policy, name, method)
-        if decision is not None and products is not None and decision.own_products:
-            method = partial(self._run_own, module, products, policy, name, method)
+            if products is not None and decision.own_products:
+                method = partial(self._run_own, module, products, policy, name, method)
         before = {field: own.get(field, _ABSENT) for field in replaced}
         if decision is not None and policy != around and decision.cast_inputs:
-            args, kwargs = decision.policy.cast_to_compute(given)
+            args, kwargs = decision.policy.cast_to_compute(came)
         running = RunningMethod((self, path), trace, (args, kwargs))
         tokens = enclosing_policy.set(policy), running_method.set(running)
         outside = self._inside, states.owner
@@ -139,7 +125,7 @@ class Run:
         # A bound module is Flax's private clone of the user's, and may be changed.
         own.update(replaced)
         try:
-            return end.cast(method(*args, **kwargs), given, _is_opaque)
+            result = end.cast(method(*args, **kwargs), came, _is_opaque)
         except NoPytreeError as error:
             assert policy is not None  # which it was to be cast for
             raise no_pytree(type(module), path, str(error), policy) from None
@@ -159,6 +145,14 @@ class Run:
             enclosing_policy.reset(tokens[0])
             running_method.reset(tokens[1])
             self._inside, states.owner = outside
+        if waits_for_run(structure) and name != "setup":
+            structure = structure_of(module, path, given[1], has_run=True)
+            self.seen[path, kind] = structure
+            other = self.rules.decision(path, kind, structure)
+            if other != decision and structure.is_leaf:  # its parameters are made
+                object.__setattr__(module, "scope", scope_without_names(module))
+                return self.intercept(*given, context, has_run=True)
+        return result
 
     def _explain(
         self, error: TypeError, module: nn.Module, path: str, policy: Policy

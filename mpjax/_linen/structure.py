@@ -66,6 +66,12 @@ def waits_for_run(structure: Structure) -> bool:
     return structure is _NOT_MADE
 
 
+def scope_without_names(module: nn.Module) -> Any:
+    """The scope of a module, for a second run that reads what the first has made."""
+    scope: Any = module.scope
+    return scope.rewound()
+
+
 def _waits(module: nn.Module, has_run: bool) -> Structure | None:
     is_made = has_run or not module.is_initializing()
     return None if is_made or module.variables.get("params") else _NOT_MADE
@@ -82,7 +88,7 @@ def _own(module: nn.Module) -> tuple[list[tuple[int, ...]], bool]:
 def _features(module: nn.Module, args: tuple) -> tuple[int, int] | None:
     fields = vars(module)
     given = next((fields[name] for name in _FEATURES if name in fields), None)
-    inputs = args[0] if args else None
+    inputs: Any = args[0] if args else None
     if not isinstance(given, int | tuple) or not jnp.ndim(inputs):
         return None
     if not jnp.issubdtype(getattr(inputs, "dtype", jnp.int32), jnp.floating):

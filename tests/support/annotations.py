@@ -71,7 +71,7 @@ def check(function):
         nonlocal hints
         result = function(*args, **kwargs)
         if hints is None:
-            hints = typing.get_type_hints(function)
+            hints = _hints(function)
         given = {**signature.bind(*args, **kwargs).arguments, "return": result}
         for name, hint in hints.items():
             if name in given and not _fits(given[name], hint, signature, name):
@@ -83,6 +83,13 @@ def check(function):
         return result
 
     return call
+
+
+def _hints(function):
+    try:
+        return typing.get_type_hints(function)
+    except NameError:  # of a type that is imported for static checkers alone
+        return {}
 
 
 def _fits(value, hint, signature, name):
