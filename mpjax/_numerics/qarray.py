@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from mpjax._checks import check_floating, check_floating_dtype
 from mpjax._numerics.scales import (
     Block,
     Rounding,
@@ -15,6 +16,7 @@ from mpjax._numerics.scales import (
     amax_to_scale,
     check_block,
     check_format,
+    check_rounding,
     check_scale_dtype,
     expand_scale,
     quantize_blocks,
@@ -101,9 +103,8 @@ def quantize(
       Array([[  1.,   3.],
              [100., 300.]], dtype=float32)
     """
-    x = jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"quantize needs a floating array, got {x.dtype.name}.")
+    x = check_floating("x", x)
+    check_rounding(rounding)
     dtype, scale_dtype = check_format(dtype), check_scale_dtype(scale_dtype, rounding)
     block = check_block(block, x.shape)
     return _quantize(x, dtype, block, rounding, scale_dtype)
@@ -152,7 +153,7 @@ def dequantize(q: QArray, dtype: DType = jnp.float32) -> Array:
       dtype[d0, d1, ...].
 
     Raises:
-      TypeError: ``q`` is no ``QArray``.
+      TypeError: ``q`` is no ``QArray``, or ``dtype`` not floating.
 
     Example:
       >>> import jax.numpy as jnp, mpjax
@@ -165,6 +166,7 @@ def dequantize(q: QArray, dtype: DType = jnp.float32) -> Array:
             f"dequantize takes what quantize returns, got {type(q).__name__}; an "
             "array is in high precision already."
         )
+    dtype = check_floating_dtype("dtype", dtype)
     scale = expand_scale(q.scale, q.qvalue.shape, q.block)
     return (q.qvalue.astype(jnp.float32) * scale).astype(dtype)
 
