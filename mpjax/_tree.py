@@ -6,7 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpjax._typing import Array, ArrayTree, DType, check_has_arrays
+from mpjax._checks import (
+    check_array,
+    check_dtype,
+    check_has_arrays,
+    check_same_structure,
+)
+from mpjax._typing import Array, ArrayTree, DType
 
 
 def cast_floating(tree: ArrayTree, dtype: DType) -> ArrayTree:
@@ -45,7 +51,7 @@ def convert_floating(tree: ArrayTree, dtype: DType) -> ArrayTree:
 
 
 def _convert(tree: ArrayTree, dtype: DType, is_converted: Callable) -> ArrayTree:
-    dtype = jnp.dtype(dtype)
+    dtype = check_dtype("dtype", dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"cast_floating casts to floating dtypes, got {dtype}.")
     check_has_arrays(dtype)
@@ -114,17 +120,23 @@ def select_tree(pred: Array, on_true: ArrayTree, on_false: ArrayTree) -> ArrayTr
 
     Raises:
       ValueError: the trees differ in structure.
-      TypeError: two leaves differ in shape or dtype.
+      TypeError: two leaves differ in shape or dtype, or ``pred`` is no bool[].
 
     Example:
       >>> import jax.numpy as jnp, mpjax
       >>> mpjax.select_tree(jnp.array(False), {"n": jnp.array(2)}, {"n": jnp.array(1)})
       {'n': Array(1, dtype=int32, weak_type=True)}
     """
+    pred = check_array("pred", pred)
+    if pred.dtype != bool or pred.shape != ():
+        raise TypeError(
+            f"pred is one flag, bool[], got {pred.dtype.name}{list(pred.shape)}."
+        )
+    check_same_structure("on_true and on_false", on_true, on_false)
 
     def select(new, old):
-        if is_numeric(new):
-            check_has_arrays(jnp.result_type(new))
+        if is_numeric(new) and is_numeric(old):
+            new, old = check_array("A leaf", new), check_array("A leaf", old)
         if jnp.shape(new) != jnp.shape(old) or jnp.result_type(new) != jnp.result_type(
             old
         ):
@@ -133,6 +145,6 @@ def select_tree(pred: Array, on_true: ArrayTree, on_false: ArrayTree) -> ArrayTr
                 f"{jax.typeof(new)} and {jax.typeof(old)}; cast the new tree to the "
                 "dtypes of the old one first."
             )
-        return jax.lax.select(pred, jnp.asarray(new), jnp.asarray(old))
+        return jax.lax.select(pred, new, old)
 
     return jax.tree.map(select, on_true, on_false)

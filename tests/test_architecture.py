@@ -11,7 +11,7 @@ import mpjax
 ROOT = pathlib.Path(mpjax.__file__).parent
 # A folder, or a file of the root, imports only what stands below it.
 LADDER = [
-    ["_typing", "_hardware"],
+    ["_typing", "_hardware", "_checks"],
     ["_numerics", "_tree", "_mesh"],
     ["_recipes", "_printing", "numerics"],
     ["_products", "_policies", "_loss_scaling"],

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 from flax.traverse_util import flatten_dict
 
+from mpjax._checks import check_instance
 from mpjax._layers.table import layer_table
 from mpjax._linen.run import Run, recording
 
@@ -27,6 +28,7 @@ def tabulate(model: nn.Module, rngs: Any, *args: Any, **kwargs: Any) -> str:
       module that is an exception for its role (``Rule.role``), why it is.
 
     Raises:
+      TypeError: ``model`` is no module of Linen.
       ValueError: there is no ``MixedPrecision`` in the model.
 
     Example:
@@ -36,6 +38,13 @@ def tabulate(model: nn.Module, rngs: Any, *args: Any, **kwargs: Any) -> str:
       >>> "p=f32,c=bf16,o=f32" in table
       True
     """
+    check_instance(
+        "model",
+        model,
+        nn.Module,
+        "is a Linen module",
+        "for a model of NNX use mpjax.nnx.tabulate",
+    )
     leaves, structure = jax.tree.flatten((args, kwargs))
     arrays = {i: leaf for i, leaf in enumerate(leaves) if hasattr(leaf, "dtype")}
 

@@ -1,6 +1,5 @@
 """Checks of a run from outside of its step, where they can raise."""
 
-import operator
 from typing import Any
 
 import jax
@@ -9,6 +8,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.tree_util import keystr
 
+from mpjax._checks import whole_number
 from mpjax._loss_scaling.state import find_state
 from mpjax._typing import Array, ArrayTree
 
@@ -48,18 +48,7 @@ def check_training(
       ...     print(str(error).partition(".")[0])
       Parameters are not finite: 'w' in 1 of 2 elements
     """
-    if isinstance(max_consecutive_skips, bool):
-        raise TypeError(
-            "max_consecutive_skips is a whole number, got "
-            f"{max_consecutive_skips!r}; pass an int."
-        )
-    try:
-        most = operator.index(max_consecutive_skips)
-    except TypeError:
-        raise TypeError(
-            "max_consecutive_skips is a whole number, got "
-            f"{max_consecutive_skips!r}; pass an int."
-        ) from None
+    most = whole_number("max_consecutive_skips", max_consecutive_skips)
     if most < 1:
         raise ValueError(
             f"max_consecutive_skips is at least 1, got {max_consecutive_skips!r}."

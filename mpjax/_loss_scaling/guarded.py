@@ -10,9 +10,17 @@ from jax import lax
 from jax.core import Tracer
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from mpjax._checks import (
+    check_arrays,
+    check_axis_name,
+    check_instance,
+    check_same_shapes,
+    check_transformation,
+)
 from mpjax._loss_scaling.marks import has_bad_loss
 from mpjax._loss_scaling.state import LossScalingState, is_instance
 from mpjax._mesh import unchecked_axes, varying_axes
+from mpjax._recipes.recipe import Recipe
 from mpjax._recipes.state import ScalingState
 from mpjax._tree import is_numeric, select_tree, widen
 
@@ -31,11 +39,8 @@ def guarded(inner, scale, hysteresis, adjust, axis_name):
         scale is constant.
       axis_name: over which devices agree; None: all that share a scale.
     """
-    if not all(callable(getattr(inner, name, None)) for name in ("init", "update")):
-        raise TypeError(
-            "inner must be a gradient transformation, such as optax.adamw(1e-3), got "
-            f"{inner!r}."
-        )
+    check_transformation(inner, lambda value: isinstance(value, Recipe))
+    check_axis_name(axis_name)
     inner = optax.with_extra_args_support(inner)
 
     def init(params):
@@ -51,7 +56,17 @@ def guarded(inner, scale, hysteresis, adjust, axis_name):
         )
 
     def update(updates, state, params=None, **extra_args):
+        check_instance(
+            "state",
+            state,
+            LossScalingState,
+            "is a LossScalingState",
+            "pass what the init or update of this optimizer returned",
+        )
         _check_no_states(updates)
+        check_arrays("updates", updates)
+        if params is not None:
+            check_same_shapes("updates and params", updates, params)
 
         def apply(grads, inner_state, params):
             updates, inner_state = inner.update(
@@ -138,13 +153,17 @@ def is_traced(x):
     return isinstance(x, Tracer)
 
 
+def _is_none(node):
+    return node is None
+
+
 def _map(fn, tree, like):
     """Maps over a tree of updates and what it is an update of; None has no update."""
     return jax.tree.map(
         lambda x, y: None if x is None else fn(x, y),
         tree,
         like,
-        is_leaf=lambda x: x is None,
+        is_leaf=_is_none,
     )
 
 

@@ -12,6 +12,7 @@ from jax import lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
+from mpjax._checks import check_argnums, check_callable, check_flag
 from mpjax._loss_scaling.marks import mark_bad_loss
 from mpjax._loss_scaling.state import find_state, is_instance, loss_scale
 from mpjax._recipes.state import ScalingState
@@ -122,6 +123,9 @@ def value_and_grad(
       >>> print(loss, grads["w"])
       7.0 [1024. 3072.]
     """
+    check_callable("fun", fun)
+    check_argnums(argnums)
+    has_aux = check_flag("has_aux", has_aux)
 
     @functools.wraps(fun)
     def scaled(*args, **kwargs):

@@ -1,6 +1,5 @@
 """Loss scaling as an optax wrapper: unscale, check, update or skip."""
 
-import operator
 from collections.abc import Sequence
 
 import jax
@@ -8,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from mpjax._checks import whole_number, wrong
 from mpjax._loss_scaling.guarded import FLOAT32, guarded, is_traced
 from mpjax._typing import AxisName
 
@@ -194,12 +194,18 @@ def static_loss_scaling(
     return guarded(inner, scale, 1, None, axis_name)
 
 
+def _is_below_one(value):
+    """Whether it is a number below 1; `_number` complains of all that is none."""
+    try:
+        return float(value) < 1
+    except (TypeError, ValueError):
+        return False
+
+
 def _default_floor(init_scale):
     if is_traced(init_scale):
         return jnp.where(init_scale < 1, FLOAT32.tiny, 1.0)
-    given = np.asarray(init_scale)
-    is_real = given.shape == () and given.dtype.kind in "iuf"
-    return float(FLOAT32.tiny) if is_real and given < 1 else 1.0
+    return float(FLOAT32.tiny) if _is_below_one(init_scale) else 1.0
 
 
 def _ordered(low, high):
@@ -222,6 +228,14 @@ def _number(name, value, rule, holds):
         value = wide
     if is_traced(value):  # under optax.inject_hyperparams
         return value
+    if isinstance(value, bool | np.bool_) or not isinstance(
+        value, int | float | np.number | np.ndarray | jax.Array
+    ):
+        raise wrong(name, f"is a number {rule}", value, "pass a float")
+    kind = getattr(value, "dtype", jnp.result_type(float))
+    is_real = jnp.issubdtype(kind, jnp.floating) or jnp.issubdtype(kind, jnp.integer)
+    if not is_real:
+        raise wrong(name, "is a real number", value, "pass a float")
     number = np.asarray(value, np.float64)
     with np.errstate(over="ignore"):
         single = number.astype(np.float32)
@@ -233,10 +247,7 @@ def _number(name, value, rule, holds):
 def _count(name, value):
     if is_traced(value):
         return value
-    try:
-        count = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {value!r}.") from None
+    count = whole_number(name, value)
     if not 1 <= count <= _INT32_MAX:
         raise ValueError(f"{name} must be between 1 and {_INT32_MAX}, got {value!r}.")
     return count

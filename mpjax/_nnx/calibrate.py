@@ -5,11 +5,13 @@ from typing import Any
 
 from flax import nnx
 
+from mpjax._checks import check_instance
 from mpjax._nnx.optimizer import Optimizer
 from mpjax._nnx.scaling import (
     ScalingStat,
     kernels,
     scaling_stats,
+    states_of,
     values,
     write_states,
 )
@@ -42,6 +44,7 @@ def calibrate(
       **kwargs: the same, by name.
 
     Raises:
+      TypeError: ``model`` is no module, or ``optimizer`` no optimizer of one.
       ValueError: the model has no states, or none whose operands the gradient reaches.
 
     Example:
@@ -54,11 +57,14 @@ def calibrate(
       >>> print(f"{model.kernel_scaling.scale[0]:.5f}")  # 1 / 448, rounded up
       0.00391
     """
-    if not scaling_stats(model):
-        raise ValueError(
-            "The model has no states of delayed scaling to calibrate. Make it with "
-            "mpjax.nnx.mixed_precision(model, rules) and a recipe that has a state; "
-            "other recipes need no calibration."
+    states_of(model, "calibrate")
+    if optimizer is not None:
+        check_instance(
+            "optimizer",
+            optimizer,
+            nnx.Optimizer,
+            "is an mpjax.nnx.Optimizer",
+            "leave it out if it neither scales the loss nor accumulates gradients",
         )
     graph, stats, others = nnx.split(model, ScalingStat, ...)
 

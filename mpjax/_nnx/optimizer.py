@@ -9,6 +9,13 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from mpjax._checks import (
+    check_argnums,
+    check_callable,
+    check_flag,
+    check_transformation,
+    wrong,
+)
 from mpjax._loss_scaling.loss import (
     loss_and_aux,
     rescale_states,
@@ -23,11 +30,13 @@ from mpjax._loss_scaling.state import (
 )
 from mpjax._nnx.scaling import (
     ScalingStat,
+    check_holds,
     scaling_stats,
     update_scaling,
     values,
     write_states,
 )
+from mpjax._recipes.recipe import Recipe
 from mpjax._scaling_states.update import found_states, step_of_optimizer
 from mpjax._typing import ArrayTree
 
@@ -75,6 +84,9 @@ class Optimizer(nnx.Optimizer):
         wrt: Any = nnx.Param,
         **kwargs: Any,
     ):
+        check_holds("model", model, nnx.Module, "pass that which is trained")
+        _check_filter(wrt)
+        check_transformation(tx, lambda value: isinstance(value, Recipe))
         if scaling_stats(nnx.state(model, wrt)):
             raise ValueError(
                 f"wrt is a filter of what the optimizer trains, got {wrt!r}, which has "
@@ -98,6 +110,8 @@ class Optimizer(nnx.Optimizer):
         Raises:
           ValueError: the gradients lack that of a state.
         """
+        check_holds("model", model, nnx.Module, "pass that which is trained")
+        check_holds("grads", grads, nnx.State, "pass those of mpjax.nnx.value_and_grad")
         before = self.step[...]
         updates = super().update(model, grads, **kwargs)
         opt_state = _arrays(self)
@@ -156,6 +170,9 @@ def value_and_grad(
             "mpjax.nnx.value_and_grad takes the mpjax.nnx.Optimizer of the model, got "
             f"{optimizer!r}."
         )
+    check_callable("loss_fn", loss_fn)
+    check_argnums(argnums)
+    has_aux = check_flag("has_aux", has_aux)
     wrt = nnx.Any(optimizer.wrt, ScalingStat)
     is_single = isinstance(argnums, int)
     places = (argnums,) if is_single else tuple(argnums)
@@ -166,6 +183,15 @@ def value_and_grad(
         # nnx.grad takes modules by their positions.
         call = inspect.signature(loss_fn).bind(*args, **kwargs)
         args, kwargs = call.args, call.kwargs
+        if (
+            not places
+            or {*places} - {*range(len(args))}
+            or len({*places}) < len(places)
+        ):
+            raise ValueError(
+                "argnums are positions of models among the arguments of the loss, each "
+                f"of them once, got {argnums!r} for {len(args)} positional arguments."
+            )
         opt_state = _arrays(optimizer)
         scales_loss = bool(found_states(opt_state, LossScalingState))
         if scales_loss:
@@ -195,6 +221,15 @@ def value_and_grad(
         return ((loss, aux) if has_aux else loss), grads
 
     return loss_and_grads
+
+
+def _check_filter(wrt: Any) -> None:
+    """Raises a TypeError unless it is a filter of NNX, by its type."""
+    parts = wrt if isinstance(wrt, tuple | list) else (wrt,)
+    for part in parts:
+        is_simple = part is None or part is ... or isinstance(part, type | str | bool)
+        if not is_simple and not callable(part):
+            raise wrong("wrt", "is a filter of NNX", wrt, "pass nnx.Param")
 
 
 def _arrays(optimizer: nnx.Optimizer) -> ArrayTree:

@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from flax import nnx
 
+from mpjax._checks import wrong
 from mpjax._recipes.state import ScalingState
 from mpjax._scaling_states import update, weights
 from mpjax._typing import ArrayTree
@@ -63,6 +65,7 @@ def update_scaling(
         ``optax.MultiStepsState``, or both.
 
     Raises:
+      TypeError: ``model`` is no module, or ``grads`` no gradient of one.
       ValueError: the model has no states, ``grads`` lacks that of one, or there is
         neither a loss scale in ``opt_state`` nor a count of microbatches.
 
@@ -82,13 +85,8 @@ def update_scaling(
       >>> print(f"{model.kernel_scaling.scale[0]:.5f}")  # 1 / 448, rounded up
       0.00391
     """
-    states = scaling_stats(model)
-    if not states:
-        raise ValueError(
-            "The model has no states of delayed scaling to update. Make it with "
-            "mpjax.nnx.mixed_precision(model, rules) and a recipe that has a state; "
-            "mpjax.nnx.Optimizer takes models with and without."
-        )
+    states = states_of(model, "update")
+    check_holds("grads", grads, nnx.State, "pass what mpjax.nnx.value_and_grad returns")
     observed = dict(nnx.to_flat_state(nnx.state(grads, ScalingStat)))
     for path in states:
         if path not in observed:
@@ -121,6 +119,7 @@ def keep_weights(model: nnx.Module) -> None:
       model: from ``mixed_precision``.
 
     Raises:
+      TypeError: ``model`` is no module.
       ValueError: no layer of the model has delayed scaling.
 
     Example:
@@ -132,7 +131,7 @@ def keep_weights(model: nnx.Module) -> None:
       >>> model.kernel_scaling.weight.values.qvalue.dtype.name
       'float8_e4m3fn'
     """
-    states = scaling_stats(model)
+    states = states_of(model, "keep weights in")
     write_states(model, weights.keep_weights(values(states), kernels(model)))
 
 
@@ -146,6 +145,7 @@ def drop_weights(model: nnx.Module) -> None:
       model: from ``mixed_precision``.
 
     Raises:
+      TypeError: ``model`` is no module.
       ValueError: the model has no states of delayed scaling.
 
     Example:
@@ -158,8 +158,40 @@ def drop_weights(model: nnx.Module) -> None:
       >>> print(model.kernel_scaling.weight)
       None
     """
-    states = scaling_stats(model)
+    states = states_of(model, "drop weights of")
     write_states(model, weights.drop_weights(values(states)))
+
+
+def states_of(model: Any, purpose: str) -> dict[tuple, nnx.Variable]:
+    """The states of a model, by path, which has to have some.
+
+    Raises:
+      TypeError: ``model`` is no module of NNX, its ``nnx.State`` say.
+      ValueError: it has no states.
+    """
+    check_holds("model", model, nnx.Module, "its nnx.State would not be changed")
+    states = scaling_stats(model)
+    if not states:
+        raise ValueError(
+            f"The model has no states of delayed scaling to {purpose}, got "
+            f"{type(model).__name__}. Make it with mpjax.nnx.mixed_precision(model, "
+            "rules) and a recipe that has a state; mpjax.nnx.Optimizer takes models "
+            "with and without."
+        )
+    return states
+
+
+def check_holds(name: str, node: Any, kind: type, remedy: str) -> None:
+    """Raises a TypeError unless it is of a kind, or a container of such nodes."""
+
+    def is_one(node):
+        return isinstance(node, kind)
+
+    nodes = [node]
+    if isinstance(node, tuple | list | dict):
+        nodes = jax.tree.leaves(node, is_leaf=is_one)
+    if not any(map(is_one, nodes)):
+        raise wrong(name, f"is an nnx.{kind.__name__}", node, remedy)
 
 
 def scaling_stats(model: nnx.Module | nnx.State) -> dict[tuple, nnx.Variable]:

@@ -1,6 +1,6 @@
 """Numbers in few bits: formats, casts, scales, quantized arrays.
 
-May import: `_typing`.
+May import: `_checks`, `_typing`.
 
 To add a format: a row of `FORMATS` in `formats.py`.
 """

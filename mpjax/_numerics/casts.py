@@ -9,13 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from mpjax._checks import (
+    check_dtype,
+    check_floating,
+    check_floating_dtype,
+    check_has_arrays,
+    wrong,
+)
 from mpjax._numerics.formats import FORMATS, Format, format_info
-from mpjax._typing import Array, DType, check_has_arrays
+from mpjax._typing import Array, DType
 
 _SIGN, _MAGNITUDE, _INF = 0x80000000, 0x7FFFFFFF, 0x7F800000  # bits of float32
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def saturating_cast(x: Array, dtype: DType) -> Array:
     """Casts to the nearest representable value, and never past the largest one.
 
@@ -50,7 +56,15 @@ def saturating_cast(x: Array, dtype: DType) -> Array:
       >>> mpjax.numerics.saturating_cast(jnp.array([0.3, 1e6]), jnp.float8_e4m3fn)
       Array([0.3125, 448], dtype=float8_e4m3fn)
     """
-    x, dtype = _floating("saturating_cast", x), jnp.dtype(dtype)
+    dtype = check_dtype("dtype", dtype)
+    if dtype.name not in FORMATS:
+        check_floating_dtype("dtype", dtype)
+    return _saturating_cast(check_floating("x", x), dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _saturating_cast(x: Array, dtype: DType) -> Array:
+    x = jnp.asarray(x)  # a Python number, where it is differentiated
     if x.dtype == dtype:
         return x
     if dtype.name not in FORMATS:
@@ -61,7 +75,6 @@ def saturating_cast(x: Array, dtype: DType) -> Array:
     return _to_format(x if narrow else _widen(x), fmt)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def round_to_format(x: Array, dtype: DType) -> Array:
     """Rounds to the values of a format without leaving the dtype of ``x``.
 
@@ -90,7 +103,13 @@ def round_to_format(x: Array, dtype: DType) -> Array:
       >>> jax.grad(lambda x: to_e4m3(x).sum())(x)
       Array([1., 0.], dtype=float32)
     """
-    x, fmt = _floating("round_to_format", x), format_info(dtype)
+    return _round_to_format(check_floating("x", x), format_info(dtype).dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _round_to_format(x: Array, dtype: DType) -> Array:
+    x = jnp.asarray(x)
+    fmt = format_info(dtype)
     own = FORMATS.get(x.dtype.name)
     if own and (
         own.mantissa < fmt.mantissa
@@ -109,7 +128,6 @@ def round_to_format(x: Array, dtype: DType) -> Array:
     return _nearest(y, fmt).astype(x.dtype)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def stochastic_round(x: Array, dtype: DType, key: Array) -> Array:
     """Rounds up or down at random, so that the expected result is ``x``.
 
@@ -139,7 +157,19 @@ def stochastic_round(x: Array, dtype: DType, key: Array) -> Array:
     References:
       Gupta et al., Deep Learning with Limited Numerical Precision, arXiv 1502.02551.
     """
-    x, fmt = _floating("stochastic_round", x), _with_arrays(dtype)
+    x, fmt = check_floating("x", x), _with_arrays(dtype)
+    is_key = isinstance(key, jax.Array) and (
+        jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.dtype == jnp.uint32
+    )
+    if not is_key:
+        raise wrong("key", "is a PRNG key", key, "pass jax.random.key(seed)")
+    return _stochastic_round(x, fmt.dtype, key)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _stochastic_round(x: Array, dtype: DType, key: Array) -> Array:
+    x = jnp.asarray(x)
+    fmt = format_info(dtype)
     y = _saturate(_widen(x), fmt)
     dropped = 23 - fmt.mantissa
     noise = jax.random.bits(key, y.shape, jnp.uint32) >> jnp.uint32(32 - dropped)
@@ -158,27 +188,27 @@ def stochastic_round(x: Array, dtype: DType, key: Array) -> Array:
     return _to_format(rounded, fmt)
 
 
-@saturating_cast.defjvp
+@_saturating_cast.defjvp
 def _(
     dtype: DType, primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[Array, Any]:
-    out = saturating_cast(primals[0], dtype)
+    out = _saturating_cast(primals[0], dtype)
     return out, _straight_through(primals[0], tangents[0], dtype, out.dtype)
 
 
-@round_to_format.defjvp
+@_round_to_format.defjvp
 def _(
     dtype: DType, primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[Array, Any]:
-    out = round_to_format(primals[0], dtype)
+    out = _round_to_format(primals[0], dtype)
     return out, _straight_through(primals[0], tangents[0], dtype, out.dtype)
 
 
-@stochastic_round.defjvp
+@_stochastic_round.defjvp
 def _(
     dtype: DType, primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[Array, Any]:
-    out = stochastic_round(primals[0], dtype, primals[1])
+    out = _stochastic_round(primals[0], dtype, primals[1])
     return out, _straight_through(primals[0], tangents[0], dtype, out.dtype)
 
 
@@ -192,20 +222,9 @@ def _straight_through(
     fmt = FORMATS.get(jnp.dtype(dtype).name)
     if fmt is None:
         return tangent
-    wide = _widen(x)
+    wide = _widen(jnp.asarray(x))
     inside = (wide >= fmt.min) & (wide <= fmt.max)
     return tangent * inside.astype(out_dtype)
-
-
-def _floating(name: str, x: jax.typing.ArrayLike) -> Array:
-    x = jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(
-            f"{name} needs a floating array, got {x.dtype.name}; cast it to float32 "
-            "first."
-        )
-    check_has_arrays(x)
-    return x
 
 
 def _with_arrays(dtype: DType) -> Format:

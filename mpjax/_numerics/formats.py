@@ -6,6 +6,7 @@ import math
 import jax.numpy as jnp
 import ml_dtypes
 
+from mpjax._checks import check_dtype
 from mpjax._typing import DType
 
 
@@ -204,7 +205,7 @@ def format_info(dtype: DType) -> Format:
       >>> mpjax.numerics.format_info(jnp.float8_e4m3fn).max
       448.0
     """
-    name = jnp.dtype(dtype).name
+    name = check_dtype("dtype", dtype).name
     if name not in FORMATS:
         raise TypeError(
             f"{name} is no low-precision format; choose one of {', '.join(FORMATS)}."

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from mpjax._checks import check_floating, check_floating_dtype, check_has_arrays
 from mpjax._numerics.scales import (
     Block,
     Rounding,
@@ -19,7 +20,7 @@ from mpjax._numerics.scales import (
     expand_scale,
     quantize_blocks,
 )
-from mpjax._typing import Array, DType, check_has_arrays
+from mpjax._typing import Array, DType
 
 
 @jax.tree_util.register_dataclass
@@ -101,10 +102,7 @@ def quantize(
       Array([[  1.,   3.],
              [100., 300.]], dtype=float32)
     """
-    x = jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"quantize needs a floating array, got {x.dtype.name}.")
-    check_has_arrays(x)
+    x = check_floating("x", x)
     dtype = check_format(dtype)
     scale_dtype = check_scale_dtype(scale_dtype, rounding)
     block = check_block(block, x.shape)
@@ -154,8 +152,8 @@ def dequantize(q: QArray, dtype: DType = jnp.float32) -> Array:
       dtype[d0, d1, ...].
 
     Raises:
-      TypeError: ``q`` is no ``QArray``, or ``dtype`` is an fp6, of which XLA has no
-        arrays.
+      TypeError: ``q`` is no ``QArray``, or ``dtype`` not floating or an fp6, of which
+        XLA has no arrays.
 
     Example:
       >>> import jax.numpy as jnp, mpjax
@@ -168,7 +166,7 @@ def dequantize(q: QArray, dtype: DType = jnp.float32) -> Array:
             f"dequantize takes what quantize returns, got {type(q).__name__}; an "
             "array is in high precision already."
         )
-    check_has_arrays(dtype)
+    dtype = check_floating_dtype("dtype", dtype)
     check_has_arrays(q.qvalue)
     scale = expand_scale(q.scale, q.qvalue.shape, q.block)
     return (q.qvalue.astype(jnp.float32) * scale).astype(dtype)

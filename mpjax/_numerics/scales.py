@@ -1,17 +1,24 @@
 """From the largest magnitude of a tensor, a channel or a block to its scale."""
 
 import math
-import operator
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from mpjax._checks import (
+    check_amount,
+    check_dtype,
+    check_floating,
+    check_floating_dtype,
+    whole_number,
+    wrong,
+)
 from mpjax._numerics.casts import round_to_format, saturating_cast
 from mpjax._numerics.formats import Format, format_info, holds_scales
-from mpjax._typing import Array, DType, check_has_arrays
+from mpjax._typing import Array, DType
 
 Block: TypeAlias = tuple[int, ...]
 Rounding: TypeAlias = Literal["exact", "up", "floor"]
@@ -35,7 +42,8 @@ def block_amax(
       f32[ceil(d0 / b0), ceil(d1 / b1), ...]; NaN where a block holds one.
 
     Raises:
-      TypeError: ``x`` or ``compute_dtype`` is an fp6, of which XLA has no arrays.
+      TypeError: ``x`` is not floating, or ``compute_dtype`` no dtype, or either is an
+        fp6, of which XLA has no arrays.
       ValueError: ``block`` does not fit the shape.
 
     Example:
@@ -45,8 +53,8 @@ def block_amax(
       Array([[2., 3.],
              [5., 6.]], dtype=float32)
     """
-    check_has_arrays(x)
-    check_has_arrays(compute_dtype)
+    x = check_floating("x", x)
+    compute_dtype = check_floating_dtype("compute_dtype", compute_dtype)
     return amax_of_blocks(x, check_block(block, x.shape), compute_dtype)
 
 
@@ -114,8 +122,9 @@ def amax_to_scale(amax: Array, dtype: DType, rounding: Rounding = "exact") -> Ar
       f32[...].
 
     Raises:
-      TypeError: ``dtype`` is no low-precision format.
-      ValueError: there is no such rounding.
+      TypeError: ``dtype`` is no low-precision format, or ``amax`` is not floating.
+      ValueError: there is no such rounding, or an ``amax`` that is no array of JAX is
+        negative or not finite.
 
     Example:
       >>> import jax.numpy as jnp, mpjax
@@ -128,8 +137,9 @@ def amax_to_scale(amax: Array, dtype: DType, rounding: Rounding = "exact") -> Ar
       Mishra et al., Recipes for Pre-training LLMs with MXFP8, arXiv 2506.08027 (up).
     """
     check_rounding(rounding)
-    check_has_arrays(amax)
-    amax, fmt = jnp.asarray(amax, jnp.float32), format_info(dtype)
+    if not isinstance(amax, jax.Array):
+        check_amount("amax", amax)
+    amax, fmt = check_floating("amax", amax).astype(jnp.float32), format_info(dtype)
     if rounding == "exact":
         # Compilers divide by a constant in this way, but not all of them.
         scale = jnp.clip(amax * (1 / fmt.max), 2.0**-126, 2.0**126)
@@ -176,9 +186,15 @@ def quantize_with_scale(
       >>> mpjax.numerics.quantize_with_scale(x, scale, jnp.int8)
       Array([100, 127], dtype=int8)
     """
-    for dtype_or_array in (x, scale, compute_dtype):
-        check_has_arrays(dtype_or_array)
+    x, scale = check_floating("x", x), check_floating("scale", scale)
+    dtype = format_info(dtype).dtype
+    compute_dtype = check_floating_dtype("compute_dtype", compute_dtype)
     block = check_block(block, x.shape)
+    if scale.ndim not in (0, x.ndim):
+        raise ValueError(
+            "scale is a number, or has one for each block, got an array of shape "
+            f"{scale.shape} for one of shape {x.shape} in blocks of {block}."
+        )
     return quantize_blocks(x, scale, dtype, block, compute_dtype)
 
 
@@ -222,6 +238,8 @@ def check_block(block: Block | None, shape: tuple[int, ...]) -> Block:
     """The block with ``None`` made explicit and whole axes as -1."""
     if block is None:
         return (-1,) * len(shape)
+    if not isinstance(block, tuple | list):
+        raise wrong("block", "is a tuple of sizes", block, "pass one for each axis")
     block = tuple(whole_number("a size of block", b) for b in block)
     if len(block) != len(shape) or any(b == 0 or b < -1 for b in block):
         raise ValueError(
@@ -252,7 +270,7 @@ def check_format(dtype: DType) -> DType:
 
 def check_rounding(rounding: Rounding) -> None:
     """Raises a ValueError unless scales are rounded in such a way."""
-    if rounding not in ("exact", "up", "floor"):
+    if not isinstance(rounding, str) or rounding not in ("exact", "up", "floor"):
         raise ValueError(
             f"rounding of a scale is 'exact', 'up' or 'floor', got {rounding!r}."
         )
@@ -265,7 +283,7 @@ def check_scale_dtype(dtype: DType, rounding: Rounding) -> DType:
       ValueError: scales have no such dtype, or it does not hold scales of the rounding.
     """
     check_rounding(rounding)
-    dtype = jnp.dtype(dtype)
+    dtype = check_dtype("scale_dtype", dtype)
     if dtype != jnp.float32 and not holds_scales(dtype):
         raise ValueError(f"scale_dtype is float32 or float8_e8m0fnu, got {dtype.name}.")
     if holds_scales(dtype) and rounding == "exact":
@@ -274,13 +292,6 @@ def check_scale_dtype(dtype: DType, rounding: Rounding) -> DType:
             "'floor'."
         )
     return dtype
-
-
-def whole_number(name: str, value: Any) -> int:
-    """The value as an ``int``, or a TypeError."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} is a whole number, got {value!r}; pass an int.")
-    return operator.index(value)
 
 
 def _power_of_two(amax: Array, fmt: Format, round_up: bool) -> Array:

@@ -1,6 +1,6 @@
 """Which dtypes, and which module of a model gets them.
 
-May import: `_recipes`, `_numerics`, `_tree`, `_typing`.
+May import: `_recipes`, `_numerics`, `_tree`, `_checks`, `_typing`.
 
 To add a preset: an entry of `PRESETS` in `presets.py`.
 """

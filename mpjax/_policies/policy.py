@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mpjax._checks import check_dtype
 from mpjax._numerics.formats import Format, all_formats, find_format
 from mpjax._policies.presets import PRESETS, full_name
 from mpjax._tree import cast_floating, convert_floating
@@ -237,7 +238,7 @@ def _floating_dtype(dtype: DType) -> np.dtype:
     if isinstance(dtype, str):
         return parse_dtype(dtype)
     try:
-        dtype = jnp.dtype(dtype)
+        dtype = check_dtype("dtype", dtype)
     except TypeError as error:
         raise ValueError(f"A policy is made of dtypes, got {dtype!r}.") from error
     if find_format(dtype.name) not in policy_formats():

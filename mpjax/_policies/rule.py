@@ -5,6 +5,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias
 
+import jax
+
+from mpjax._checks import check_flag, wrong
 from mpjax._policies.policy import Policy, get_policy, is_spelled_out
 from mpjax._policies.presets import PRESETS, full_name
 from mpjax._policies.roles import ROLES, UNKNOWN, Structure
@@ -81,6 +84,9 @@ class Rule:
     own_products: bool = dataclasses.field(default=False, kw_only=True)
 
     def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if isinstance(field.default, bool):
+                check_flag(f"Rule.{field.name}", getattr(self, field.name))
         _check_regex("path", self.path)
         if self.policy is None and _is_policy(self.path):
             raise ValueError(
@@ -178,7 +184,12 @@ class Rule:
 
         Returns:
           A bool.
+
+        Raises:
+          TypeError: ``path`` is no string.
         """
+        if not isinstance(path, str):
+            raise wrong("path", "is a string", path, "pass names joined by '/'")
         return re.fullmatch(self.path, path) is not None
 
     def matches_type(self, module_type: type) -> bool:
@@ -189,7 +200,12 @@ class Rule:
 
         Returns:
           A bool.
+
+        Raises:
+          TypeError: ``module_type`` is no class.
         """
+        if not isinstance(module_type, type):
+            raise wrong("module_type", "is a class", module_type, "pass type(module)")
         if self.module_type is None:
             return True
         if isinstance(self.module_type, str):
@@ -229,7 +245,8 @@ def read_rules(rules: Rules) -> tuple[Rule, ...]:
       Rule(path='head', policy='float32')
       Rule(path='.*', policy='mixed_bfloat16')
     """
-    if not isinstance(rules, Iterable) or isinstance(rules, str | Mapping):
+    single = str | Mapping | jax.Array
+    if not isinstance(rules, Iterable) or isinstance(rules, single):
         rules = (rules,)
     read = []
     for rule in rules:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mpjax._checks import whole_number, wrong
 from mpjax._mesh import match_varying
 from mpjax._numerics.qarray import Operand, QArray, dequantize
 from mpjax._products.differentiable import ScaledProduct, differentiable_product
@@ -83,14 +84,16 @@ def scaled_conv_general_dilated(
             f"A convolution is scaled by tensor or by channel, got {str(recipe)!r}; "
             "give it a recipe of its own."
         )
-    if not isinstance(padding, str):
-        padding = tuple((low, high) for low, high in padding)
+    padding = _checked_padding(padding)
+    window_strides = _sizes("window_strides", window_strides)
+    feature_group_count = whole_number("feature_group_count", feature_group_count)
+    batch_group_count = whole_number("batch_group_count", batch_group_count)
     numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
     keywords = {
-        "window_strides": tuple(window_strides),
+        "window_strides": window_strides,
         "padding": padding,
-        "lhs_dilation": lhs_dilation and tuple(lhs_dilation),
-        "rhs_dilation": rhs_dilation and tuple(rhs_dilation),
+        "lhs_dilation": lhs_dilation and _sizes("lhs_dilation", lhs_dilation),
+        "rhs_dilation": rhs_dilation and _sizes("rhs_dilation", rhs_dilation),
         "dimension_numbers": numbers,
         "feature_group_count": feature_group_count,
         "batch_group_count": batch_group_count,
@@ -107,6 +110,36 @@ def scaled_conv_general_dilated(
     conv = _Conv(recipe, static, precision, lhs.dtype, rhs.dtype, out.dtype)
     lhs, rhs = match_varying(lhs, rhs)
     return differentiable_product(conv, lhs, rhs, scales, None)
+
+
+def _sizes(name: str, sizes: Any) -> tuple[int, ...]:
+    """Positive whole numbers, one for each spatial axis."""
+    if not isinstance(sizes, tuple | list):
+        raise wrong(name, "is a tuple of sizes", sizes, "pass one for each axis")
+    checked = tuple(whole_number(f"a size of {name}", size) for size in sizes)
+    if any(size < 1 for size in checked):
+        raise ValueError(f"Sizes of {name} are at least 1, got {checked}.")
+    return checked
+
+
+def _checked_padding(padding: Any) -> str | tuple[tuple[int, int], ...]:
+    """The name of a padding, or a pair for each spatial axis."""
+    if isinstance(padding, str):
+        if padding.upper() not in ("SAME", "SAME_LOWER", "VALID"):
+            raise ValueError(
+                "padding is 'SAME', 'SAME_LOWER', 'VALID' or a pair for each spatial "
+                f"axis, got {padding!r}."
+            )
+        return padding
+    pairs = padding if isinstance(padding, tuple | list) else None
+    if pairs is None or not all(
+        isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs
+    ):
+        raise wrong("padding", "has a pair for each axis", padding, "or pass 'SAME'")
+    low_high = "a size of padding"
+    return tuple(
+        (whole_number(low_high, a), whole_number(low_high, b)) for a, b in pairs
+    )
 
 
 @dataclasses.dataclass(frozen=True)

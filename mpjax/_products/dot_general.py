@@ -9,6 +9,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from mpjax._checks import wrong
 from mpjax._mesh import explicit_sharding, match_varying
 from mpjax._numerics.qarray import Operand, QArray
 from mpjax._numerics.scales import check_block
@@ -174,6 +175,10 @@ class _Dot(ScaledProduct):
 
     def check_quantized(self, rhs: Array, quantized: QArray) -> None:
         """Raises a ValueError unless this is what the recipe would make of rhs."""
+        if not isinstance(quantized, QArray):
+            raise wrong(
+                "quantized_rhs", "is a QArray", quantized, "pass what quantize returns"
+            )
         scaling = self.recipe.rhs
         for name in ("out", "lhs_grad"):
             if name not in self.recipe.quantized:

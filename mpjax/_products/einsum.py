@@ -7,6 +7,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from mpjax._checks import wrong
 from mpjax._numerics.qarray import QArray
 from mpjax._products.dot_general import scaled_dot_general
 from mpjax._products.operands import check_operand
@@ -48,6 +49,7 @@ def einsum(
       f[...].
 
     Raises:
+      TypeError: an argument is of the wrong type.
       ValueError: there are not two operands, an index occurs twice in one of them or in
         the result, or the result has one that they have not.
 
@@ -58,6 +60,8 @@ def einsum(
       (2, 3, 5, 7)
     """
     lhs, rhs = check_operand("lhs", lhs), check_operand("rhs", rhs)
+    if not isinstance(subscripts, str):
+        raise wrong("subscripts", "is a string", subscripts, "pass 'ij,jk->ik' say")
     lhs_indices, rhs_indices, out_indices = _parse(subscripts, lhs.ndim, rhs.ndim)
     sizes = dict(zip(rhs_indices, rhs.shape, strict=True))
     lhs, lhs_indices = _sum_out(lhs, lhs_indices, rhs_indices + out_indices, sizes)

@@ -9,8 +9,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
+from mpjax._checks import wrong
 from mpjax._mesh import varying_axes
 from mpjax._recipes.recipe import Recipe
 from mpjax._recipes.state import ScalingState
@@ -46,12 +48,10 @@ def check_scales(recipe: Recipe, scales: Array | None) -> None:
 def _check_dtype(scales: Array) -> None:
     if isinstance(scales, ScalingState):
         raise TypeError("scales is an array, got a ScalingState; pass state.scale.")
-    kind = getattr(scales, "dtype", None)
-    if kind not in (jnp.float32, jnp.float64):  # the latter in programs of 64 bits
-        raise TypeError(
-            "scales is a float32 array, got "
-            f"{type(scales).__name__ if kind is None else kind.name}; pass state.scale."
-        )
+    is_array = isinstance(scales, jax.Array | np.ndarray)
+    kinds = jnp.float32, jnp.float64  # the latter in programs of 64 bits
+    if not is_array or scales.dtype not in kinds:
+        raise wrong("scales", "is a float32 array", scales, "pass state.scale")
 
 
 def split_scales(scales: Array) -> tuple[Array, Array]:
@@ -90,7 +90,7 @@ def split_scales(scales: Array) -> tuple[Array, Array]:
       Array([4., 1., 4.], dtype=float32)
     """
     _check_dtype(scales)
-    return _twice(scales)
+    return _twice(jnp.asarray(scales))
 
 
 @jax.custom_vjp

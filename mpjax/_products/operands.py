@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from mpjax._checks import check_array
 from mpjax._mesh import match_varying
 from mpjax._numerics.qarray import Operand, QArray
 from mpjax._numerics.scales import (
@@ -25,7 +26,7 @@ def check_operand(name: str, x: Array) -> Array:
             f"{name} of a scaled product is quantized by the recipe, got a QArray; "
             "pass what it was made of, and one of rhs as quantized_rhs as well."
         )
-    x = jnp.asarray(x)
+    x = check_array(name, x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(
             f"{name} of a scaled product is a floating array, got {x.dtype.name}; for "

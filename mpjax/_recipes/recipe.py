@@ -5,6 +5,7 @@ from typing import Literal, TypeAlias
 
 import jax.numpy as jnp
 
+from mpjax._checks import check_amount, check_flag, check_floating, wrong
 from mpjax._hardware.targets import get_target
 from mpjax._numerics.formats import format_info
 from mpjax._recipes.abstract import Scaling
@@ -76,8 +77,11 @@ class Recipe:
                     f"{name} of a recipe is a scaling such as CurrentScaling(dtype), "
                     f"got {scaling!r}."
                 )
-        unknown = set(self.quantized) - set(PRODUCTS)
-        if isinstance(self.quantized, str) or unknown:
+        for name in ("calibrated", "keep_weights"):
+            object.__setattr__(self, name, check_flag(name, getattr(self, name)))
+        names = self.quantized
+        several = isinstance(names, tuple | list | set | frozenset)
+        if not several or not all(name in PRODUCTS for name in map(str, names)):
             raise ValueError(
                 f"quantized is a tuple of names out of {PRODUCTS}, got "
                 f"{self.quantized!r}."
@@ -138,7 +142,9 @@ class Recipe:
           A state.
 
         Raises:
-          ValueError: no scaling of this recipe is delayed, so there is no state.
+          ValueError: no scaling of this recipe is delayed, so there is no state, or the
+            loss scale is negative or not finite.
+          TypeError: the loss scale is no number.
 
         Example:
           >>> import mpjax
@@ -147,6 +153,7 @@ class Recipe:
         """
         if not self.stateful:
             raise ValueError("Only a recipe with a DelayedScaling has a state.")
+        check_amount("loss_scale", loss_scale, ())
         length = max(scaling.history_length for scaling in self.scalings.values())
         return ScalingState(
             scale=jnp.zeros(3, jnp.float32),
@@ -179,6 +186,11 @@ class Recipe:
         Returns:
           The state for the next step.
 
+        Raises:
+          TypeError: ``state`` is no ``ScalingState``, or one of the others no number.
+          ValueError: ``observed`` has another shape, or a number is negative or not
+            finite.
+
         Example:
           >>> import jax.numpy as jnp, mpjax
           >>> recipe = mpjax.delayed_scaling()
@@ -186,6 +198,15 @@ class Recipe:
           >>> state.scale
           Array([1.   , 0.125, 0.   ], dtype=float32)
         """
+        _check_state(state)
+        if loss_scale is not None:
+            check_amount("loss_scale", loss_scale, state.loss_scale.shape)
+        observed = check_floating("observed", observed)
+        if observed.shape != state.scale.shape:
+            raise ValueError(
+                "observed is the gradient with respect to state.scale, of shape "
+                f"{state.scale.shape}, got {observed.shape}."
+            )
         last = state.loss_scale
         if loss_scale is None:
             last, loss_scale = jnp.where(last > 0, last, 1.0), 1.0
@@ -213,6 +234,10 @@ class Recipe:
         Returns:
           The same history, and a scale of the gradient that follows the loss scale.
 
+        Raises:
+          TypeError: ``state`` is no ``ScalingState``, or the loss scale no number.
+          ValueError: the loss scale is negative or not finite.
+
         Example:
           >>> import jax.numpy as jnp, mpjax
           >>> recipe = mpjax.delayed_scaling()
@@ -220,6 +245,8 @@ class Recipe:
           >>> recipe.rescale(state, 4.0).scale / state.scale
           Array([1. , 1. , 0.5], dtype=float32)
         """
+        _check_state(state)
+        check_amount("loss_scale", loss_scale, state.loss_scale.shape)
         last = state.loss_scale
         ratio = jnp.where(last > 0, loss_scale / jnp.where(last > 0, last, 1.0), 1.0)
         scale = jnp.clip(state.scale * for_grad(ratio), 2.0**-126, 2.0**126)
@@ -294,3 +321,10 @@ class Recipe:
             if not device.multiplies(lhs, rhs):
                 return False, f"{device.name} multiplies no {names}"
         return True, f"{device.name} has units for every quantized product"
+
+
+def _check_state(state: ScalingState) -> None:
+    if not isinstance(state, ScalingState):
+        raise wrong(
+            "state", "is a ScalingState", state, "pass what recipe.init returns"
+        )

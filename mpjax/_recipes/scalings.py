@@ -4,13 +4,14 @@ import dataclasses
 from typing import Literal
 
 import jax.numpy as jnp
+import numpy as np
 
+from mpjax._checks import check_flag, whole_number, wrong
 from mpjax._numerics.formats import holds_scales
 from mpjax._numerics.scales import (
     Block,
     amax_to_scale,
     check_scale_dtype,
-    whole_number,
 )
 from mpjax._recipes.abstract import Scaling, StatelessScaling, check_scaling
 from mpjax._typing import Array, DType
@@ -116,6 +117,7 @@ class BlockScaling(StatelessScaling):
         scale_dtype = check_scale_dtype(self.scale_dtype, self.rounding)
         object.__setattr__(self, "scale_dtype", scale_dtype)
         object.__setattr__(self, "size", whole_number("size", self.size))
+        object.__setattr__(self, "square", check_flag("square", self.square))
         if self.size < 2:
             raise ValueError(
                 f"A block has at least two elements, got size={self.size}; "
@@ -176,12 +178,15 @@ class DelayedScaling(Scaling):
                 "history_length counts the steps that are remembered and is at least "
                 f"1, got {self.history_length}; without a history, use CurrentScaling."
             )
-        if self.algorithm not in ("max", "most_recent"):
+        known = "max", "most_recent"
+        if not isinstance(self.algorithm, str) or self.algorithm not in known:
             raise ValueError(
                 f"algorithm is 'max' or 'most_recent', got {self.algorithm!r}."
             )
-        if isinstance(self.margin, bool | str) or not hasattr(self.margin, "__float__"):
-            raise TypeError(f"margin is a number, got {self.margin!r}; pass a float.")
+        if not isinstance(self.margin, int | float | np.number) or isinstance(
+            self.margin, bool | np.complexfloating
+        ):
+            raise wrong("margin", "is a number", self.margin, "pass a float")
         margin = float(self.margin)
         object.__setattr__(self, "margin", margin)
         if not abs(margin) <= 126:

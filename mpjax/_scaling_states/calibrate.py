@@ -11,6 +11,7 @@ import optax
 from jax.core import Tracer
 from jax.sharding import NamedSharding
 
+from mpjax._checks import check_callable, check_flag
 from mpjax._loss_scaling.loss import value_and_grad
 from mpjax._loss_scaling.state import LossScalingState, loss_scale
 from mpjax._recipes.recipe import OPERANDS
@@ -78,6 +79,8 @@ def calibrate(
       >>> print(f"{variables['scaling']['kernel_scaling'].scale[0]:.5f}")
       0.00391
     """
+    check_callable("loss_fn", loss_fn)
+    has_aux = check_flag("has_aux", has_aux)
     if not found_states(variables, ScalingState):
         raise ValueError(
             "There is no scaling state to calibrate. Pass all variables of a model "

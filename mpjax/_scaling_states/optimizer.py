@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import optax
 
+from mpjax._checks import check_arrays, check_same_structure, check_transformation
+from mpjax._recipes.recipe import Recipe
 from mpjax._recipes.state import ScalingState
 from mpjax._scaling_states.update import (
     Step,
@@ -88,17 +90,16 @@ def scaled(
       >>> print(f"{variables['scaling']['kernel_scaling'].scale[0]:.5f}")
       0.00391
     """
-    if not all(callable(getattr(inner, name, None)) for name in ("init", "update")):
-        raise TypeError(
-            "inner must be a gradient transformation, such as optax.adamw(1e-3), got "
-            f"{inner!r}."
-        )
+    check_transformation(inner, lambda value: isinstance(value, Recipe))
     inner = optax.with_extra_args_support(inner)
 
     def init(params):
         return inner.init(without_states(params))
 
     def update(updates, state, params=None, **extra_args):
+        check_arrays("updates", updates, is_state)
+        if params is not None:
+            check_same_structure("updates and params", updates, params, _is_leaf)
         observed, states = _states_by_path(updates), _states_by_path(params)
         if observed and params is None:
             raise ValueError(
@@ -156,9 +157,12 @@ def apply_updates(params: ArrayTree, updates: ArrayTree) -> ArrayTree:
             "parameters and states together."
         )
 
-    return jax.tree.map(
-        apply, params, updates, is_leaf=lambda node: node is None or is_state(node)
-    )
+    check_same_structure("params and updates", params, updates, _is_leaf)
+    return jax.tree.map(apply, params, updates, is_leaf=_is_leaf)
+
+
+def _is_leaf(node: Any) -> bool:
+    return node is None or is_state(node) or isinstance(node, NewState)
 
 
 def without_states(tree: ArrayTree) -> ArrayTree:

@@ -224,6 +224,11 @@ def check_observed(states: Mapping[Any, Any], observed: Mapping[Any, Any]) -> No
             "observed is the gradient with respect to states, which has their "
             f"structure; got one in which {wrong}."
         )
+    if any(seen.scale is states[path].scale for path, seen in observed.items()):
+        raise ValueError(
+            "observed is the gradient of the loss with respect to states, got the "
+            "states themselves. Take it with jax.grad or mpjax.value_and_grad."
+        )
 
 
 def by_path(tree: ArrayTree) -> dict[Any, Any]:

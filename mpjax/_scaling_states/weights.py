@@ -1,12 +1,14 @@
 """Weights in 8 bits, written where the optimizer writes the weights."""
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.tree_util import keystr
 
+from mpjax._checks import wrong
 from mpjax._mesh import varying_axes
 from mpjax._numerics.formats import format_info
 from mpjax._numerics.qarray import QArray
@@ -67,8 +69,15 @@ def keep_weights(states: ArrayTree, params: ArrayTree) -> ArrayTree:
     """
     found = 0
 
-    def keep(path, state: ScalingState) -> ScalingState:
+    def keep(path, state: Any) -> Any:
         nonlocal found
+        if not isinstance(state, ScalingState):
+            raise wrong(
+                f"A leaf of states{keystr(path)}",
+                "is a ScalingState",
+                state,
+                'pass variables["scaling"]',
+            )
         kernel, scaling = parameter_at(params, path), state.recipe.rhs
         if kernel is None or not scaling.is_delayed:
             return state

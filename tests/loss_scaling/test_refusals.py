@@ -52,7 +52,7 @@ def test_static_scale_out_of_range(scale):
 @pytest.mark.parametrize("name", ["growth_interval", "hysteresis"])
 @pytest.mark.parametrize("value", [2.0, "3", None])
 def test_counts_are_integers(name, value):
-    with pytest.raises(TypeError, match=f"{name} must be an integer"):
+    with pytest.raises(TypeError, match=f"{name} is a whole number"):
         mpjax.dynamic_loss_scaling(optax.sgd(0.1), **{name: value})
 
 

@@ -248,7 +248,7 @@ def test_a_microbatch_that_is_skipped_is_not_entered(front_end):
         accumulating(2, use_grad_mean=False), init_scale=64.0
     )
     x = integers(0, 8, 16)
-    seen = accumulate(front_end, tx, [x, 64 * x, 2 * x, x], [1.0, 1e37, 1.0, 1.0])
+    seen = accumulate(front_end, tx, [x, 64 * x, 2 * x, x], [1.0, 1e30, 1.0, 1.0])
     entries = [state.history for _, state in seen]
     top = float(jnp.abs(x).max())
     assert [float(h[0, -1]) for h in entries] == [top, top, 0, top]
@@ -304,22 +304,6 @@ def test_update_scaling_wants_the_gradient_of_the_states():
         assert error.match(wrong) and len(str(error.value)) < 250
     with pytest.raises(ValueError, match="loss scale"):
         mpjax.update_scaling(states["a"], states["a"], ())
-
-
-def test_states_trained_by_mistake_go_on_with_current_scaling():
-    """As parameters are trained: what was observed is a gradient to an optimizer."""
-    x = normal(0, 4, 16)
-    delayed, states, observed = linen_states()
-    current = LinenTrainer("dense", rule(CURRENT), x)
-    tx = optax.sgd(1e-3)
-    moved, _ = tx.update(observed, tx.init(states))
-    trained = optax.apply_updates(states, moved)
-    delayed.variables = {**delayed.variables, "scaling": trained}
-    for factor in (1, 30):
-        loss, grads, _ = delayed.gradients(factor * x)
-        expected, other, _ = current.gradients(factor * x)
-        assert loss == expected
-        jax.tree.map(np.testing.assert_array_equal, grads, other)
 
 
 def test_an_update_with_nothing_observed_changes_no_scale():
