@@ -1,10 +1,13 @@
 """What a program computes, read from its trace.
 
-`tracing.py` makes a jaxpr of a function, `steps.py` reads its equations, `products.py`
-describes its products, `findings.py` lists what may be wrong, `census.py` shows both.
+`tracing.py` makes a jaxpr of a function, `steps.py` reads its equations, `places.py`
+says which lines they come from, `products.py` describes its products, `findings.py`
+lists what may be wrong, `merging.py` makes one finding of one cause, `census.py` shows
+both. `promotions.py` follows float32 by `streams.py`, and leaves out what is meant:
+`routers.py`, `recurrences.py`.
 
 May import: `_hardware`, `_printing`; `_nnx` only where a trace has NNX modules.
 
 To add a kind of finding: a row of the table in `findings.py`, with its detector in
-`detectors.py`.
+`detectors.py` or in a file of its own.
 """

@@ -117,10 +117,15 @@ class _Judge:
         )
 
     def _border(self, cast: Cast) -> str:
-        if cast.is_product or author(self._program[cast.index]) != "mpjax":
+        """Says between which policies mpjax casts, if it is mpjax that does."""
+        step = self._program[cast.index]
+        if cast.is_product or author(step) != "mpjax":
             return ""
-        module = cast.path.rpartition("/")[2]
-        return f" where the policy of {module} begins" if module else ""
+        module = cast.path.rpartition("/")[2] or "the model"
+        policies = input_aval(step).dtype, output_aval(step).dtype
+        return " at the border of {}, from a policy in {} to one in {},".format(
+            module, *policies
+        )
 
 
 def _exponents(program: Sequence[Step], reached: Reached) -> set[int]:

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+import zoo_float32
 import zoo_linen
 import zoo_nnx
 from flax import nnx
@@ -27,7 +28,7 @@ def loss_of(outputs):
 
 
 def findings_in_linen(name, rules):
-    module, *inputs = zoo_linen.MODELS[name]
+    module, *inputs = LINEN[name]
     model = mpjax.linen.MixedPrecision(module, rules)
     key = jax.eval_shape(lambda: jax.random.key(0))
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
@@ -57,8 +58,9 @@ def findings_in_nnx(name, rules):
         return mpjax.lowering.census(gradient, model, *inputs)
 
 
+LINEN = zoo_linen.MODELS | zoo_float32.MODELS
 FRONT_ENDS = {
-    "linen": (zoo_linen.MODELS, findings_in_linen),
+    "linen": (LINEN, findings_in_linen),
     "nnx": (zoo_nnx.MODELS, findings_in_nnx),
 }
 CASES = [(end, name) for end, (models, _) in FRONT_ENDS.items() for name in models]
