@@ -139,7 +139,8 @@ def _collection(owner: nn.Module, name: str) -> str:
     """The collection of a state; parameters, where its own is not let through."""
     if owner.has_variable(SCALING, name) or owner.is_mutable_collection(SCALING):
         return SCALING
-    made = lifts.get() and owner.is_mutable_collection(PARAMS)
+    made = lifts.get() and owner.is_initializing()
+    made = made and owner.is_mutable_collection(PARAMS)
     return PARAMS if made or owner.has_variable(PARAMS, name) else SCALING
 
 

@@ -159,8 +159,13 @@ def test_layers_of_a_scan_have_states_of_their_own():
     assert scanned.states["dense/kernel"].scale.shape == (3, 3)
 
 
-def test_a_scan_that_has_no_axis_for_states_is_refused():
-    model = MixedPrecision(Scanned(), rule(DELAYED))
+def test_a_scan_without_an_axis_for_states_is_refused_inside_another_module():
+    class Around(nn.Module):  # whose variables are not the wrapper's
+        @nn.compact
+        def __call__(self, x):
+            return MixedPrecision(Scanned(), rule(DELAYED))(x)
+
+    model = Around()
     with pytest.raises(ValueError, match=r"variable_axes={'params': 0, 'sc"):
         model.init(jax.random.key(0), jnp.ones((2, 16)))
 
@@ -234,7 +239,7 @@ def test_calls_in_one_loss_observe_a_sum_unless_states_are_handed_on(hands_on):
             loss += jnp.sum(out)
         return loss
 
-    seen = jax.grad(loss_fn)(variables["scaling"])["kernel"].scale
+    seen = jax.grad(loss_fn)(variables["scaling"])["kernel_scaling"].scale
     kernel = variables["params"]["kernel"]
     tops = [float(jnp.abs(a.astype(BF16)).max()) for a in (x, kernel)]
     uses = [2, 1, 1] if hands_on else [1 + 2, 2, 2]

@@ -287,8 +287,8 @@ def linen_states(**kwargs):
 
 def test_update_scaling_wants_the_gradient_of_the_states():
     trainer, states, _ = linen_states()
-    states = {"a": states}
-    state = states["a"]["kernel"]
+    state = states["kernel_scaling"]
+    states = {"a": {"kernel": state}}
     other = DELAYED.fnuz().init()
     stack = jax.tree.map(lambda x: jnp.stack([x, x]), state)
     params = trainer.variables["params"]
@@ -312,7 +312,9 @@ def test_an_update_with_nothing_observed_changes_no_scale():
     nothing = jax.tree.map(jnp.zeros_like, observed)
     for _ in range(6):  # longer than the history
         later = mpjax.update_scaling(states, nothing)
-        np.testing.assert_array_equal(later["kernel"].scale, states["kernel"].scale)
+        np.testing.assert_array_equal(
+            later["kernel_scaling"].scale, states["kernel_scaling"].scale
+        )
         states = later
 
 
