@@ -153,19 +153,25 @@ def stochastic_round(x: Array, dtype: DType, key: Array) -> Array:
 
 
 @saturating_cast.defjvp
-def _(dtype: DType, primals: tuple, tangents: tuple) -> tuple[Array, Any]:
+def _(
+    dtype: DType, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> tuple[Array, Any]:
     out = saturating_cast(primals[0], dtype)
     return out, _straight_through(primals[0], tangents[0], dtype, out.dtype)
 
 
 @round_to_format.defjvp
-def _(dtype: DType, primals: tuple, tangents: tuple) -> tuple[Array, Any]:
+def _(
+    dtype: DType, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> tuple[Array, Any]:
     out = round_to_format(primals[0], dtype)
     return out, _straight_through(primals[0], tangents[0], dtype, out.dtype)
 
 
 @stochastic_round.defjvp
-def _(dtype: DType, primals: tuple, tangents: tuple) -> tuple[Array, Any]:
+def _(
+    dtype: DType, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> tuple[Array, Any]:
     out = stochastic_round(primals[0], dtype, primals[1])
     return out, _straight_through(primals[0], tangents[0], dtype, out.dtype)
 

@@ -104,7 +104,8 @@ def quantize(
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"quantize needs a floating array, got {x.dtype.name}.")
-    dtype, scale_dtype = check_format(dtype), check_scale_dtype(scale_dtype, rounding)
+    dtype = check_format(dtype)
+    scale_dtype = check_scale_dtype(scale_dtype, rounding)
     block = check_block(block, x.shape)
     return _quantize(x, dtype, block, rounding, scale_dtype)
 

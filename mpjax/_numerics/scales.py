@@ -256,6 +256,7 @@ def check_scale_dtype(dtype: DType, rounding: Rounding) -> DType:
     Raises:
       ValueError: scales have no such dtype, or it does not hold scales of the rounding.
     """
+    check_rounding(rounding)
     dtype = jnp.dtype(dtype)
     if dtype != jnp.float32 and not holds_scales(dtype):
         raise ValueError(f"scale_dtype is float32 or float8_e8m0fnu, got {dtype.name}.")

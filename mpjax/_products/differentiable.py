@@ -4,6 +4,7 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -126,7 +127,7 @@ def _forward(
     rhs: Array,
     scales: Array | None,
     quantized_rhs: QArray | None,
-) -> tuple[Array, tuple]:
+) -> tuple[Array, tuple[Any, ...]]:
     lhs, rhs = first_order((lhs, rhs))
     (lhs_operand, kept_lhs), seen_lhs = product.quantize(
         "lhs", lhs, ["out", "rhs_grad"], scales
@@ -145,7 +146,7 @@ def _forward(
 
 
 def _backward(
-    product: ScaledProduct, residuals: tuple, grad: Array
+    product: ScaledProduct, residuals: tuple[Any, ...], grad: Array
 ) -> tuple[Array, Array, Array | None, None]:
     lhs, rhs, seen_lhs, seen_rhs, scales = residuals
     (grad_for_lhs, grad_for_rhs), seen_grad = product.quantize(

@@ -184,7 +184,9 @@ def _multiply_scaled(
         wide = accumulator == jnp.int32
         return scale(out.astype(jnp.float32) if wide else out, lhs, rhs)
 
-    def wide(lhs: QArray, rhs: QArray, multiply: Callable = dot_general) -> Array:
+    def wide(
+        lhs: QArray, rhs: QArray, multiply: Callable[..., Array] = dot_general
+    ) -> Array:
         out = multiply(
             lhs.qvalue.astype(jnp.bfloat16),
             rhs.qvalue.astype(jnp.bfloat16),

@@ -5,6 +5,8 @@ by calls, by examples of a ``vmap`` or by devices, their maximum counts, not the
 that JAX would take.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -132,7 +134,7 @@ def _max_over_vmap(amaxes: tuple[Array, ...], scales: Array) -> tuple[Array, ...
 
 @_max_over_vmap.def_vmap
 def _max_over_vmap_rule(
-    axis_size: int, batched: list, amaxes: tuple[Array, ...], scales: Array
+    axis_size: int, batched: list[Any], amaxes: tuple[Array, ...], scales: Array
 ) -> tuple[tuple[Array, ...], tuple[bool, ...]]:
     del axis_size
     of_examples, share_scales = batched[0], not batched[1]

@@ -1,6 +1,6 @@
 """What a forward pass saves for the backward pass."""
 
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +55,7 @@ def first_order(operands: ArrayTree) -> ArrayTree:
 
 
 @first_order.defjvp
-def _second_derivative(primals: tuple, tangents: tuple) -> NoReturn:
+def _second_derivative(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> NoReturn:
     del primals, tangents
     raise TypeError(
         "A product under a recipe can be differentiated once, in reverse mode: it has "

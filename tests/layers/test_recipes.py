@@ -10,11 +10,16 @@ import reference
 from front_ends import BF16, CURRENT, DELAYED, FRONT_ENDS, rule
 from helpers import assert_trees_equal, normal
 from jaxprs import dots
-from layer_pairs import CASES, LAYERS
+from layer_pairs import LAYERS
 
 import mpjax
 
 E4M3, E5M2 = jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e5m2)
+BASIC = ["Dense", "Conv", "attention"]
+
+
+# Others of NNX are bit for bit Linen's: see nnx/test_agrees_with_linen.py.
+CASES = [("linen", name) for name in LAYERS] + [("nnx", name) for name in BASIC]
 
 
 @pytest.fixture(params=CASES, ids="-".join)

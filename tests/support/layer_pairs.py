@@ -111,4 +111,3 @@ LAYERS = {
     ),
 }
 PAIRED = [name for name, (of_nnx, *_) in LAYERS.items() if of_nnx]
-CASES = [("linen", name) for name in LAYERS] + [("nnx", name) for name in PAIRED]
