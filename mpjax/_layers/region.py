@@ -87,8 +87,12 @@ class Exit:
                 return result
             return inside_region(result, given, in_loop, casts, opaque)
         if self.outer is None:
+            if not casts:
+                return result
             dtype = policy.output_dtype
-            return of_model(result, given, dtype, opaque) if casts else result
+            if self.is_new:  # of a cell, or nn.RNN, the carry comes first
+                return at_border(result, given, dtype, True, False, opaque)
+            return of_model(result, given, dtype, opaque)
         if not in_loop and not casts:
             return result
         dtype = policy.output_dtype if casts else None

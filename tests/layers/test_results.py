@@ -212,6 +212,22 @@ def test_cast_outputs_leaves_results_as_the_module_makes_them():
     assert all(rule.cast_outputs for rule in rules)
 
 
+@pytest.mark.parametrize("name", ["linen", "nnx"])
+def test_a_cell_as_a_model_returns_its_carry_as_it_came_and_makes_the_rest(name):
+    carry = X.astype(F16)
+    for policy in ("mixed_bfloat16", "bfloat16"):
+        if name == "linen":
+            model = mpjax.linen.MixedPrecision(nn.GRUCell(8), policy)
+            init = model.init_with_output
+            (new, y), _ = jax.eval_shape(init, jax.random.key(0), carry, X)
+        else:
+            cell = nnx.GRUCell(8, 8, rngs=nnx.Rngs(0))
+            model = mpjax.nnx.mixed_precision(cell, policy)
+            new, y = jax.eval_shape(lambda model=model: model(carry, X))
+        assert new.dtype == F16
+        assert y.dtype == mpjax.get_policy(policy).output_dtype
+
+
 class Widening(nn.Module):
     """Log-probabilities of float32, of the shape of their logits."""
 
