@@ -255,7 +255,7 @@ def test_on_an_accelerator_the_cast_is_the_hardwares():
     ],
 )
 def test_integers_are_refused(call):
-    with pytest.raises(TypeError, match="needs a floating array, got int32"):
+    with pytest.raises(TypeError, match="x is a floating array, got int32"):
         call(jnp.arange(3))
 
 
