@@ -224,7 +224,7 @@ def test_what_else_a_linen_module_does_is_as_it_was(module):
     scaling = made.pop("scaling")
     assert_trees_equal(made, bare)
     (names,) = (t for t in [scaling.get("layers", scaling)])
-    assert set(names) == {"w", "Dense_0"}
+    assert set(names) == {"w_scaling", "Dense_0"}
 
     def run(model, variables):
         del variables["seen"]
