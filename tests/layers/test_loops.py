@@ -72,7 +72,7 @@ def test_a_rule_for_the_layers_of_a_loop(name, policy):
 @pytest.mark.parametrize("name", FRONT_ENDS)
 def test_layers_in_a_loop_compute_what_layers_in_python_do(name, policy):
     rules = [mpjax.Rule("blocks(_.)?(/.*)?", policy), "mixed_bfloat16"]
-    outputs = []
+    outputs, params = [], {}
     for loop in ("python", "scan"):
         model = FRONT_ENDS[name](loop_models.model_of(name, "blocks", loop), rules, X)
         if loop == "python":

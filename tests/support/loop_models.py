@@ -4,6 +4,7 @@ The layers make float32 arrays of their own: noise, a mask of dropped paths, zer
 """
 
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -30,11 +31,13 @@ class LinenBlock(nn.Module):
         return disturbed(x, nn.Dense(8)(nn.LayerNorm()(x)))
 
 
-class LinenBody(LinenBlock):
+class LinenBody(nn.Module):
     """A block as ``nn.scan`` wants it."""
 
+    @nn.compact
     def __call__(self, x, _):
-        return super().__call__(x), None
+        STREAM.append(x.dtype.name)
+        return disturbed(x, nn.Dense(8)(nn.LayerNorm()(x))), None
 
 
 class LinenBlocks(nn.Module):
@@ -105,7 +108,7 @@ class NnxBlocks(nnx.Module):
     def __init__(self, loop, rngs):
         self.loop, self.first = loop, nnx.Linear(8, 8, rngs=rngs)
         if loop == "python":
-            self.blocks = nnx.List([NnxBlock(rngs) for _ in range(2)])
+            self.blocks: Any = nnx.List([NnxBlock(rngs) for _ in range(2)])
         else:
             keys = jax.random.split(KEY, 2)
             self.blocks = nnx.vmap(lambda key: NnxBlock(nnx.Rngs(key)))(keys)
