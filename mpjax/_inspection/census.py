@@ -108,7 +108,8 @@ class Census(Summary):
     def _rows_of_findings(self) -> Iterator[tuple]:
         """Yields what tables show of each finding."""
         for f in self.findings:
-            (path,), *others = fold_layers({(path or "-",): (1,) for path in f.paths})
+            rows = {(path or "-",): (1,) for path in f.paths or [f.path]}
+            (path,), *others = fold_layers(rows)
             path += ", ..." if others else ""
             detail, direction = short_dtypes(f.detail), pass_name(f.backward)
             yield f.kind, direction, f.count, detail, f.where or "-", path

@@ -71,8 +71,8 @@ _ALL = (
         "exponential",
         "exp or log is computed in 16 bits.",
         detectors.exponentials,
-        "Cast to float32 before exp or log, and back after the softmax. Attention of "
-        "Flax takes force_fp32_for_softmax=True.",
+        "Cast to float32 before exp or log, and back after the softmax; of Flax's "
+        "attention functions by force_fp32_for_softmax=True.",
     ),
     FindingKind(
         "statistics",
@@ -145,7 +145,7 @@ class Finding:
       >>> (finding,) = mpjax.lowering.census(jnp.exp, x).findings
       >>> finding.kind, finding.detail, finding.elements
       ('exponential', 'exp in bfloat16', 4096)
-      >>> finding.remedy.split(",")[0]
+      >>> finding.remedy.partition(",")[0]
       'Cast to float32 before exp or log'
     """
 

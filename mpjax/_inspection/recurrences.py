@@ -9,11 +9,11 @@ from collections.abc import Iterator, Sequence, Set
 from jax.extend import core
 
 from mpjax._inspection.places import author, is_called_in
-from mpjax._inspection.primitives import CAST, SCANS, inner, name_of
+from mpjax._inspection.primitives import CAST, SCANS, name_of
 from mpjax._inspection.products import is_product
 from mpjax._inspection.steps import (
     Step,
-    carried_by_scan,
+    carried_by,
     dependents,
     float_bits,
     output_aval,
@@ -93,9 +93,5 @@ def _loops(step: Step) -> Iterator[tuple[core.JaxprEqn, core.JaxprEqn]]:
 
 def _carried_in(loop: core.JaxprEqn) -> set[int]:
     """The values of a loop's body that come from float32 that it carries."""
-    if name_of(loop) == "scan":
-        body, carry = carried_by_scan(loop)
-    else:
-        body = inner(loop.params["body_jaxpr"])
-        carry = body.invars[loop.params["body_nconsts"] :]
+    body, carry = carried_by(loop)
     return dependents(body, [var for var in carry if float_bits(var.aval) >= 32])

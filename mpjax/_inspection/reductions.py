@@ -16,13 +16,15 @@ import jax.numpy as jnp
 from mpjax._inspection.primitives import CAST, MOVES, SUMS, SUMS_OVER_DEVICES, name_of
 from mpjax._inspection.steps import (
     Step,
-    carried_by_scan,
+    carried_by,
     dependents,
     float_bits,
     input_aval,
     makers,
     output_aval,
 )
+
+_UNKNOWN = 2**31  # steps of a loop that does not say how many
 
 
 def reductions(program: Sequence[Step]) -> Iterator[tuple[int, str]]:
@@ -53,7 +55,8 @@ def _terms(step: Step, makers_of: Mapping[int, Step]) -> tuple[int, str]:
         return terms, f"over {terms} devices"
     if name in ("add", "add_any"):
         terms = _terms_over_steps(step)
-        return terms, f"over {terms} steps of a scan"
+        how = f"{terms} steps of a scan" if terms < _UNKNOWN else "the steps of a loop"
+        return terms, f"over {how}"
     if name == "scatter-add":
         terms = _updates_of_one_element(step, makers_of)
         return terms, f"of up to {terms} terms"
@@ -165,14 +168,14 @@ def _axes_of_size(step: Step, axes: frozenset[int]) -> frozenset[int]:
 
 
 def _terms_over_steps(step: Step) -> int:
-    """How many values a scan adds to what it carries by this addition, or 0.
+    """How many values a loop adds to what it carries by this addition, or 0.
 
     The residual stream of layers in a scan is no such sum: what is added depends on it.
     """
-    scan = step.calls[-1] if step.calls else None
-    if scan is None or name_of(scan) != "scan":
+    loop = step.calls[-1] if step.calls else None
+    if loop is None or name_of(loop) not in ("scan", "while"):
         return 0
-    body, carry = carried_by_scan(scan)
+    body, carry = carried_by(loop)
     for carried, result in zip(carry, body.outvars, strict=False):
         if result is step.eqn.outvars[0] and any(
             atom is carried for atom in step.eqn.invars
@@ -180,5 +183,5 @@ def _terms_over_steps(step: Step) -> int:
             depends = dependents(body, [carried])
             others = [atom for atom in step.eqn.invars if atom is not carried]
             own = any(id(atom) in depends for atom in others)
-            return 0 if own else scan.params["length"]
+            return 0 if own else loop.params.get("length", _UNKNOWN)
     return 0

@@ -222,11 +222,14 @@ def indices_of_makers(program: Sequence[Step]) -> dict[int, int]:
     return {out: index for index, step in enumerate(program) for out in step.outputs}
 
 
-def carried_by_scan(scan: core.JaxprEqn) -> tuple[core.Jaxpr, list[core.Var]]:
-    """The body of a scan, and what it carries as the body reads it."""
-    body = inner(scan.params["jaxpr"])
-    carries = _without_step_axis(scan.outvars, body.outvars)  # the rest are stacked
-    unstacked = _without_step_axis(scan.invars, body.invars)
+def carried_by(loop: core.JaxprEqn) -> tuple[core.Jaxpr, list[core.Var]]:
+    """The body of a scan or a while loop, and what it carries as the body reads it."""
+    if name_of(loop) == "while":
+        body = inner(loop.params["body_jaxpr"])
+        return body, body.invars[loop.params["body_nconsts"] :]
+    body = inner(loop.params["jaxpr"])
+    carries = _without_step_axis(loop.outvars, body.outvars)  # the rest are stacked
+    unstacked = _without_step_axis(loop.invars, body.invars)
     return body, body.invars[unstacked - carries : unstacked]
 
 

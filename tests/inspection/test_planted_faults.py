@@ -3,10 +3,12 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from planted_faults import FAULTS, Host, planted_lines
+from flax import nnx
+from planted_faults import FAULTS, Host, NnxHost, planted_lines
 
 import mpjax.linen
 import mpjax.lowering
+import mpjax.nnx
 from mpjax._inspection.findings import KINDS
 
 
@@ -15,18 +17,43 @@ def test_there_are_enough():
     assert {kind for kind, _ in FAULTS.values()} == set(KINDS)
 
 
-@pytest.mark.parametrize("name", FAULTS)
-def test_a_planted_fault_is_found_by_path_and_line(name):
-    kind, fault = FAULTS[name]
+X = jax.ShapeDtypeStruct((16, 128, 64), jnp.float32)
+
+
+def findings_in_linen(fault):
     model = mpjax.linen.MixedPrecision(Host(fault), "mixed_bfloat16")
-    x = jax.ShapeDtypeStruct((16, 128, 64), jnp.float32)
+    params = jax.eval_shape(model.init, jax.random.key(0), X)
+    gradient = jax.grad(lambda params, x: jnp.mean(model.apply(params, x) ** 2))
+    return mpjax.lowering.census(gradient, params, X).findings
+
+
+def findings_in_nnx(fault):
+    model = nnx.eval_shape(lambda: NnxHost(fault, nnx.Rngs(0)))
+    model = mpjax.nnx.mixed_precision(model, "mixed_bfloat16")
+    gradient = nnx.grad(lambda model, x: jnp.mean(model(x) ** 2))
+    return mpjax.lowering.census(gradient, model, X).findings
+
+
+def assert_found(name, findings_in):
+    kind, fault = FAULTS[name]
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        params = jax.eval_shape(model.init, jax.random.key(0), x)
-        gradient = jax.grad(lambda params, x: jnp.mean(model.apply(params, x) ** 2))
-        made = mpjax.lowering.census(gradient, params, x)
-    inside = [f for f in made.findings if "Host/faulty" in f.path]
+        found = findings_in(fault)
+    inside = [f for f in found if "Host/faulty" in f.path]
     ours = [f for f in inside if f.kind == kind]
     file, lines = planted_lines(fault)
     assert [f.where.split(" in ")[0] for f in ours] == [f"{file}:{n}" for n in lines]
     # What else is found there are gradients that add up in 16 bits.
     assert {f.kind for f in inside} <= {kind, "reduction"}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_found_by_path_and_line(name):
+    assert_found(name, findings_in_linen)
+
+
+FIRST_OF_EACH_KIND = {kind: name for name, (kind, _) in reversed(FAULTS.items())}
+
+
+@pytest.mark.parametrize("name", FIRST_OF_EACH_KIND.values())
+def test_so_is_one_in_nnx(name):
+    assert_found(name, findings_in_nnx)

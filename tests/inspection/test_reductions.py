@@ -136,6 +136,15 @@ def test_a_sum_over_devices_that_a_gradient_makes_is_none():
     assert sums(jax.grad(loss), Struct((64, 64), F32), half(64, 64)) == []
 
 
+def test_a_loop_that_does_not_say_how_long_it_runs():
+    def add(x, steps):
+        start = jnp.zeros((64,), BF16)
+        return lax.fori_loop(0, steps, lambda i, total: total + x[i], start)
+
+    found = sums(add, half(64, 64), Struct((), jnp.int32))
+    assert found == ["sum in bfloat16 over the steps of a loop"]
+
+
 def test_sums_in_float8():
     (found,) = sums(jnp.sum, Struct((64, 64), E4M3))
     assert found == "reduce_sum in float8_e4m3fn of 4096 terms"

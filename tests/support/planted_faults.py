@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 from jax import lax
 
 BF16, F32, E4M3 = jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn
@@ -36,6 +37,26 @@ class Host(nn.Module):
         x = Faulty(self.fault, name="faulty")(x)
         x = nn.LayerNorm(name="norm")(x)
         return nn.Dense(8, name="after")(x)
+
+
+class NnxFaulty(nnx.Module):
+    def __init__(self, fault):
+        self.fault = nnx.static(fault)
+        self.w = nnx.Param(jnp.zeros((64, 64)))
+
+    def __call__(self, x):
+        return self.fault(x, self.w[...])
+
+
+class NnxHost(nnx.Module):
+    def __init__(self, fault, rngs):
+        self.before = nnx.Linear(64, 64, rngs=rngs)
+        self.faulty = NnxFaulty(fault)
+        self.norm = nnx.LayerNorm(64, rngs=rngs)
+        self.after = nnx.Linear(64, 8, rngs=rngs)
+
+    def __call__(self, x):
+        return self.after(self.norm(self.faulty(self.before(x))))
 
 
 def planted_lines(function):
