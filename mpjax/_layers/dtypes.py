@@ -1,5 +1,7 @@
 """Whether a layer computes in a dtype, and the error of one that cannot."""
 
+import functools
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -44,6 +46,27 @@ def is_of_flax(definition: Any, api: str | None = None) -> bool:
     """
     module = getattr(definition, "__module__", None) or ""
     return module.startswith(f"flax.{api}" if api else ("flax.linen", "flax.nnx"))
+
+
+_FREQUENCIES = re.compile(
+    r"(\w+_)?(inv(erse)?_?freq(s|uency|uencies)?|freqs|frequencies|freq_bands"
+    r"|timescales?)",
+    re.IGNORECASE,
+)
+
+
+@functools.cache
+def is_frequency(name: str) -> bool:
+    """Whether a parameter of this name is multiplied with positions or times.
+
+    The product is an angle, and its error in bfloat16 that of the position: a whole
+    period from 256 on. Such parameters are read in the dtype that they are stored in.
+
+    Example:
+      >>> is_frequency("inv_freq"), is_frequency("rope_freqs"), is_frequency("kernel")
+      (True, True, False)
+    """
+    return _FREQUENCIES.fullmatch(name) is not None
 
 
 def perturb_wide(

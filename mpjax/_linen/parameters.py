@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpjax._layers.dtypes import any_complex, complex_error
+from mpjax._layers.dtypes import any_complex, complex_error, is_frequency
 from mpjax._policies.policy import Policy, spelled_like
 
 
@@ -52,6 +52,8 @@ class Param:
         if self.computes_in_a_dtype and any_complex(jax.tree.leaves(value)):
             what = f"parameter {name!r}"
             raise complex_error(type(self.module), self.path, self.policy, what)
+        if is_frequency(name):
+            return value
         if self.casts_itself:  # but norms do not widen 16-bit parameters
             return jax.tree.map(self._widen, value)
         return self.policy.cast_to_compute(value)

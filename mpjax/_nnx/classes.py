@@ -16,6 +16,7 @@ from jax.extend.core import get_opaque_trace_state
 from mpjax._layers.dtypes import (
     any_complex,
     complex_error,
+    is_frequency,
     is_of_flax,
     perturb_wide,
     says_dtype,
@@ -133,6 +134,8 @@ def _getattribute(bare: type, decision: Decision | None) -> Callable:
             return value
         if name in hooks:
             return replacement_for(self, name, value)
+        if is_frequency(name):
+            return value
         return map_params(functools.partial(reader_for, policy), value)
 
     return getattribute
