@@ -100,7 +100,7 @@ def delayed_scaling(
     dtype: DType = jnp.float8_e4m3fn,
     grad_dtype: DType = jnp.float8_e5m2,
     *,
-    history_length: int = 1024,
+    history_length: int = 16,
     algorithm: Literal["max", "most_recent"] = "max",
     margin: float = 0.0,
     rounding: Rounding = "up",
@@ -122,7 +122,8 @@ def delayed_scaling(
     Args:
       dtype: the format of both operands.
       grad_dtype: the format of the output gradient.
-      history_length: how many steps are remembered.
+      history_length: how many steps are remembered, at 12 bytes each per product.
+        1024 train no better than 16 (`benchmarks/README.md`).
       algorithm: ``"max"`` of the history, or its ``"most_recent"`` entry.
       margin: scales are made ``2^margin`` times larger, to leave headroom.
       rounding: of scales, see `amax_to_scale`. ``"up"`` makes them powers of two:

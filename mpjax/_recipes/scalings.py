@@ -147,7 +147,8 @@ class DelayedScaling(Scaling):
     Attributes:
       dtype: the format.
       rounding: of the scale: ``"exact"``, ``"up"`` or ``"floor"`` (`amax_to_scale`).
-      history_length: how many steps are remembered.
+      history_length: how many steps are remembered, at 12 bytes each per product.
+        1024 train no better than 16 (`benchmarks/README.md`).
       algorithm: ``"max"`` of the history, or its ``"most_recent"`` entry.
       margin: the scale is made ``2^margin`` times larger, to leave headroom.
 
@@ -165,7 +166,7 @@ class DelayedScaling(Scaling):
       Micikevicius et al., FP8 Formats for Deep Learning, arXiv 2209.05433.
     """
 
-    history_length: int = 1024
+    history_length: int = 16
     algorithm: Literal["max", "most_recent"] = "max"
     margin: float = 0.0
 

@@ -47,7 +47,7 @@ def test_formats_of_the_named_recipes():
     assert mpjax.current_scaling().grad.dtype == E5M2
     assert mpjax.delayed_scaling().grad.dtype == E5M2
     assert mpjax.delayed_scaling() == mpjax.delayed_scaling(
-        history_length=1024, algorithm="max", margin=0
+        history_length=16, algorithm="max", margin=0
     )
     current, weights = mpjax.current_scaling(), mpjax.DelayedScaling(E4M3, "up", 1)
     delayed = mpjax.delayed_weight_scaling()
