@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -13,8 +14,10 @@ from mpjax._policies.roles import (
     Structure,
     is_router_class,
     may_be_gate,
+    may_be_in_router,
     may_be_norm,
-    number_of_experts,
+    numbers_of_experts,
+    router_around,
 )
 
 _FEATURES = "features", "out_features", "num_features", "out_dim", "output_dim"
@@ -45,11 +48,14 @@ def structure_of(
     if parent is None:
         return UNKNOWN
     in_router = _is_router_class(type(parent))
-    experts = number_of_experts(vars(parent))
+    known: dict[str, Any] = numbers_of_experts(vars(parent))
     is_named = may_be_gate(path)
-    if not (in_router or experts or is_named):
+    has_router = may_be_in_router(path)
+    if not (in_router or any(known.values()) or is_named or has_router):
         return UNKNOWN
-    known = {"parent": type(parent), "experts": experts}
+    known["parent"] = type(parent)
+    if has_router:
+        known["router"] = router_around(_around(module))
     features = _features(module, args)
     if features is None and is_named:  # it may have a kernel of its own
         if waits := _waits(module, has_run):
@@ -75,6 +81,14 @@ def scope_without_names(module: nn.Module) -> Any:
 def _waits(module: nn.Module, has_run: bool) -> Structure | None:
     is_made = has_run or not module.is_initializing()
     return None if is_made or module.variables.get("params") else _NOT_MADE
+
+
+def _around(module: nn.Module) -> Iterator[tuple[str, type]]:
+    """The names and classes of the modules around one, the nearest first."""
+    above = module.parent
+    while isinstance(above, nn.Module):
+        yield above.name or "", type(above)
+        above = above.parent
 
 
 def _own(module: nn.Module) -> tuple[list[tuple[int, ...]], bool]:
