@@ -17,7 +17,7 @@ from mpjax._linen.cache_keys import CacheKeys
 from mpjax._linen.own_products import run_with_own_products
 from mpjax._linen.recipes import make_multiplier
 from mpjax._linen.states import StateOwner, StateStore
-from mpjax._linen.structure import scope_without_names, structure_of, waits_for_run
+from mpjax._linen.structure import Beginning, structure_of, waits_for_run
 from mpjax._policies.lookup import Matcher
 from mpjax._policies.policy import Policy
 from mpjax._policies.roles import UNKNOWN, Structure
@@ -75,8 +75,16 @@ class Run:
         self._prefix: str | None = None  # the path of the module whose copy runs
         self._multiplying: set[int] = set()  # ids of modules that have copies
 
-    def intercept(self, method, args, kwargs, context, has_run=False):
-        """Runs one method of one module of the model under the module's policy."""
+    def intercept(self, method, args, kwargs, context, known=None):
+        """Runs one method of one module of the model under the module's policy.
+
+        Args:
+          method: of the module.
+          args: of the method.
+          kwargs: the same, by name.
+          context: of the interceptor.
+          known: the structure of the module; None: it shows now.
+        """
         module, given = context.module, (method, args, kwargs)
         # Flax tries each setup in a scope of another type, at no path of the model.
         if type(module.scope) is not self._scope_type:
@@ -85,10 +93,11 @@ class Run:
         if isinstance(module, self._wrapper):
             return method(*args, **kwargs)
         path, kind = self._path(module), type(module)
-        structure = UNKNOWN
-        if self.rules.asks_structure:
-            inputs = *args, *kwargs.values()
-            structure = structure_of(module, path, inputs, has_run=has_run)
+        structure = UNKNOWN if known is None else known
+        if self.rules.asks_structure and known is None:
+            structure = structure_of(module, path, (*args, *kwargs.values()))
+        waits = waits_for_run(structure) and context.method_name != "setup"
+        beginning = Beginning(module) if waits else None
         self.seen[path, kind] = structure
         decision = self.rules.decision(path, kind, structure)
         policy = None if decision is None else decision.policy
@@ -145,13 +154,13 @@ class Run:
             enclosing_policy.reset(tokens[0])
             running_method.reset(tokens[1])
             self._inside, states.owner = outside
-        if waits_for_run(structure) and name != "setup":
+        if beginning is not None:
             structure = structure_of(module, path, given[1], has_run=True)
             self.seen[path, kind] = structure
             other = self.rules.decision(path, kind, structure)
-            if other != decision and structure.is_leaf:  # its parameters are made
-                object.__setattr__(module, "scope", scope_without_names(module))
-                return self.intercept(*given, context, has_run=True)
+            if other != decision and structure.is_leaf:
+                beginning.restore()
+                return self.intercept(*given, context, known=structure)
         return result
 
     def _explain(
