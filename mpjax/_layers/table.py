@@ -1,8 +1,8 @@
 """The table of layers that `tabulate` of both front ends returns."""
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -11,31 +11,42 @@ from mpjax._policies.lookup import Decision
 from mpjax._printing.table import render
 from mpjax._recipes.recipe import Recipe
 
+_Row: TypeAlias = tuple[
+    str,
+    type,
+    Decision | None,
+    Recipe | None,
+    Sequence[Any],
+    Mapping[str, str],
+]
 
-def layer_table(
-    rows: Iterable[tuple[str, type, Decision | None, Recipe | None, Sequence[Any]]],
-) -> str:
+
+def layer_table(rows: Iterable[_Row]) -> str:
     """The table of a model's layers that ``tabulate`` of a front end returns.
 
     Args:
-      rows: path, class, what it follows, the recipe that serves it, and the
-        parameters (arrays or their shapes) that belong to the layer itself.
+      rows: path, class, what it follows, the recipe that serves it, the parameters
+        (arrays or their shapes) that belong to the layer itself, and, by the names of
+        its products that the recipe does not serve, why.
 
     Returns:
       A table with a row a layer and the sum of all below.
     """
     cells, sizes, nbytes = [], 0, 0
-    for path, module_type, decision, recipe, params in rows:
+    for path, module_type, decision, recipe, params, refused in rows:
         size = sum(math.prod(p.shape) for p in params)
         sizes += size
         nbytes += sum(math.prod(p.shape) * p.dtype.itemsize for p in params)
         names = sorted({_dtype_name(p.dtype) for p in params})
-        name = module_type.__name__
+        kind = module_type.__name__
         policy = None if decision is None else decision.policy
         reason = None if decision is None else decision.reason
-        if decision is not None and decision.recipe and recipe is None and params:
+        if refused:
+            said = (f"{name}: {why}" for name, why in sorted(refused.items()))
+            reason = ", ".join((*filter(None, [reason]), *said))
+        elif decision is not None and decision.recipe and recipe is None and params:
             reason = unserved_reason(decision)
-        cells.append((path, name, policy, recipe, " ".join(names), size, reason or ""))
+        cells.append((path, kind, policy, recipe, " ".join(names), size, reason or ""))
     title = f"{len(cells)} layers, {sizes:,} parameters in {nbytes:,} bytes"
     columns = ["path", "type", "policy", "recipe", "dtypes", "params"]
     if any(cell[-1] for cell in cells):  # why a module is an exception

@@ -21,7 +21,7 @@ from mpjax._linen.structure import Beginning, structure_of, waits_for_run
 from mpjax._policies.lookup import Matcher
 from mpjax._policies.policy import Policy
 from mpjax._policies.roles import UNKNOWN, Structure
-from mpjax._tree import keeps_dtypes
+from mpjax._tree import opaque
 
 # The policy of the module whose method runs. Traced calls nest, so it is put back on
 # the way out; each thread has its own. It is no context of JAX's, as NNX has one: that
@@ -33,6 +33,7 @@ enclosing_policy: ContextVar[Policy | None] = ContextVar(
 # Where a wrapper leaves what it has seen, for ``tabulate``.
 recording: ContextVar[dict | None] = ContextVar("mpjax_record", default=None)
 _ABSENT = object()
+_is_opaque = opaque(nn.Module, nn.Variable)
 
 
 @functools.cache
@@ -40,10 +41,6 @@ def _is_layer(kind: type, method: str) -> bool:
     """Whether a method is one of Flax's own layers, and none that runs others."""
     function = getattr(kind, method, None)
     return is_of_flax(function, "linen") and not issubclass(kind, nn.Sequential)
-
-
-def _is_opaque(node: Any) -> bool:
-    return isinstance(node, nn.Module | nn.Variable) or keeps_dtypes(node)
 
 
 class Run:
@@ -54,6 +51,7 @@ class Run:
       seen: by path and type, the structure of every module, in order of their first
         calls.
       served: by path, the products that used a recipe.
+      refused: by path, the products of modules themselves that did not, and why.
       marks: in the scopes of the modules.
     """
 
@@ -61,6 +59,7 @@ class Run:
         self.rules = rules
         self.seen: dict[tuple[str, type], Structure] = {}
         self.served: dict[str, set[str]] = {}
+        self.refused: dict[str, dict[str, str]] = {}
         self.marks = CacheKeys(rules, root.scope, enclosing_policy.get)
         self.marks.enter(root)
         self._wrapper = wrapper  # the class of wrappers, which have runs of their own
@@ -116,7 +115,8 @@ class Run:
         states, came = self._states, (args, kwargs)
         if decision is not None and policy is not None:
             served = self.served.setdefault(path, set())
-            products = make_multiplier(module, path, decision, served, states)
+            refused = self.refused.setdefault(path, {})
+            products = make_multiplier(module, path, decision, served, refused, states)
             replaced = overrides(module, path, decision, products, name)
             check_real(module, path, policy, name, args, kwargs)
             method = method_under_rule(module, products, policy, name, method)

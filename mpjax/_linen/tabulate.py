@@ -74,5 +74,6 @@ def tabulate(model: nn.Module, rngs: Any, *args: Any, **kwargs: Any) -> str:
             own = jax.tree.leaves(own) if last[path] is kind else []
             decision = run.rules.decision(path, kind, structure)
             recipe = decision.recipe if decision and run.served.get(path) else None
-            rows.append(("/".join(full), kind, decision, recipe, own))
+            refused = run.refused.get(path, {})
+            rows.append(("/".join(full), kind, decision, recipe, own, refused))
     return layer_table(rows)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from mpjax._nnx.classes import bare_type
+from mpjax._nnx.hooks import bare_type
 from mpjax._nnx.parameters import own_params
 from mpjax._nnx.states import stacked_axes
 from mpjax._policies.roles import (

@@ -47,5 +47,5 @@ def tabulate(model: nnx.Module) -> str:
         arrays = [leaf for leaf in jax.tree.leaves(values) if hasattr(leaf, "shape")]
         decision = decision_of(nodes[0])
         recipe = None if decision is None else decision.recipe
-        rows.append((path, type(nodes[0]), decision, recipe, arrays))
+        rows.append((path, type(nodes[0]), decision, recipe, arrays, {}))
     return layer_table(rows)

@@ -306,3 +306,20 @@ def test_the_name_of_a_preset_serves_what_it_can(front_end):
     assert "no product of min_size=128" in table
     with pytest.raises(ValueError, match=r"serves no product.*optional=True"):
         front_end("head", mpjax.Rule(".*", "mixed_float8", CURRENT), x)
+
+
+def test_a_linen_table_says_why_a_product_was_refused():
+    """An operand became float32, and the weight with it: nothing casts it back."""
+
+    def function(p, x):
+        wide = x.astype(jnp.float32) * jnp.ones((8, 1))
+        return jnp.einsum("bd,df->bf", wide, p["w"].astype(wide.dtype)) + (
+            x @ p["v"]
+        ).astype(wide.dtype)
+
+    rules = rule(CURRENT, own_products=True)
+    module = LinenOwn((("w", (16, 32)), ("v", (16, 32))), function)
+    mixed = mpjax.linen.MixedPrecision(module, rules)
+    table = mpjax.linen.tabulate(mixed, jax.random.key(0), X)
+    assert "w: operands float32 x float32" in table and "v:" not in table
+    assert "current" in table
