@@ -9,7 +9,7 @@ when the layer runs: the few features that a router has are told by their number
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -185,6 +185,29 @@ def may_be_norm(kind: type) -> bool:
     """Whether its structure decides if a class is one of norms."""
     is_named = any(_NORM_CLASS.fullmatch(base.__name__) for base in kind.__mro__)
     return is_named and is_norm("", kind, Structure(is_leaf=False, axes=0)) is None
+
+
+def out_of_reach(
+    kind: type, shapes: Mapping[str, tuple[int, ...]], has_modules: bool
+) -> Iterator[str]:
+    """What a module in 16 bits has of a norm or a router that no role reaches.
+
+    Args:
+      kind: its class.
+      shapes: of its own parameters, by name.
+      has_modules: whether there are modules in it.
+
+    Example:
+      >>> list(out_of_reach(type("MoE", (), {}), {"router": (64, 8)}, False))
+      ['parameter router in 16 bits']
+    """
+    if has_modules and may_be_norm(kind) and not _BLOCK_CLASS.fullmatch(kind.__name__):
+        yield "a norm by name only"
+    in_mixture = _MIXTURE.fullmatch(kind.__name__)
+    for name, shape in shapes.items():
+        is_gate = in_mixture and len(shape) == 2 and shape[1] * _FEW <= shape[0]
+        if _ROUTER.fullmatch(name) or (is_gate and _GATE.fullmatch(name)):
+            yield f"parameter {name} in 16 bits"
 
 
 def may_be_gate(path: str) -> bool:

@@ -96,3 +96,50 @@ def test_a_router_is_no_layer_that_only_looks_like_one(front_end):
     lines = [line.split() for line in table.splitlines() if "router" in line]
     found = {line[0] for line in lines if any("c=f32" in part for part in line)}
     assert found == ROUTERS
+
+
+class LinenAdaLayerNorm(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.LayerNorm(use_scale=False, use_bias=False)(x) * nn.Dense(16)(x)
+
+
+class LinenMoE(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        router = self.param("router", nn.initializers.lecun_normal(), (16, 16))
+        return LinenAdaLayerNorm(name="ada")(x @ router)
+
+
+class NnxAdaLayerNorm(nnx.Module):
+    def __init__(self):
+        self.norm = nnx.LayerNorm(16, use_scale=False, use_bias=False, rngs=nnx.Rngs(0))
+        self.dense = nnx.Linear(16, 16, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return self.norm(x) * self.dense(x)
+
+
+class NnxMoE(nnx.Module):
+    def __init__(self):
+        self.router = nnx.Param(jnp.ones((16, 16)))
+        self.ada = NnxAdaLayerNorm()
+
+    def __call__(self, x):
+        return self.ada(x @ self.router[...])
+
+
+@pytest.mark.parametrize("rules", ["mixed_bfloat16", "float32"])
+def test_a_table_notes_what_no_role_reaches(rules):
+    linen = mpjax.linen.MixedPrecision(LinenMoE(), rules)
+    for table in (
+        mpjax.linen.tabulate(linen, jax.random.key(0), X),
+        mpjax.nnx.tabulate(mpjax.nnx.mixed_precision(NnxMoE(), rules)),
+    ):
+        is_noted = rules != "float32"
+        router, ada = (
+            next(line for line in table.splitlines() if kind in line)
+            for kind in ("MoE", "AdaLayerNorm")
+        )
+        assert router.endswith("parameter router in 16 bits") == is_noted
+        assert ada.endswith("a norm by name only") == is_noted

@@ -12,6 +12,7 @@ from mpjax._policies.roles import (
     may_be_in_router,
     may_be_norm,
     numbers_of_experts,
+    out_of_reach,
     router_around,
 )
 from mpjax._policies.rule import read_rules
@@ -286,6 +287,26 @@ def test_the_number_of_experts_is_a_field_of_the_module_around(fields, counts):
 def test_a_router_is_around_unless_larger_modules_are_between(around, router):
     pairs = (pair.split(":") for pair in around.split())
     assert router_around((name, kind(of)) for name, of in pairs) == router
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes", "has_modules", "notes"),
+    [
+        ("AdaLayerNorm", {}, True, ["a norm by name only"]),
+        ("AdaLayerNorm", {"scale": (8,)}, False, []),
+        ("FlaxEncoderLayerStableLayerNorm", {}, True, []),
+        ("PreNorm", {}, True, []),
+        ("Block", {"kernel": (8, 8)}, True, []),
+        ("Block", {"router_weights": (2, 64, 8)}, True, ["parameter router_weights"]),
+        ("SparseMoeBlock", {"gate": (64, 8)}, False, ["parameter gate"]),
+        ("SparseMoeBlock", {"gate": (64, 128)}, False, []),
+        ("MoE", {"gate": (8, 64, 8), "wi": (64, 8)}, False, []),
+        ("MLP", {"gate": (64, 8)}, False, []),
+    ],
+)
+def test_what_no_role_reaches_is_told(name, shapes, has_modules, notes):
+    found = list(out_of_reach(kind(name), shapes, has_modules))
+    assert [note.removesuffix(" in 16 bits") for note in found] == notes
 
 
 def test_rules_may_ask_for_a_role():
