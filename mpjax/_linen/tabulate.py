@@ -81,12 +81,8 @@ def tabulate(model: nn.Module, rngs: Any, *args: Any, **kwargs: Any) -> str:
             recipe = decision.recipe if decision and run.served.get(path) else None
             inside = f"{path}/" if path else ""
             has_modules = any(p != path and p.startswith(inside) for p in last)
-            notes = [
-                *notes_of(kind, decision, named, has_modules),
-                *(
-                    f"{k}: {why}"
-                    for k, why in sorted(run.refused.get(path, {}).items())
-                ),
-            ]
+            refused = sorted(run.refused.get(path, {}).items())
+            notes = [f"{product}: {why}" for product, why in refused]
+            notes += notes_of(kind, decision, named, has_modules)
             rows.append(("/".join(full), kind, decision, recipe, own, notes))
     return layer_table(rows)
