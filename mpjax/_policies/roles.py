@@ -29,7 +29,9 @@ _GATE = re.compile(
 )
 _MIXTURE = re.compile(r"(?i)\w*(moe|mixture|sparse|switch|experts)\w*")
 _MODEL = re.compile(r"\w*(Transformer|Encoder|Decoder|Model|For[A-Z]|LM)\w*")
-_EXPERT = re.compile(r"(?i)(?!\w*(mixture|sparse|moe(layer|block|mlp)?$))\w*expert\w*")
+_EXPERT = re.compile(
+    r"(?i)(?!\w*(mixture|sparse|choice|moe(layer|block|mlp)?$))\w*expert\w*"
+)
 _ATTENTION = re.compile(r"(?i)\w*(att(entio)?n|mha)\w*|\w*([mg]qa|mla)(_?\d+)?")
 # Layers of as few features as there are experts, or are asked for in a gate.
 _LOW_RANK = re.compile(r"(?i)\w*(lora|adapter|rope|rotary)\w*")
@@ -277,7 +279,8 @@ def is_router_class(kind: type) -> bool:
 
 def _is_whole(kind: type) -> bool:
     """Whether a class is one of larger modules, which may have a router in them."""
-    return not is_router_class(kind) and _WHOLE.fullmatch(kind.__name__) is not None
+    is_named = any(_WHOLE.fullmatch(base.__name__) for base in kind.__mro__)
+    return is_named and not is_router_class(kind)
 
 
 def _is_other(name: str) -> bool:

@@ -313,9 +313,8 @@ def test_a_linen_table_says_why_a_product_was_refused():
 
     def function(p, x):
         wide = x.astype(jnp.float32) * jnp.ones((8, 1))
-        return jnp.einsum("bd,df->bf", wide, p["w"].astype(wide.dtype)) + (
-            x @ p["v"]
-        ).astype(wide.dtype)
+        out = jnp.einsum("bd,df->bf", wide, p["w"].astype(wide.dtype))
+        return out + (x @ p["v"]).astype(out.dtype) if "v" in p else out
 
     rules = rule(CURRENT, own_products=True)
     module = LinenOwn((("w", (16, 32)), ("v", (16, 32))), function)
@@ -323,3 +322,7 @@ def test_a_linen_table_says_why_a_product_was_refused():
     table = mpjax.linen.tabulate(mixed, jax.random.key(0), X)
     assert "w: operands float32 x float32" in table and "v:" not in table
     assert "current" in table
+    module = LinenOwn((("w", (16, 32)),), function)
+    with pytest.raises(ValueError, match=r"that of 'w' in '' has operands float32 x"):
+        mixed = mpjax.linen.MixedPrecision(module, rules)
+        jax.eval_shape(mixed.init, jax.random.key(0), X)

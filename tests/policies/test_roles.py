@@ -130,6 +130,12 @@ ROUTERS = [
     ("router/expert_0", "Dense", layer(64, 64, router="router"), None),
     ("router/up", "Dense", layer(64, 256, router="router"), None),
     ("router", "MLP", BLOCK, "router_layer"),
+    (
+        "ffn/Dense_0",
+        "Dense",
+        layer(64, 8, "ExpertChoiceFFN", experts=8),
+        "router_layer",
+    ),
     # Units that are called after gates and route nothing.
     ("blocks_0/sgu", "SpatialGatingUnit", BLOCK, None),
     ("blocks_0", "GatingMlpBlock", BLOCK, None),
@@ -181,6 +187,12 @@ def test_roles_of_layers_of_public_models(table):
     rules = mpjax.preset("mixed_float8")
     found = [(*row[:3], role(rules, *row[:3])) for row in table]
     assert found == table
+
+
+def test_a_class_derived_from_a_larger_one_is_larger():
+    base = kind("MoELayer")
+    assert role(mpjax.preset("half"), "router", "Mine", BLOCK, base=base) is None
+    assert router_around([("router", kind("Mine", base))]) is None
 
 
 def test_the_table_has_sixty_names():
