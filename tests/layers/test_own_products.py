@@ -209,7 +209,7 @@ class Scanned(nn.Module):
 
 class _Step(Mixed):
     @nn.compact
-    def __call__(self, x, _):
+    def __call__(self, x, _=None):  # pyright: ignore[reportIncompatibleMethodOverride]
         return x + super().__call__(x), None
 
 
