@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -170,7 +171,7 @@ def static_loss_scaling(
     return guarded(inner, scale, 1, lambda state, finite: state, axis_name)
 
 
-def _number(name, value, rule, holds):
+def _number(name, value, rule, holds) -> Any:
     """The value, if it is finite in float32 and the rule holds for it there."""
     if isinstance(value, jax.Array) and value.dtype in (jnp.float16, jnp.bfloat16):
         # A scale that a user writes so is held in float32. optax.inject_hyperparams
