@@ -1,6 +1,7 @@
 """Loss scaling as an optax wrapper: unscale, check, update or skip."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -213,7 +214,7 @@ def _ordered(low, high):
     return is_traced(low) or is_traced(high) or low <= high
 
 
-def _number(name, value, rule, holds):
+def _number(name, value, rule, holds) -> Any:
     """The value, if it is finite in float32 and the rule holds for it there."""
     if isinstance(value, jax.Array) and value.dtype in (jnp.float16, jnp.bfloat16):
         # A scale that a user writes so is held in float32. optax.inject_hyperparams
