@@ -230,7 +230,7 @@ def _number(name, value, rule, holds) -> Any:
     if is_traced(value):  # under optax.inject_hyperparams
         return value
     if isinstance(value, bool | np.bool_) or not isinstance(
-        value, int | float | np.number | np.ndarray | jax.Array
+        value, int | float | np.generic | np.ndarray | jax.Array
     ):
         raise wrong(name, f"is a number {rule}", value, "pass a float")
     kind = getattr(value, "dtype", jnp.result_type(float))
