@@ -153,7 +153,7 @@ def _keep_copy(
         return state
     if _is_writable(layer):
         state = refreshed_copy(state, param)
-        layer.put_variable(SCALING, name, state)
+        layer.put_variable(SCALING, state_name(name), state)
     return state
 
 

@@ -65,7 +65,8 @@ def guarded(inner, scale, hysteresis, adjust, axis_name):
         )
         _check_no_states(updates)
         check_arrays("updates", updates)
-        if params is not None:
+        # Of lookahead, params are two trees like the updates.
+        if params is not None and not isinstance(params, optax.LookaheadParams):
             check_same_shapes("updates and params", updates, params)
 
         def apply(grads, inner_state, params):

@@ -1,6 +1,7 @@
 """Loss scaling as an optax wrapper: unscale, check, update or skip."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -213,7 +214,7 @@ def _ordered(low, high):
     return is_traced(low) or is_traced(high) or low <= high
 
 
-def _number(name, value, rule, holds):
+def _number(name, value, rule, holds) -> Any:
     """The value, if it is finite in float32 and the rule holds for it there."""
     if isinstance(value, jax.Array) and value.dtype in (jnp.float16, jnp.bfloat16):
         # A scale that a user writes so is held in float32. optax.inject_hyperparams
@@ -229,7 +230,7 @@ def _number(name, value, rule, holds):
     if is_traced(value):  # under optax.inject_hyperparams
         return value
     if isinstance(value, bool | np.bool_) or not isinstance(
-        value, int | float | np.number | np.ndarray | jax.Array
+        value, int | float | np.generic | np.ndarray | jax.Array
     ):
         raise wrong(name, f"is a number {rule}", value, "pass a float")
     kind = getattr(value, "dtype", jnp.result_type(float))

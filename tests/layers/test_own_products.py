@@ -114,7 +114,7 @@ def test_the_result_is_that_of_the_product_under_the_recipe(train):
     trainer = train(W, lambda p, x: x @ p["w"], CURRENT)
     x, w = X.astype(BF16), trainer.params["w"].astype(BF16)
     expected = mpjax.einsum("bd,df->bf", x, w, recipe=CURRENT).astype(jnp.float32)
-    np.testing.assert_array_equal(trainer.apply(X), expected)
+    np.testing.assert_array_equal(jax.jit(trainer.apply)(X), expected)
 
 
 def test_what_is_no_product_by_a_parameter_stays(train):
@@ -209,7 +209,7 @@ class Scanned(nn.Module):
 
 class _Step(Mixed):
     @nn.compact
-    def __call__(self, x, _):
+    def __call__(self, x, _=None):  # pyright: ignore[reportIncompatibleMethodOverride]
         return x + super().__call__(x), None
 
 
@@ -220,19 +220,19 @@ def test_what_else_a_linen_module_does_is_as_it_was(module):
     rules = rule(nothing, "float32", own_products=True)
     mixed = mpjax.linen.MixedPrecision(module, rules)
     keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
-    made, bare = jax.jit(mixed.init)(keys, X), jax.jit(module.init)(keys, X)
+    init = jax.jit(lambda keys: (mixed.init(keys, X), module.init(keys, X)))
+    made, bare = init(keys)
     scaling = made.pop("scaling")
     assert_trees_equal(made, bare)
-    (names,) = (t for t in [scaling.get("layers", scaling)])
-    assert set(names) == {"w_scaling", "Dense_0"}
+    assert set(scaling.get("layers", scaling)) == {"w_scaling", "Dense_0"}
 
     def run(model, variables):
         del variables["seen"]
         keys = {"dropout": jax.random.key(2)}
         return model.apply(variables, X, rngs=keys, mutable=["batch_stats", "seen"])
 
-    expected = jax.jit(lambda v: run(module, v))(bare)
-    found = jax.jit(lambda v: run(mixed, v))({**made, "scaling": scaling})
+    both = jax.jit(lambda bare, made: (run(module, bare), run(mixed, made)))
+    expected, found = both(bare, {**made, "scaling": scaling})
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5),
         found,
@@ -322,7 +322,51 @@ def test_a_linen_table_says_why_a_product_was_refused():
     table = mpjax.linen.tabulate(mixed, jax.random.key(0), X)
     assert "w: operands float32 x float32" in table and "v:" not in table
     assert "current" in table
+    rules = rule(CURRENT, own_products=True, min_size=3)  # seen by no other test
     module = LinenOwn((("w", (16, 32)),), function)
     with pytest.raises(ValueError, match=r"that of 'w' in '' has operands float32 x"):
         mixed = mpjax.linen.MixedPrecision(module, rules)
         jax.eval_shape(mixed.init, jax.random.key(0), X)
+
+
+def test_paths_below_a_linen_module_stay_those_of_the_model():
+    """In its copy too, and inside of a transformation there."""
+
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return nn.Dense(16, name="dense")(x), None
+
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            w = self.param("w", nn.initializers.normal(0.1), (16, 16))
+            axes, rngs = {"params": 0}, {"params": True}
+            scan = nn.scan(Layer, variable_axes=axes, split_rngs=rngs, length=2)
+            x = scan(name="layers")(x @ w, None)[0]
+            return nn.Dense(16, name="out")(x)
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return Block(name="block")(x)
+
+    rules = [
+        mpjax.Rule("block/layers/dense", "c=f16,o=bf16"),
+        mpjax.Rule("block/out", "c=f32,o=bf16"),
+        rule(CURRENT, own_products=True),
+    ]
+    mixed = mpjax.linen.MixedPrecision(Model(), rules)
+    variables = jax.eval_shape(mixed.init, jax.random.key(0), X)
+    found = dots(jax.make_jaxpr(mixed.apply)(variables, X))
+    f16, f32 = jnp.dtype(jnp.float16), jnp.dtype(jnp.float32)
+    assert [dot.lhs for dot in found] in (
+        [E4M3, BF16, f16, f32],
+        [BF16, E4M3, f16, f32],
+    )
+
+
+def test_the_field_needs_a_recipe():
+    with pytest.raises(ValueError, match=r"own_products say which.*has none"):
+        mpjax.Rule(".*", "mixed_bfloat16", own_products=True)
+    assert mpjax.Rule(".*", "mixed_float8", own_products=True).own_products

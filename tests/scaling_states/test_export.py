@@ -89,7 +89,7 @@ def test_a_train_step():
         actual, same = read(*actual, x)
         assert loss == same
     assert_trees_equal(actual, expected)
-    assert np.all(actual[1]["kernel"].scale > 0)
+    assert np.all(actual[1]["kernel_scaling"].scale > 0)
 
 
 def test_a_forward_pass_and_its_gradient():

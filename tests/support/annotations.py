@@ -14,6 +14,7 @@ import inspect
 import sys
 import typing
 
+import jax.export
 import jax.numpy as jnp
 from beartype import BeartypeConf
 from beartype.door import is_bearable
@@ -103,6 +104,8 @@ def _fits(value, hint, signature, name):
 
 
 def _is(value, hint):
+    if isinstance(value, tuple):  # a shape in which jax.export has sizes without value
+        value = tuple(1 if jax.export.is_symbolic_dim(each) else each for each in value)
     if is_bearable(value, hint, conf=CONF):
         return True
     # Transformations put numpy arrays, shapes and symbolic zeros in place of arrays.
