@@ -26,9 +26,9 @@ def dynamic_loss_scaling(
     max_scale: float = float(FLOAT32.max),
     axis_name: AxisName | Sequence[AxisName] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Unscales gradients, skips steps that overflowed and adapts the loss scale.
+    """Unscales gradients, skips steps that overflowed and adapts the loss scale.
 
-    With :math:`S` the scale by which this step's loss was multiplied::
+    With `S` the scale by which this step's loss was multiplied:
 
         g = float32(scaled gradient) / S
         finite = isfinite(sum(g * g))
@@ -42,11 +42,12 @@ def dynamic_loss_scaling(
     and, as there, the last finite scale for a ceiling. ``hysteresis=2`` is that of
     Megatron-LM.
 
-    A loss that is infinite or NaN before it is scaled, of a broken batch say, tells
-    nothing about the scale. `value_and_grad` notes it in the gradients, by the NaN in
-    the smallest of them. Without it, by `scale_loss`, such a step counts as an
-    overflow; so it does where gradients are summed over devices by hand on a GPU.
-    `check_training` raises where a run does nothing but skip.
+    A loss that is infinite or NaN before it is scaled, of a broken batch say, says
+    nothing about the scale. `value_and_grad` then replaces the gradients by a mark. Any
+    part of them has it, and it outlives casts to 16 bits, sums and means over
+    microbatches and devices, but in arrays of fewer than four elements. Without it,
+    by `scale_loss`, such a step counts as an overflow. `check_training` raises where a
+    run does nothing but skip.
 
     Put it outermost. Whatever it wraps sees true gradients, so that clipping is by
     their true norm; whatever stands outside sees scaled ones. Gradient accumulation
@@ -110,8 +111,8 @@ def dynamic_loss_scaling(
       5.0 [2048. 4096.] [-0.2 -0.4]
 
     References:
-      Micikevicius et al., `Mixed Precision Training
-      <https://arxiv.org/abs/1710.03740>`_, 2018
+      Micikevicius et al., [Mixed Precision
+      Training](https://arxiv.org/abs/1710.03740), 2018
     """
     if min_scale is None:
         min_scale = _default_floor(init_scale)
