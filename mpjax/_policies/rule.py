@@ -246,8 +246,9 @@ def read_rules(rules: Rules) -> tuple[Rule, ...]:
       Rule(path='.*', policy='mixed_bfloat16')
     """
     single = str | Policy | Rule | Mapping | jax.Array
-    several = isinstance(rules, Iterable) and not isinstance(rules, single)
-    given: Iterable[Any] = rules if several else (rules,)
+    given: Iterable[Any] = (rules,)
+    if isinstance(rules, Iterable) and not isinstance(rules, single):
+        given = rules
     read = []
     for rule in given:
         if isinstance(rule, str | Policy):

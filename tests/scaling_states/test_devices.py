@@ -51,7 +51,7 @@ def test_one_history_on_all_devices(front_end, check_vma):
             loss_fn = lambda variables: loss_of(model.apply(variables, x))  # noqa: E731
             _, grads = mpjax.value_and_grad(loss_fn, opt_state)(variables)
             updates, opt_state = tx.update(grads, opt_state, variables)
-            state = mpjax.apply_updates(variables, updates)["scaling"]["kernel"]
+            state = mpjax.apply_updates(variables, updates)["scaling"]["kernel_scaling"]
             return state.history[None, :, -1], state.scale[None]
 
         step = on_devices(linen_step, check_vma)
