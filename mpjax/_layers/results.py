@@ -4,9 +4,9 @@ Most results are what the module makes, and have its policy's dtype. Some are wh
 was given, changed: the carry of a loop, the stream of a residual network, a cache. Such
 a result leaves in the dtype in which it came, since it will be given again.
 
-Which results these are cannot be known, and is told from what a result and an argument
-have in common, their structure and shapes, and from the place of the module. There is a
-function for each of three places.
+Which results these are cannot be known, and is inferred from what a result and an
+argument have in common, their structure and shapes, and from the place of the module.
+There is a function for each of three places.
 """
 
 import inspect

@@ -187,15 +187,18 @@ def test_a_product_inside_of_a_loop_is_refused(train, loop):
         trainer.apply(X)
 
 
-class Mixed(nn.Module):
+def mix(module, x):
     """Has a parameter of its own, layers, random keys, statistics and what it sows."""
+    w = module.param("w", nn.initializers.normal(0.1), (16, 16))
+    x = nn.Dense(16)(nn.Dropout(0.5, deterministic=False)(x @ w))
+    module.sow("seen", "x", x)
+    return nn.BatchNorm(use_running_average=False)(x)
 
+
+class Mixed(nn.Module):
     @nn.compact
     def __call__(self, x):
-        w = self.param("w", nn.initializers.normal(0.1), (16, 16))
-        x = nn.Dense(16)(nn.Dropout(0.5, deterministic=False)(x @ w))
-        self.sow("seen", "x", x)
-        return nn.BatchNorm(use_running_average=False)(x)
+        return mix(self, x)
 
 
 class Scanned(nn.Module):
@@ -207,10 +210,10 @@ class Scanned(nn.Module):
         return scan(name="layers")(x, None)[0]
 
 
-class _Step(Mixed):
+class _Step(nn.Module):
     @nn.compact
-    def __call__(self, x, _=None):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return x + super().__call__(x), None
+    def __call__(self, x, _):
+        return x + mix(self, x), None
 
 
 @pytest.mark.parametrize("module", [Mixed(), Scanned()], ids=["alone", "scanned"])
