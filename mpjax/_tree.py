@@ -1,6 +1,7 @@
 """Casts and selections over pytrees."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +71,11 @@ def _convert(tree: ArrayTree, dtype: DType, is_converted: Callable) -> ArrayTree
 def keeps_dtypes(node) -> bool:
     """Whether the dtypes of what is inside are a part of what it means."""
     return getattr(type(node), "keeps_dtypes", False)
+
+
+def opaque(*kinds: type) -> Callable[[Any], bool]:
+    """Says of a node whether arrays in it keep their dtypes, as all do in ``kinds``."""
+    return lambda node: isinstance(node, kinds) or keeps_dtypes(node)
 
 
 def widen(tree: ArrayTree) -> ArrayTree:

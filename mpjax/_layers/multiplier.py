@@ -38,6 +38,7 @@ class Multiplier:
         be of; of a stateful recipe.
       write: takes the scales that are left of a split, for the next use of the product.
       served: is given the names of the products that used the recipe.
+      refused: is given, by the names of products that did not, why.
     """
 
     path: str
@@ -46,6 +47,7 @@ class Multiplier:
     read: Callable[[str, Array | None], ScalingState] = field(compare=False)
     write: Callable[[str, Array], None] = field(compare=False)
     served: set[str] = field(compare=False)
+    refused: dict[str, str] = field(default_factory=dict, compare=False)
 
     def dot_general(
         self,

@@ -165,8 +165,7 @@ class _Planner:
             return None
         first = weights[0]
         avals = [atom.aval for atom in eqn.invars]
-        if any(aval.dtype != self.dtype for aval in avals):
-            return None
+        name = min((given[weights.index(True)] or _LITERAL) - _OTHER)
         shape = avals[weights.index(True)].shape
         if eqn.primitive is dot_general_p:
             contracting, batch = eqn.params["dimension_numbers"]
@@ -179,7 +178,10 @@ class _Planner:
             size = convolution_size(shape, shape[out])
         if self.multiplier.is_small(size):
             return None
-        name = min((given[weights.index(True)] or _LITERAL) - _OTHER)
+        if any(aval.dtype != self.dtype for aval in avals):
+            dtypes = " x ".join(aval.dtype.name for aval in avals)
+            self.multiplier.refused[name] = f"operands {dtypes}"
+            return None
         if self.inside is not None:
             raise ValueError(
                 f"Module {self.multiplier.path!r} multiplies by its parameter {name!r} "
@@ -191,6 +193,12 @@ class _Planner:
             sharding = eqn.params.get("out_sharding")
             check_convolution(self.multiplier.path, self.multiplier.recipe, sharding)
         return _Product(name, first)
+
+
+def same_arrays(one: Any, other: Any) -> bool:
+    """Whether two trees have the same arrays."""
+    (ones, tree), (others, other_tree) = jax.tree.flatten(one), jax.tree.flatten(other)
+    return tree == other_tree and all(a is b for a, b in zip(ones, others, strict=True))
 
 
 def _union(origins: Sequence[_Origin]) -> _Origin:

@@ -9,11 +9,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
-import jax
 
 from mpjax._layers.dtypes import is_of_flax
 from mpjax._layers.multiplier import Multiplier
-from mpjax._layers.own_products import run_own_products
+from mpjax._layers.own_products import run_own_products, same_arrays
 from mpjax._linen.attributes import modules_in
 from mpjax._policies.policy import Policy
 
@@ -88,7 +87,7 @@ def run_with_own_products(
     for col, tree in changed.items():
         for key, value in tree.items():
             before = variables.get(col, {}).get(key)
-            if not _same(before, value):
+            if not same_arrays(before, value):
                 module.put_variable(col, key, value)
     return result
 
@@ -114,9 +113,3 @@ def _copy(counters: dict) -> dict:
 def _is_scope(value: Any) -> bool:
     """Whether a variable is those of a module inside, by its name."""
     return isinstance(value, Mapping)
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Whether two trees have the same arrays."""
-    (ones, tree), (others, other_tree) = jax.tree.flatten(one), jax.tree.flatten(other)
-    return tree == other_tree and all(a is b for a, b in zip(ones, others, strict=True))

@@ -18,6 +18,7 @@ def make_multiplier(
     path: str,
     decision: Decision,
     served: set[str],
+    refused: dict[str, str],
     states: StateStore,
 ) -> Multiplier | None:
     """The products of a bound module; None: its rule has no recipe.
@@ -27,6 +28,7 @@ def make_multiplier(
       path: of the module in the model.
       decision: what the module follows.
       served: is given the names of the products that use the recipe.
+      refused: is given, by the names of other products, why they do not.
       states: of the run.
     """
     recipe = decision.recipe
@@ -34,7 +36,7 @@ def make_multiplier(
         return None
     read = partial(states.read, module, path, recipe)
     write = partial(states.write, module, path)
-    return Multiplier(path, recipe, decision.min_size, read, write, served)
+    return Multiplier(path, recipe, decision.min_size, read, write, served, refused)
 
 
 def replacements_for(module: nn.Module, products: Multiplier) -> dict[str, Any]:

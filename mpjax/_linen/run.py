@@ -17,11 +17,11 @@ from mpjax._linen.cache_keys import CacheKeys
 from mpjax._linen.own_products import run_with_own_products
 from mpjax._linen.recipes import make_multiplier
 from mpjax._linen.states import StateOwner, StateStore
-from mpjax._linen.structure import scope_without_names, structure_of, waits_for_run
+from mpjax._linen.structure import Beginning, structure_of, waits_for_run
 from mpjax._policies.lookup import Matcher
 from mpjax._policies.policy import Policy
 from mpjax._policies.roles import UNKNOWN, Structure
-from mpjax._tree import keeps_dtypes
+from mpjax._tree import opaque
 
 # The policy of the module whose method runs. Traced calls nest, so it is put back on
 # the way out; each thread has its own. It is no context of JAX's, as NNX has one: that
@@ -33,6 +33,7 @@ enclosing_policy: ContextVar[Policy | None] = ContextVar(
 # Where a wrapper leaves what it has seen, for ``tabulate``.
 recording: ContextVar[dict | None] = ContextVar("mpjax_record", default=None)
 _ABSENT = object()
+_is_opaque = opaque(nn.Module, nn.Variable)
 
 
 @functools.cache
@@ -40,10 +41,6 @@ def _is_layer(kind: type, method: str) -> bool:
     """Whether a method is one of Flax's own layers, and none that runs others."""
     function = getattr(kind, method, None)
     return is_of_flax(function, "linen") and not issubclass(kind, nn.Sequential)
-
-
-def _is_opaque(node: Any) -> bool:
-    return isinstance(node, nn.Module | nn.Variable) or keeps_dtypes(node)
 
 
 class Run:
@@ -54,6 +51,7 @@ class Run:
       seen: by path and type, the structure of every module, in order of their first
         calls.
       served: by path, the products that used a recipe.
+      refused: by path, the products of modules themselves that did not, and why.
       marks: in the scopes of the modules.
     """
 
@@ -61,6 +59,7 @@ class Run:
         self.rules = rules
         self.seen: dict[tuple[str, type], Structure] = {}
         self.served: dict[str, set[str]] = {}
+        self.refused: dict[str, dict[str, str]] = {}
         self.marks = CacheKeys(rules, root.scope, enclosing_policy.get)
         self.marks.enter(root)
         self._wrapper = wrapper  # the class of wrappers, which have runs of their own
@@ -75,8 +74,16 @@ class Run:
         self._prefix: str | None = None  # the path of the module whose copy runs
         self._multiplying: set[int] = set()  # ids of modules that have copies
 
-    def intercept(self, method, args, kwargs, context, has_run=False):
-        """Runs one method of one module of the model under the module's policy."""
+    def intercept(self, method, args, kwargs, context, known=None):
+        """Runs one method of one module of the model under the module's policy.
+
+        Args:
+          method: of the module.
+          args: of the method.
+          kwargs: the same, by name.
+          context: of the interceptor.
+          known: the structure of the module; None: it shows now.
+        """
         module, given = context.module, (method, args, kwargs)
         # Flax tries each setup in a scope of another type, at no path of the model.
         if type(module.scope) is not self._scope_type:
@@ -85,10 +92,11 @@ class Run:
         if isinstance(module, self._wrapper):
             return method(*args, **kwargs)
         path, kind = self._path(module), type(module)
-        structure = UNKNOWN
-        if self.rules.asks_structure:
-            inputs = *args, *kwargs.values()
-            structure = structure_of(module, path, inputs, has_run=has_run)
+        structure = UNKNOWN if known is None else known
+        if self.rules.asks_structure and known is None:
+            structure = structure_of(module, path, (*args, *kwargs.values()))
+        waits = waits_for_run(structure) and context.method_name != "setup"
+        beginning = Beginning(module) if waits else None
         self.seen[path, kind] = structure
         decision = self.rules.decision(path, kind, structure)
         policy = None if decision is None else decision.policy
@@ -107,7 +115,8 @@ class Run:
         states, came = self._states, (args, kwargs)
         if decision is not None and policy is not None:
             served = self.served.setdefault(path, set())
-            products = make_multiplier(module, path, decision, served, states)
+            refused = self.refused.setdefault(path, {})
+            products = make_multiplier(module, path, decision, served, refused, states)
             replaced = overrides(module, path, decision, products, name)
             check_real(module, path, policy, name, args, kwargs)
             method = method_under_rule(module, products, policy, name, method)
@@ -145,13 +154,13 @@ class Run:
             enclosing_policy.reset(tokens[0])
             running_method.reset(tokens[1])
             self._inside, states.owner = outside
-        if waits_for_run(structure) and name != "setup":
+        if beginning is not None:
             structure = structure_of(module, path, given[1], has_run=True)
             self.seen[path, kind] = structure
             other = self.rules.decision(path, kind, structure)
-            if other != decision and structure.is_leaf:  # its parameters are made
-                object.__setattr__(module, "scope", scope_without_names(module))
-                return self.intercept(*given, context, has_run=True)
+            if other != decision and structure.is_leaf:
+                beginning.restore()
+                return self.intercept(*given, context, known=structure)
         return result
 
     def _explain(

@@ -2,8 +2,10 @@
 
 import functools
 import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -13,8 +15,10 @@ from mpjax._policies.roles import (
     Structure,
     is_router_class,
     may_be_gate,
+    may_be_in_router,
     may_be_norm,
-    number_of_experts,
+    numbers_of_experts,
+    router_around,
 )
 
 _FEATURES = "features", "out_features", "num_features", "out_dim", "output_dim"
@@ -45,11 +49,14 @@ def structure_of(
     if parent is None:
         return UNKNOWN
     in_router = _is_router_class(type(parent))
-    experts = number_of_experts(vars(parent))
+    known: dict[str, Any] = numbers_of_experts(vars(parent))
     is_named = may_be_gate(path)
-    if not (in_router or experts or is_named):
+    has_router = may_be_in_router(path)
+    if not (in_router or any(known.values()) or is_named or has_router):
         return UNKNOWN
-    known = {"parent": type(parent), "experts": experts}
+    known["parent"] = type(parent)
+    if has_router:
+        known["router"] = router_around(_around(module))
     features = _features(module, args)
     if features is None and is_named:  # it may have a kernel of its own
         if waits := _waits(module, has_run):
@@ -66,15 +73,58 @@ def waits_for_run(structure: Structure) -> bool:
     return structure is _NOT_MADE
 
 
-def scope_without_names(module: nn.Module) -> Any:
-    """The scope of a module, for a second run that reads what the first has made."""
-    scope: Any = module.scope
-    return scope.rewound()
+class Beginning:
+    """What a bound module has before it runs in ``init``, to run once more from there.
+
+    The second run makes the parameters again, with the same keys, and enters state,
+    what it sows and random keys once.
+    """
+
+    def __init__(self, module: nn.Module):
+        scope: Any = module.scope
+        self._module = module
+        self._variables = _copied(module.variables)
+        self._counters = _copied(scope.rng_counters)
+
+    def restore(self) -> None:
+        """Undoes a run of the module."""
+        scope: Any = self._module.scope
+        with flax.config.temp_flip_flag("return_frozendict", False):
+            variables: Any = self._module.variables  # which can be changed
+        for collection, now in variables.items():
+            _set(now, self._variables.get(collection, {}))
+        _set(scope.rng_counters, self._counters)
+        object.__setattr__(self._module, "scope", scope.rewound())
+
+
+def _copied(tree: Any) -> Any:
+    is_tree = isinstance(tree, Mapping)
+    return {key: _copied(value) for key, value in tree.items()} if is_tree else tree
+
+
+def _set(tree: Any, before: Mapping[Any, Any]) -> None:
+    """Gives a dict what it had, in place: variables and scopes refer to it."""
+    for key in tree.keys() - before.keys():
+        del tree[key]
+    for key, value in before.items():
+        now = tree.get(key)
+        if isinstance(value, Mapping) and isinstance(now, Mapping):
+            _set(now, value)
+        elif now is not value:
+            tree[key] = value
 
 
 def _waits(module: nn.Module, has_run: bool) -> Structure | None:
     is_made = has_run or not module.is_initializing()
     return None if is_made or module.variables.get("params") else _NOT_MADE
+
+
+def _around(module: nn.Module) -> Iterator[tuple[str, type]]:
+    """The names and classes of the modules around one, the nearest first."""
+    above = module.parent
+    while isinstance(above, nn.Module):
+        yield above.name or "", type(above)
+        above = above.parent
 
 
 def _own(module: nn.Module) -> tuple[list[tuple[int, ...]], bool]:

@@ -7,7 +7,7 @@ import jax
 from flax.traverse_util import flatten_dict
 
 from mpjax._checks import check_instance
-from mpjax._layers.table import layer_table
+from mpjax._layers.table import layer_table, notes_of
 from mpjax._linen.run import Run, recording
 
 
@@ -70,9 +70,19 @@ def tabulate(model: nn.Module, rngs: Any, *args: Any, **kwargs: Any) -> str:
         last = dict(run.seen.keys())  # two may share a path, and its parameters
         for (path, kind), structure in run.seen.items():
             full = (*root, *filter(None, path.split("/")))
-            own = [leaf for names, leaf in params.items() if names[:-1] == full]
-            own = jax.tree.leaves(own) if last[path] is kind else []
+            named = [
+                (names[-1], leaf)
+                for names, boxed in params.items()
+                for leaf in jax.tree.leaves(boxed)
+                if names[:-1] == full and last[path] is kind
+            ]
+            own = [leaf for _, leaf in named]
             decision = run.rules.decision(path, kind, structure)
             recipe = decision.recipe if decision and run.served.get(path) else None
-            rows.append(("/".join(full), kind, decision, recipe, own))
+            inside = f"{path}/" if path else ""
+            has_modules = any(p != path and p.startswith(inside) for p in last)
+            refused = sorted(run.refused.get(path, {}).items())
+            notes = [f"{product}: {why}" for product, why in refused]
+            notes += notes_of(kind, decision, named, has_modules)
+            rows.append(("/".join(full), kind, decision, recipe, own, notes))
     return layer_table(rows)

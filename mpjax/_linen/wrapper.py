@@ -169,7 +169,8 @@ class MixedPrecision(nn.Module):
             run.marks.clear()
         if run.seen:  # a method without layers, or a trace from a cache, shows none
             known = functools.partial(_variable_paths, module.variables)
-            rules.check_all_used(list(run.seen), known, run.served, run.seen)
+            served, refused = run.served, run.refused
+            rules.check_all_used(list(run.seen), known, served, run.seen, refused)
         if record is not None:
             record[module.path] = run
         return result

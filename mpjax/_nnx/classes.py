@@ -24,7 +24,7 @@ from mpjax._layers.dtypes import (
 from mpjax._layers.errors import mixed_dtypes, no_pytree
 from mpjax._layers.region import Exit, RunningMethod, running_method, running_policy
 from mpjax._layers.results import NoPytreeError
-from mpjax._nnx.hooks import derive
+from mpjax._nnx.hooks import bare_type, derive
 from mpjax._nnx.parameters import map_params, reader_for, unwrap_for_storage
 from mpjax._nnx.recipes import (
     hook_names,
@@ -36,17 +36,14 @@ from mpjax._nnx.scope_names import note, running_path, scope
 from mpjax._nnx.sums import shown_attributes, summing_method
 from mpjax._policies.lookup import Decision
 from mpjax._policies.policy import Policy, spelled_like
-from mpjax._tree import cast_floating, keeps_dtypes
+from mpjax._tree import cast_floating, opaque
+
+_is_opaque = opaque(nnx.Pytree, nnx.Variable)
 
 
 def decision_of(module) -> Decision | None:
     """What a module follows; None: it is bare, or left alone."""
     return getattr(type(module), "_mpjax_decision", None)
-
-
-def bare_type(module) -> type:
-    """The class of a module without a rule."""
-    return getattr(type(module), "_mpjax_bare_type", type(module))
 
 
 def set_type(module, decision: Decision | None) -> None:
@@ -250,10 +247,6 @@ def _cast(tree, dtype):
 
 def _is_node(value) -> bool:
     return isinstance(value, nnx.Pytree | nnx.Variable)
-
-
-def _is_opaque(value) -> bool:
-    return _is_node(value) or keeps_dtypes(value)
 
 
 def computes_in_a_dtype(module) -> bool:

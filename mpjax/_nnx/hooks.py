@@ -25,6 +25,11 @@ from mpjax._layers.dtypes import is_of_flax
 _MARK = "_mpjax_key"  # in the namespace of the classes that mpjax derives
 
 
+def bare_type(module: Any) -> type:
+    """The class of a module without a rule."""
+    return getattr(type(module), "_mpjax_bare_type", type(module))
+
+
 def derive(bare: type, is_pytree: bool, namespace: Mapping[str, Any]) -> type:
     """A subclass of a module class, which no ``__init_subclass__`` of a model sees.
 

@@ -17,12 +17,8 @@ from flax import nnx
 from mpjax._layers.dtypes import any_complex, complex_error
 from mpjax._layers.table import unserved_reason
 from mpjax._nnx.attention import attention
-from mpjax._nnx.classes import (
-    bare_type,
-    computes_in_a_dtype,
-    decision_of,
-    set_type,
-)
+from mpjax._nnx.classes import computes_in_a_dtype, decision_of, set_type
+from mpjax._nnx.hooks import bare_type
 from mpjax._nnx.layers import is_inside, layers_by_path
 from mpjax._nnx.parameters import cast_stored, own_params
 from mpjax._nnx.recipes import served_product_names

@@ -14,7 +14,8 @@ from flax import nnx
 
 from mpjax._layers.dtypes import is_of_flax
 from mpjax._layers.multiplier import Multiplier
-from mpjax._layers.own_products import run_own_products
+from mpjax._layers.own_products import run_own_products, same_arrays
+from mpjax._nnx.hooks import bare_type
 from mpjax._nnx.parameters import own_params
 from mpjax._policies.policy import Policy
 
@@ -52,7 +53,7 @@ def run_with_own_products(
     """
     own = _own(module)
     is_copy = any(module is copy for copy in _copies.get())
-    if not own or is_copy or is_of_flax(products_kind(module), "nnx"):
+    if not own or is_copy or is_of_flax(bare_type(module), "nnx"):
         return function(module, *args, **kwargs)
     graph, state = nnx.split(module)
     flat = dict(nnx.to_flat_state(state))
@@ -80,14 +81,9 @@ def run_with_own_products(
     for (path, variable), value in zip(made[-1].items(), written, strict=True):
         if path not in flat:
             setattr(_at(module, path[:-1]), path[-1], variable.copy(value))
-        elif not _same(value, values[path]):
+        elif not same_arrays(value, values[path]):
             _variable(module, path).set_value(value)
     return result
-
-
-def products_kind(module: Any) -> type:
-    """The class of a module without its policy."""
-    return getattr(type(module), "_mpjax_bare_type", type(module))
 
 
 @contextlib.contextmanager
@@ -125,10 +121,3 @@ def _at(node: Any, path: tuple) -> Any:
 def _variable(module: Any, path: tuple) -> Any:
     nodes = {p: n for p, n in nnx.iter_graph(module) if p == path}
     return nodes[path]
-
-
-def _same(one: Any, other: Any) -> bool:
-    ones, others = jax.tree.leaves(one), jax.tree.leaves(other)
-    return len(ones) == len(others) and all(
-        a is b for a, b in zip(ones, others, strict=True)
-    )

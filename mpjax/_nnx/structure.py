@@ -1,13 +1,13 @@
 """What an NNX module shows of its structure, for rules with roles."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 from flax import nnx
 
-from mpjax._nnx.classes import bare_type
+from mpjax._nnx.hooks import bare_type
 from mpjax._nnx.parameters import own_params
 from mpjax._nnx.states import stacked_axes
 from mpjax._policies.roles import (
@@ -15,8 +15,10 @@ from mpjax._policies.roles import (
     Structure,
     is_router_class,
     may_be_gate,
+    may_be_in_router,
     may_be_norm,
-    number_of_experts,
+    numbers_of_experts,
+    router_around,
 )
 
 
@@ -50,7 +52,7 @@ def structures_of(
             )
             structure = Structure(is_leaf=path not in with_children, axes=axes)
         elif path in around:
-            structure = _of_layer(path, modules, modules[around[path]])
+            structure = _of_layer(path, modules, around)
         else:
             structure = UNKNOWN
         found[path, kind] = structure
@@ -71,14 +73,24 @@ def _axes(path: str, modules: Mapping[str, nnx.Pytree], param: nnx.Param) -> int
 
 
 def _of_layer(
-    path: str, modules: Mapping[str, nnx.Pytree], parent: nnx.Pytree
+    path: str, modules: Mapping[str, nnx.Pytree], around: Mapping[str, str]
 ) -> Structure:
-    in_router = is_router_class(bare_type(parent))
-    experts = number_of_experts(vars(parent))
-    if not (in_router or experts or may_be_gate(path)):
+    parent = modules[around[path]]
+    known: dict[str, Any] = numbers_of_experts(vars(parent))
+    in_router, has_router = is_router_class(bare_type(parent)), may_be_in_router(path)
+    if not (in_router or any(known.values()) or may_be_gate(path) or has_router):
         return UNKNOWN
-    features = _features(path, modules)
-    return Structure(features=features, parent=bare_type(parent), experts=experts)
+    known["parent"] = bare_type(parent)
+    if has_router:
+        known["router"] = router_around(_above(path, modules))
+    return Structure(features=_features(path, modules), **known)
+
+
+def _above(path: str, modules: Mapping[str, nnx.Pytree]) -> Iterator[tuple[str, type]]:
+    """The names and classes of the modules around one, the nearest first."""
+    while path := path.rpartition("/")[0]:  # one may be a list of modules
+        kind = bare_type(modules[path]) if path in modules else list
+        yield path.rpartition("/")[2], kind
 
 
 def _features(path: str, modules: Mapping[str, Any]) -> tuple[int, int] | None:

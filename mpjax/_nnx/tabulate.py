@@ -3,8 +3,9 @@
 import jax
 from flax import nnx
 
-from mpjax._layers.table import layer_table
+from mpjax._layers.table import layer_table, notes_of
 from mpjax._nnx.classes import decision_of
+from mpjax._nnx.hooks import bare_type
 from mpjax._nnx.layers import layers_by_path
 from mpjax._nnx.parameters import own_params
 
@@ -42,10 +43,20 @@ def tabulate(model: nnx.Module) -> str:
             f"{type(model).__name__}. For a Linen module use mpjax.linen.tabulate."
         )
     rows = []
-    for path, nodes in layers_by_path(model).items():
-        values = [p.get_raw_value() for node in nodes for _, p in own_params(node)]
-        arrays = [leaf for leaf in jax.tree.leaves(values) if hasattr(leaf, "shape")]
+    layers = layers_by_path(model)
+    for path, nodes in layers.items():
+        named = [
+            (name.rpartition("/")[2], leaf)
+            for node in nodes
+            for name, param in own_params(node)
+            for leaf in jax.tree.leaves(param.get_raw_value())
+            if hasattr(leaf, "shape")
+        ]
+        arrays = [leaf for _, leaf in named]
+        inside = f"{path}/" if path else ""
+        has_modules = any(p != path and p.startswith(inside) for p in layers)
         decision = decision_of(nodes[0])
         recipe = None if decision is None else decision.recipe
-        rows.append((path, type(nodes[0]), decision, recipe, arrays))
+        notes = list(notes_of(bare_type(nodes[0]), decision, named, has_modules))
+        rows.append((path, type(nodes[0]), decision, recipe, arrays, notes))
     return layer_table(rows)

@@ -119,6 +119,7 @@ class Matcher:
         known: Callable[[], Iterable[str]] = tuple,
         served: Mapping[str, Collection[str]] | None = None,
         structures: Mapping[tuple[str, type], Structure] | None = None,
+        refused: Mapping[str, Mapping[str, str]] | None = None,
     ) -> None:
         """Raises when a rule that is not optional does nothing.
 
@@ -127,6 +128,7 @@ class Matcher:
           known: gives further paths, of modules whose types are not known.
           served: by path, the products that use a recipe; None: not known.
           structures: of modules, by path and type.
+          refused: by path, products that might have used one, and why they do not.
 
         Raises:
           ValueError: a rule decides for no module, or its recipe serves no product;
@@ -157,14 +159,25 @@ class Matcher:
             if any(map(rule.matches_path, others)):
                 continue
             if index in idle:
-                raise ValueError(f"{rule} {self._why_unserved(index, modules)}")
+                raise ValueError(
+                    f"{rule} {self._why_unserved(index, modules, refused)}"
+                )
             raise ValueError(
                 f"{rule} {self._why_unused(index, modules, others)} A rule that may "
                 "match nothing takes optional=True."
             )
 
-    def _why_unserved(self, index, modules) -> str:
-        types = {t.__name__ for path, t, s in modules if self.find(path, t, s) == index}
+    def _why_unserved(self, index, modules, refused) -> str:
+        matched = [module for module in modules if self.find(*module) == index]
+        for path, *_ in matched:
+            for product, why in (refused or {}).get(path, {}).items():
+                return (
+                    f"has a recipe and serves no product: that of {product!r} in "
+                    f"{path!r} has {why}. Cast both to the compute dtype of the rule "
+                    "where the module multiplies; optional=True allows a recipe to "
+                    "serve nothing."
+                )
+        types = {kind.__name__ for _, kind, _ in matched}
         min_size = self._expanded[index][-1][0].min_size
         small = f" Products below min_size={min_size} go without it."
         return (

@@ -352,3 +352,23 @@ def test_the_field_needs_a_recipe():
     with pytest.raises(ValueError, match=r"own_products say which.*has none"):
         mpjax.Rule(".*", "mixed_bfloat16", own_products=True)
     assert mpjax.Rule(".*", "mixed_float8", own_products=True).own_products
+
+
+def test_a_linen_table_says_why_a_product_was_refused():
+    """An operand became float32, and the weight with it: nothing casts it back."""
+
+    def function(p, x):
+        wide = x.astype(jnp.float32) * jnp.ones((8, 1))
+        out = jnp.einsum("bd,df->bf", wide, p["w"].astype(wide.dtype))
+        return out + (x @ p["v"]).astype(out.dtype) if "v" in p else out
+
+    rules = rule(CURRENT, own_products=True)
+    module = LinenOwn((("w", (16, 32)), ("v", (16, 32))), function)
+    mixed = mpjax.linen.MixedPrecision(module, rules)
+    table = mpjax.linen.tabulate(mixed, jax.random.key(0), X)
+    assert "w: operands float32 x float32" in table and "v:" not in table
+    assert "current" in table
+    module = LinenOwn((("w", (16, 32)),), function)
+    with pytest.raises(ValueError, match=r"that of 'w' in '' has operands float32 x"):
+        mixed = mpjax.linen.MixedPrecision(module, rules)
+        jax.eval_shape(mixed.init, jax.random.key(0), X)

@@ -9,8 +9,11 @@ from mpjax._policies.roles import (
     UNKNOWN,
     Structure,
     may_be_gate,
+    may_be_in_router,
     may_be_norm,
-    number_of_experts,
+    numbers_of_experts,
+    out_of_reach,
+    router_around,
 )
 from mpjax._policies.rule import read_rules
 
@@ -24,8 +27,14 @@ def kind(name, base=object, module="model"):
     return type(name, (base,), {"__module__": module})
 
 
-def layer(takes, gives, parent="Block", experts=None):
-    return Structure(features=(takes, gives), parent=kind(parent), experts=experts)
+def layer(takes, gives, parent="Block", experts=None, config=None, router=None):
+    return Structure(
+        features=(takes, gives),
+        parent=kind(parent),
+        experts=experts,
+        experts_of_config=config,
+        router=router,
+    )
 
 
 # Path, class and structure of layers; their role, under the rules of a preset.
@@ -81,10 +90,10 @@ ROUTERS = [
     ("layers/0/mlp/gate", "Linear", layer(2048, 128, "MLP"), "router_layer"),
     ("layers/0/mlp/gate", "Linear", layer(16, 8, "Qwen3MoeBlock"), "router_layer"),
     ("block_sparse_moe/gate", "Linear", layer(4096, 8), "router_layer"),
-    ("mlp/router/classifier", "Dense", layer(768, 8), "router_layer"),
+    ("mlp/router/classifier", "Dense", layer(768, 8, router="router"), "router_layer"),
     ("decoder/layers/MoeBlock_0/gate", "GateLogit", layer(512, 8), "router"),
     ("mlp/router", "NoisyTopExpertsPerItemRouter", BLOCK, "router"),
-    ("mlp/router/router_weights/w", "DenseGeneral", layer(768, 8), "router_layer"),
+    ("router/router_weights/w", "Dense", layer(768, 8, router="r"), "router_layer"),
     ("mlp/gate", "DeepseekV3TopkRouter", BLOCK, "router"),
     ("ffn/gate", "TopKGating", BLOCK, "router"),
     ("ffn/gate", "Top2Gating", BLOCK, "router"),
@@ -94,6 +103,39 @@ ROUTERS = [
     ("moe/switch", "Dense", layer(64, 4, "SwitchFFN"), "router_layer"),
     ("moe/Dense_0", "Dense", layer(64, 4, "MoE", experts=4), "router_layer"),
     ("moe/Dense_1", "Dense", layer(64, 128, "MoE", experts=4), None),
+    ("moe/gate_logits", "Dense", layer(64, 4, "Layer", experts=4), "router_layer"),
+    ("moe/logits", "Dense", layer(64, 4, "MoE", experts=4), "router_layer"),
+    # As many features as there are experts, by chance.
+    ("mlp/gate", "Dense", layer(16, 8, config=8), "router_layer"),
+    ("moe/Dense_0", "Dense", layer(16, 8, "SparseMoeBlock", config=8), "router_layer"),
+    ("attention/lora_a", "Dense", layer(64, 8, "Attention", config=8), None),
+    ("attention/k_proj", "Dense", layer(64, 8, "Attention", config=8), None),
+    ("self_attn/Dense_0", "Dense", layer(64, 8, "Layer", experts=8), None),
+    ("moe/lora_a", "Dense", layer(64, 8, "MoeBlock", experts=8), None),
+    ("mlp/lora/Dense_0", "Dense", layer(64, 8, "LoRA", config=8), None),
+    ("moe/q_rope", "Dense", layer(64, 8, "MoeBlock", experts=8), None),
+    ("moe/up_proj", "Dense", layer(64, 8, "MoeBlock", experts=8), None),
+    ("moe/experts/0/down", "Dense", layer(64, 8, "MLP", config=8), None),
+    ("moe/experts/0/gate", "Linear", layer(64, 8, "MLP", config=8), None),
+    ("adapter/down", "Dense", layer(64, 8, "Adapter", config=8), None),
+    ("layers_0/mix", "Dense", layer(64, 8, "DecoderLayer", config=8), None),
+    ("head", "Dense", layer(64, 8, "MoETransformer", config=8), "end"),
+    ("head", "Dense", layer(64, 8, "MoETransformer", experts=8), "end"),
+    # Modules that are called after the router in them.
+    ("routing", "RoutingTransformer", BLOCK, None),
+    ("routing/mlp", "Dense", layer(64, 64, "RoutingTransformer"), None),
+    ("token_router", "MoELayer", BLOCK, None),
+    ("token_router/up", "Dense", layer(64, 64, "MoELayer"), None),
+    ("token_router/gate", "Dense", layer(64, 4, "MoELayer"), "router_layer"),
+    ("router/expert_0", "Dense", layer(64, 64, router="router"), None),
+    ("router/up", "Dense", layer(64, 256, router="router"), None),
+    ("router", "MLP", BLOCK, "router_layer"),
+    (
+        "ffn/Dense_0",
+        "Dense",
+        layer(64, 8, "ExpertChoiceFFN", experts=8),
+        "router_layer",
+    ),
     # Units that are called after gates and route nothing.
     ("blocks_0/sgu", "SpatialGatingUnit", BLOCK, None),
     ("blocks_0", "GatingMlpBlock", BLOCK, None),
@@ -147,6 +189,12 @@ def test_roles_of_layers_of_public_models(table):
     assert found == table
 
 
+def test_a_class_derived_from_a_larger_one_is_larger():
+    base = kind("MoELayer")
+    assert role(mpjax.preset("half"), "router", "Mine", BLOCK, base=base) is None
+    assert router_around([("router", kind("Mine", base))]) is None
+
+
 def test_the_table_has_sixty_names():
     assert len({row[:2] for row in (*NORMS, *ROUTERS, *ENDS)}) >= 60
 
@@ -183,6 +231,7 @@ def test_only_ambiguous_names_ask_for_structure():
     assert not any(may_be_norm(kind(name)) for name in ("Dense", "Block", "Normalize"))
     gates = "mlp/gate", "gating", "moe/gate_logits", "a/expert_gate", "wg", "Switch_0"
     assert all(map(may_be_gate, gates))
+    assert may_be_in_router("moe/router/out") and not may_be_in_router("moe/router")
     others = "mlp/gate_proj", "forget_gate", "up", "gate/Dense_0", "head_gate"
     assert not any(map(may_be_gate, others))
 
@@ -217,19 +266,59 @@ class Config:
 
 
 @pytest.mark.parametrize(
-    ("fields", "count"),
+    ("fields", "counts"),
     [
-        ({"num_experts": 8, "num_experts_per_tok": 2}, 8),
-        ({"config": Config(n_routed_experts=64)}, 64),
-        ({"cfg": {"num_local_experts": 4}}, 4),
-        ({"num_experts": 1}, None),
-        ({"experts": [object()]}, None),
-        ({"num_experts": None, "config": Config(num_experts="8")}, None),
-        ({"num_heads": 8, "config": 3}, None),
+        ({"num_experts": 8, "num_experts_per_tok": 2}, (8, None)),
+        ({"config": Config(n_routed_experts=64)}, (None, 64)),
+        ({"cfg": {"num_local_experts": 4}, "n_experts": 2}, (2, 4)),
+        ({"num_experts": 1}, (None, None)),
+        ({"experts": [object()]}, (None, None)),
+        ({"num_experts": None, "config": Config(num_experts="8")}, (None, None)),
+        ({"num_heads": 8, "config": 3}, (None, None)),
     ],
 )
-def test_the_number_of_experts_is_a_field_of_the_module_around(fields, count):
-    assert number_of_experts(fields) == count
+def test_the_number_of_experts_is_a_field_of_the_module_around(fields, counts):
+    assert tuple(numbers_of_experts(fields).values()) == counts
+
+
+@pytest.mark.parametrize(
+    ("around", "router"),
+    [
+        ("router:MLP moe:MoE", "router"),
+        ("layers:list mlp:MLP router:Module moe:MoE", "router"),
+        ("mlp:MLP routing:RoutingTransformer", None),
+        ("up:MLP token_router:MoELayer", None),
+        ("expert_0:MLP router:Module", None),
+        ("layers_0:EncoderLayer router:Module", None),
+        ("mlp:MLP block:Block", None),
+        ("router:TopKExpertsRouter", "router"),
+        ("router:RouterBlock", "router"),
+        ("router:RouterMoEBlock", None),
+    ],
+)
+def test_a_router_is_around_unless_larger_modules_are_between(around, router):
+    pairs = (pair.split(":") for pair in around.split())
+    assert router_around((name, kind(of)) for name, of in pairs) == router
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes", "has_modules", "notes"),
+    [
+        ("AdaLayerNorm", {}, True, ["a norm by name only"]),
+        ("AdaLayerNorm", {"scale": (8,)}, False, []),
+        ("FlaxEncoderLayerStableLayerNorm", {}, True, []),
+        ("PreNorm", {}, True, []),
+        ("Block", {"kernel": (8, 8)}, True, []),
+        ("Block", {"router_weights": (2, 64, 8)}, True, ["parameter router_weights"]),
+        ("SparseMoeBlock", {"gate": (64, 8)}, False, ["parameter gate"]),
+        ("SparseMoeBlock", {"gate": (64, 128)}, False, []),
+        ("MoE", {"gate": (8, 64, 8), "wi": (64, 8)}, False, []),
+        ("MLP", {"gate": (64, 8)}, False, []),
+    ],
+)
+def test_what_no_role_reaches_is_told(name, shapes, has_modules, notes):
+    found = list(out_of_reach(kind(name), shapes, has_modules))
+    assert [note.removesuffix(" in 16 bits") for note in found] == notes
 
 
 def test_rules_may_ask_for_a_role():
