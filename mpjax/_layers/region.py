@@ -1,11 +1,13 @@
 """The module whose method runs, and how its results leave it."""
 
+from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 
+from mpjax._layers.loops import arrays_of_loop
 from mpjax._layers.results import (
     Given,
     Opaque,
@@ -27,12 +29,27 @@ class RunningMethod(NamedTuple):
     Attributes:
       module: the module, or what tells it from others.
       trace: in which it runs.
-      given: its arguments, as it got them.
+      frame: the `frame_id` of its call.
     """
 
     module: Any
     trace: Any
-    given: Given
+    frame: int
+
+
+def loop_between(outer: RunningMethod | None, trace: Any) -> Sequence | None:
+    """What a loop or a branch in the method around a module has handed to its body.
+
+    Args:
+      outer: the method around the module; None: there is none.
+      trace: in which the module runs.
+
+    Returns:
+      As `arrays_of_loop`; None if the module does not run in a loop.
+    """
+    if outer is None or outer.trace == trace:
+        return None
+    return arrays_of_loop(outer.frame)
 
 
 running_method: ContextVar[RunningMethod | None] = ContextVar(
@@ -48,8 +65,7 @@ class Exit:
       policy: of the module; None: it is left alone.
       around: the policy of the module around it; None: that has none, or there is none.
       outer: the method of the module around it; None: there is none.
-      in_loop: whether it runs in a function that the module around it has given to a
-        transformation of JAX.
+      handed: by the loop in whose body the module around it calls it; None: by none.
       cast_outputs: whether the rule of the module lets results be cast.
       is_new: whether a result is new, unless a loop needs it to be a carry: of Flax's
         own layers, and of methods that a module calls on itself.
@@ -58,7 +74,7 @@ class Exit:
     policy: Policy | None
     around: Policy | None
     outer: RunningMethod | None
-    in_loop: bool
+    handed: Sequence[jax.Array] | None
     cast_outputs: bool
     is_new: bool
 
@@ -75,9 +91,9 @@ class Exit:
         """
         if result is None:
             return None
-        policy, casts, in_loop = self.policy, self.cast_outputs, self.in_loop
-        if in_loop and self.outer is not None:
-            given = carried(given, self.outer.given, opaque)
+        policy, casts, in_loop = self.policy, self.cast_outputs, False
+        if self.handed is not None:
+            in_loop, given = True, carried(given, self.handed, opaque)
         if policy is None:
             if self.around is None or not in_loop:
                 return result

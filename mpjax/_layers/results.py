@@ -10,7 +10,7 @@ function for each of three places.
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -35,8 +35,8 @@ def inside_region(
     Args:
       result: a pytree.
       given: positional and named arguments, as the module got them.
-      in_loop: whether the module runs in a function that the module around it has given
-        to a transformation of JAX: a loop or a branch, whose types must agree.
+      in_loop: whether the module runs in a loop or a branch of the module around it,
+        whose types must agree.
       may_be_stream: whether a result that is a single array may be a carry.
       opaque: says which nodes are no arrays to a front end, whatever is in them.
     """
@@ -96,35 +96,52 @@ def of_model(result: Any, given: Given, output_dtype: np.dtype, opaque: Opaque) 
     return _cast(result, matches, output_dtype, True, opaque)
 
 
-def carried(given: Given, around: Given, opaque: Opaque) -> Given:
-    """The arguments of a module in a loop, with the carry that the loop was given.
+def carried(given: Given, handed: Sequence[jax.Array], opaque: Opaque) -> Given:
+    """The arguments of a module in a loop, as the loop has handed them to its body.
 
-    The body of a loop may have widened it before it called the module, as a reset to
-    float32 zeros does. If the method around the loop takes several arguments, one that
-    resembles an argument of the module is what the loop has begun with.
+    The body may have widened the carry before it called the module, as a reset to
+    float32 zeros does: an array that the body has made, and that is wider than the
+    first one of its shape that the loop has handed to it, counts as that.
 
     Args:
       given: positional and named arguments of the module.
-      around: those of the method that runs the loop.
+      handed: the arrays that the loop has given to its body, the carry first.
       opaque: as of `inside_region`.
+
+    Returns:
+      The arguments, the carry first, and what the loop has not handed last, the
+      narrowest first.
     """
-    others = [other for other in _in_order(around) if not _is_static(other)]
-    if len(others) < 2:
-        return given
+    places = {id(array): place for place, array in enumerate(handed)}
+    last = len(handed)
 
-    def first(argument):
-        for other in others:
-            if _alike(argument, other, opaque) and _is_narrower(other, argument):
-                return other
-        return argument
+    def as_handed(leaf):
+        """A leaf and its place among what the loop has handed."""
+        if opaque(leaf) or not (isinstance(leaf, _ARRAYS) and is_castable(leaf)):
+            return leaf, last
+        if id(leaf) in places:
+            return leaf, places[id(leaf)]
+        for place, array in enumerate(handed):
+            if array.shape == leaf.shape and is_castable(array):
+                if array.dtype.itemsize <= leaf.dtype.itemsize:
+                    return array, place
+                break
+        return leaf, last
 
-    args, kwargs = given
-    return tuple(map(first, args)), {name: first(a) for name, a in kwargs.items()}
+    found = []
+    for argument in _in_order(given):
+        leaves, tree = jax.tree.flatten(argument, is_leaf=opaque)
+        pairs = [as_handed(leaf) for leaf in leaves]
+        place = min((place for _, place in pairs), default=last)
+        new = tree.unflatten(leaf for leaf, _ in pairs)
+        found.append(((place, _bytes(leaves) if place == last else 0), new))
+    found.sort(key=lambda pair: pair[0])
+    return tuple(argument for _, argument in found), {}
 
 
-def _is_narrower(one: Any, two: Any) -> bool:
-    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True)
-    return any(a.dtype.itemsize < b.dtype.itemsize for a, b in pairs)
+def _bytes(leaves: list) -> int:
+    """Of the widest floating array among leaves."""
+    return max((leaf.dtype.itemsize for leaf in leaves if is_castable(leaf)), default=0)
 
 
 # Which argument a result resembles, by the place of the result; None: all of it.
