@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mpjax._tree import cast_floating, is_castable
@@ -82,9 +83,10 @@ def at_border(
 def of_model(result: Any, given: Given, output_dtype: np.dtype, opaque: Opaque) -> Any:
     """The result of a module that no other one has called.
 
-    If it takes several arguments and returns several results, each of these that
-    resembles an argument is state which goes through the model, and leaves in the dtype
-    in which it came. All else, and a single array, gets the output dtype.
+    If it reads several arguments, or one of several parts, and returns several results,
+    each of these that resembles an argument is state which goes through the model, and
+    leaves in the dtype in which it came. All else, and a single array, gets the output
+    dtype.
 
     Args:
       result: a pytree.
@@ -144,6 +146,8 @@ def _bytes(leaves: list) -> int:
     return max((leaf.dtype.itemsize for leaf in leaves if is_castable(leaf)), default=0)
 
 
+# The names of an argument, or its place, and the argument.
+_Named: TypeAlias = tuple[set, Any]
 # Which argument a result resembles, by the place of the result; None: all of it.
 _Matches: TypeAlias = dict[int | None, Any]
 
@@ -176,9 +180,14 @@ def _first_match(
 
 def _all_matches(result: Any, given: Given, opaque: Opaque) -> _Matches:
     args, kwargs = given
-    arguments = [({i}, a) for i, a in enumerate(args) if not _is_static(a)]
-    arguments += [({name}, a) for name, a in kwargs.items() if not _is_static(a)]
-    if len(arguments) < 2 or isinstance(result, _ARRAYS):
+    arguments: list[_Named] = [({i}, a) for i, a in enumerate(args)]
+    arguments += [({name}, a) for name, a in kwargs.items()]
+    read = _read_by_model(arguments, opaque)
+    if len(read) == 1:  # a batch, maybe with state in it
+        names, parts, _ = _children(read[0][1], opaque)
+        arguments = list(zip(names, parts, strict=True))
+        read = _read_by_model(arguments, opaque)
+    if len(read) < 2 or isinstance(result, _ARRAYS):
         return {}
     for _, argument in arguments:
         if _alike(result, argument, opaque):
@@ -199,8 +208,28 @@ def _all_matches(result: Any, given: Given, opaque: Opaque) -> _Matches:
     return matches
 
 
-def _is_static(argument: Any) -> bool:
-    return isinstance(argument, bool | int | float | str)
+def _read_by_model(arguments: list[_Named], opaque: Opaque) -> list[_Named]:
+    """Arguments with arrays of numbers, neither options, masks nor random keys.
+
+    An integer alone is an option as well, unless it comes first, as a token does.
+    """
+
+    def is_read(leaf, may_be_integer):
+        if opaque(leaf) or not isinstance(leaf, _ARRAYS):
+            return False
+        if leaf.dtype == np.uint32 and leaf.shape[-1:] == (2,):  # a random key
+            return False
+        is_integer = jnp.issubdtype(leaf.dtype, np.integer)
+        return is_castable(leaf) or (is_integer and may_be_integer(leaf))
+
+    return [
+        (names, argument)
+        for place, (names, argument) in enumerate(arguments)
+        if any(
+            is_read(leaf, lambda leaf, first=place == 0: first or leaf.ndim > 0)
+            for leaf in jax.tree.leaves(argument, is_leaf=opaque)
+        )
+    ]
 
 
 def _children(result: Any, opaque: Opaque) -> tuple[list[set], list[Any], Any]:

@@ -1,6 +1,7 @@
 """What leaves a model in the dtype in which it came, and what in the output dtype."""
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -52,10 +53,8 @@ def test_results_of_a_model_that_resemble_arguments_are_state():
     state = {"h": shape(3, dtype=F16), "c": shape(3)}
     found = model_result((dict(state, h=shape(3)), logits), state, x)
     assert found == ({"h": F16, "c": F32}, F32)
-    assert model_result({"a": new, "b": x}, {"a": cache, "b": x}, 1.0) == {
-        "a": F32,
-        "b": F32,
-    }  # one argument is what the model reads
+    both = {"a": cache, "b": x}
+    assert model_result({"a": new, "b": x}, both, 1.0) == {"a": BF16, "b": F32}
     batch = {"x": x, "cache": cache}
     found = model_result({"cache": new, "y": logits}, batch, None)
     assert found == {"cache": BF16, "y": F32}
@@ -65,6 +64,49 @@ def test_a_single_array_is_the_models_own():
     images = shape(2, 8, dtype=BF16)
     assert model_result(images, images, shape(2)) == F32
     assert model_result((images, images), images, True) == (F32, F32)
+
+
+def test_what_a_model_reads_is_one_argument_however_many_options_it_has():
+    images, y = shape(2, 8, dtype=BF16), shape(2, 3, dtype=BF16)
+    options = (
+        None,
+        jax.random.key(0),
+        jax.random.PRNGKey(0),
+        shape(2, dtype=jnp.bool_),
+        shape(dtype=jnp.int32),
+        3,
+        {},
+        {"dropout": jax.random.key(0)},
+    )
+    for option in options:
+        assert model_result((images, y), images, option) == (F32, F32), option
+        assert model_result((images, y), images, option=option) == (F32, F32)
+        assert model_result((images, y), {"x": images}, option) == (F32, F32)
+    # Tokens and a state are two, whichever comes first.
+    tokens, token = shape(2, 5, dtype=jnp.int32), shape(dtype=jnp.int32)
+    assert model_result((y, images), tokens, images) == (F32, BF16)
+    assert model_result((images, y), images, tokens) == (BF16, F32)
+    assert model_result((y, images), token, images) == (F32, BF16)
+
+
+def test_state_in_a_single_argument_is_found_one_level_down():
+    x, cache = shape(2, 8), shape(2, 6, 4, dtype=BF16)
+    new, y = shape(2, 6, 4), shape(2, 3, dtype=BF16)
+    tokens = shape(2, 8, dtype=jnp.int32)
+    for first in (x, tokens):
+        for batch in (
+            {"x": first, "cache": cache},
+            (first, cache),
+            [first, cache],
+            {"x": first, "more": {"cache": cache}},
+        ):
+            found = model_result({"y": y, "cache": new}, batch)
+            assert found == {"y": F32, "cache": BF16}, batch
+            assert model_result((y, new), batch, train=True) == (F32, BF16)
+    carry = (shape(2, 4), shape(2, 4))
+    low = jax.tree.map(lambda h: h.astype(BF16), carry)
+    assert model_result((carry, y), (low, x)) == ((BF16, BF16), F32)
+    assert model_result(carry, low) == (BF16, BF16)
 
 
 def test_a_cache_that_grows_is_known_by_its_place_and_its_arrays():
@@ -177,6 +219,44 @@ def test_a_decode_loop_gets_its_cache_back(name, policy):
         )
         assert carry.dtype == dtype
         assert logits.dtype == mpjax.get_policy(policy).output_dtype
+
+
+class LinenBatch(nn.Module):
+    """Reads one argument, with state in it or not, and options."""
+
+    @nn.compact
+    def __call__(self, batch, option=None):
+        return read_batch(nn.Dense(8), batch)
+
+
+class NnxBatch(nnx.Module):
+    def __init__(self):
+        self.layer = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
+
+    def __call__(self, batch, option=None):
+        return read_batch(self.layer, batch)
+
+
+def read_batch(layer, batch):
+    if not isinstance(batch, dict):
+        return layer(batch), batch.mean()
+    y = layer(batch["x"])
+    return y[:, :4], batch["cache"].at[:, 0].set(y.astype(batch["cache"].dtype))
+
+
+@pytest.mark.parametrize("name", ["linen", "nnx"])
+def test_options_do_not_turn_what_a_model_reads_into_state(name):
+    if name == "nnx":
+        run = mpjax.nnx.mixed_precision(NnxBatch(), "mixed_bfloat16")
+    else:
+        mixed = mpjax.linen.MixedPrecision(LinenBatch(), "mixed_bfloat16")
+        params = {"Dense_0": {"kernel": normal(1, 8, 8), "bias": jnp.zeros(8)}}
+        run = functools.partial(mixed.apply, {"params": params})
+    low, cache = X.astype(BF16), jnp.zeros((2, 3, 8), BF16)
+    for option in (None, jax.random.key(0), jnp.ones(2, bool)):
+        assert dtypes(jax.eval_shape(run, low, option)) == (F32, F32)
+        batch = {"x": low, "cache": cache}
+        assert dtypes(jax.eval_shape(run, batch, option)) == (F32, BF16)
 
 
 def test_a_cache_has_the_numbers_that_were_written():

@@ -153,7 +153,7 @@ def through(case, cell, x, z):
         step = lambda h, e: (jax.checkpoint(cell)(e, h), None)  # noqa: E731
         return jax.lax.scan(step, x, jnp.stack([wide, wide]))[0]
     if case == "two carries":
-        step = lambda c, _: ((cell(c[0], c[1]), cell(c[1], c[1])), None)
+        step = lambda c, _: ((cell(*c), cell(c[1], c[1])), None)  # noqa: E731
         return jax.lax.scan(step, (wide, x), None, length=2)[0][1]
     branches = lambda: cell(wide, x), lambda: x
     return jax.lax.cond(z[0, 0] > 0, *branches)
