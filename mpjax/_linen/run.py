@@ -11,7 +11,13 @@ from jax.extend.core import get_opaque_trace_state
 from mpjax._layers.dtypes import is_of_flax
 from mpjax._layers.errors import mixed_dtypes, no_pytree
 from mpjax._layers.loops import frame_id
-from mpjax._layers.region import Exit, RunningMethod, loop_between, running_method
+from mpjax._layers.region import (
+    Exit,
+    RunningMethod,
+    loop_between,
+    rounded_within,
+    running_method,
+)
 from mpjax._layers.results import NoPytreeError
 from mpjax._linen.attributes import check_real, method_under_rule, overrides
 from mpjax._linen.cache_keys import CacheKeys
@@ -96,11 +102,13 @@ class Run:
         around, trace = enclosing_policy.get(), get_opaque_trace_state()
         outer = running_method.get()
         is_own = outer is not None and outer.module == (self, path)
+        rounded = rounded_within(outer, trace)
         end = Exit(
             policy,
             around,
             outer,
             loop_between(outer, trace),
+            rounded,
             decision is not None and decision.cast_outputs,
             is_own or _is_layer(type(module), context.method_name),
         )
@@ -117,7 +125,7 @@ class Run:
         before = {field: own.get(field, _ABSENT) for field in replaced}
         if decision is not None and policy != around and decision.cast_inputs:
             args, kwargs = decision.policy.cast_to_compute(came)
-        running = RunningMethod((self, path), trace, frame_id())
+        running = RunningMethod((self, path), trace, frame_id(), rounded)
         tokens = enclosing_policy.set(policy), running_method.set(running)
         outside = self._inside, states.owner
         self._inside = path

@@ -27,6 +27,7 @@ from mpjax._layers.region import (
     Exit,
     RunningMethod,
     loop_between,
+    rounded_within,
     running_method,
     running_policy,
 )
@@ -201,18 +202,20 @@ def _method(bare: type, name: str, decision: Decision | None) -> Callable:
             _check_real(self, policy, (*args, *kwargs.values()))
         around, trace = running_policy.value, get_opaque_trace_state()
         outer, given = running_method.get(), (args, kwargs)
-        handed = loop_between(outer, trace)
+        handed, rounded = loop_between(outer, trace), rounded_within(outer, trace)
         is_new = is_layer or (outer is not None and outer.module is self)
         if decision is not None and around != policy and decision.cast_inputs:
             args, kwargs = _cast(given, decision.policy.compute_dtype)
-        token = running_method.set(RunningMethod(self, trace, frame_id()))
+        running = RunningMethod(self, trace, frame_id(), rounded)
+        token = running_method.set(running)
         try:
             if around == policy:
                 outputs = run(self, *args, **kwargs)
             else:
                 with running_policy(policy):
                     outputs = run(self, *args, **kwargs)
-            end = Exit(policy, around, outer, handed, casts_outputs, is_new)
+            way = policy, around, outer, handed, rounded
+            end = Exit(*way, casts_outputs, is_new)
             return end.cast(outputs, given, _is_opaque)
         except NoPytreeError as error:
             assert policy is not None  # which it was to be cast for

@@ -316,20 +316,69 @@ class Widening(nn.Module):
         return jax.nn.log_softmax(x.astype(F32))
 
 
-def test_a_module_that_is_to_widen_its_input_says_so():
-    model = nn.Sequential([nn.Dense(8), Widening()])
-    rule = mpjax.Rule("layers_1", "mixed_bfloat16", cast_outputs=False)
-    variables = model.init(jax.random.key(0), X)
-    logits = nn.Dense(8, dtype=BF16).apply(
-        {"params": variables["params"]["layers_0"]}, X
-    )
-    exact = jax.nn.log_softmax(logits.astype(F32))
-    for rules, expected in (
-        ([rule, "mixed_bfloat16"], exact),
-        ("mixed_bfloat16", exact.astype(BF16)),
-    ):
-        mixed = mpjax.linen.MixedPrecision(model, rules)
-        np.testing.assert_array_equal(mixed.apply(variables, X), expected)
+class NnxWidening(nnx.Module):
+    def __call__(self, x):
+        return jax.nn.log_softmax(x.astype(F32))
+
+
+class Nested(nn.Module):
+    """Returns what the last of its modules returns, two levels down."""
+
+    times: int
+
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(self.times):
+            x = Widening()(x)
+        return x, {"again": x}
+
+
+class NnxNested(nnx.Module):
+    def __init__(self, times):
+        self.wide, self.times = NnxWidening(), times
+
+    def __call__(self, x):
+        for _ in range(self.times):
+            x = self.wide(x)
+        return x, {"again": x}
+
+
+@pytest.mark.parametrize("name", ["linen", "nnx"])
+def test_what_a_model_returns_as_it_came_from_its_last_module_is_not_rounded(name):
+    params = {"layers_0": {"kernel": normal(1, 8, 8), "bias": jnp.zeros(8)}}
+    logits = nn.Dense(8, dtype=BF16).apply({"params": params["layers_0"]}, X)
+    once = jax.nn.log_softmax(logits.astype(F32))
+    twice = jax.nn.log_softmax(once.astype(BF16).astype(F32))  # a stream between
+    for times, expected in ((1, once), (2, twice)):
+        if name == "linen":
+            net = nn.Sequential([nn.Dense(8), Nested(times)])
+            mixed = mpjax.linen.MixedPrecision(net, "mixed_bfloat16")
+            out, more = mixed.apply({"params": params}, X)
+        else:
+            first = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
+            first.kernel[...] = params["layers_0"]["kernel"]
+            net = nnx.Sequential(first, NnxNested(times))
+            out, more = mpjax.nnx.mixed_precision(net, "mixed_bfloat16")(X)
+        for result in (out, more["again"]):
+            assert result.dtype == F32
+            np.testing.assert_array_equal(result, expected)
+
+
+def test_a_module_that_is_to_widen_a_stream_says_so():
+    seen = []
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = Widening(name="wide")(nn.Dense(8)(x))
+            seen.append(x.dtype)
+            return x * 2
+
+    rule = mpjax.Rule("wide", "mixed_bfloat16", cast_outputs=False)
+    for rules in ([rule, "mixed_bfloat16"], "mixed_bfloat16"):
+        mixed = mpjax.linen.MixedPrecision(Net(), rules)
+        jax.eval_shape(mixed.init, jax.random.key(0), X)
+    assert seen == [F32, BF16]
 
 
 class Square(nn.Module):
