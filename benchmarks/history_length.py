@@ -8,6 +8,8 @@ and loss and accuracy on images that it has not seen, as mean and deviation of t
 seeds, and the bytes of the state of one product.
 """
 
+from typing import cast
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -46,7 +48,7 @@ def train(recipe, images, labels, seed):
         batch = jax.random.randint(key, (128,), 0, TRAINED)
 
         def loss_fn(variables):
-            logits = model.apply(variables, images[batch])
+            logits = cast(jax.Array, model.apply(variables, images[batch]))
             return losses_of(logits, labels[batch]).mean()
 
         loss, grads = jax.value_and_grad(loss_fn)(variables)
@@ -55,7 +57,8 @@ def train(recipe, images, labels, seed):
 
     keys = jax.random.split(jax.random.key(seed + 100), STEPS)
     (variables, _), losses = jax.lax.scan(step, (variables, tx.init(variables)), keys)
-    logits, rest = model.apply(variables, images[TRAINED:]), labels[TRAINED:]
+    logits = cast(jax.Array, model.apply(variables, images[TRAINED:]))
+    rest = labels[TRAINED:]
     accuracy = (logits.argmax(-1) == rest).mean()
     return losses[-100:].mean(), losses_of(logits, rest).mean(), accuracy
 

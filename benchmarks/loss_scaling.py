@@ -12,7 +12,7 @@ README are made of.
 Beside mpjax stand Flax's DynamicScale, jmp (``pip install jmp``; left out if it is not
 there) and optax.apply_if_finite under a constant scale, each as its documentation has
 it. All compute in float16 with float32 parameters under AdamW, which clips by global
-norm unless told otherwise.
+norm unless the options say otherwise.
 
 On the CPU, steps are timed in turn; a figure is the median over rounds of the ratio to
 the base in the same round, first of wall time, then of processor time, which other

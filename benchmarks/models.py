@@ -17,7 +17,7 @@ is what one writes without a library.
 Parameters are the model's initial ones plus noise of 0.02, so that what is zero at
 first takes part. The loss is the product of the outputs with fixed random numbers. An
 error is |y - y32| / |y32| over all outputs, or over the gradients of all parameters.
-XLA is told to round where the program says so.
+XLA is set to round where the program says so.
 """
 
 import dataclasses

@@ -5,7 +5,7 @@
 
 Each model is taken four ways, all of them bfloat16 with float32 parameters:
 
-- by hand: every layer is told ``dtype=bfloat16``, as Flax's documentation has it;
+- by hand: every layer has ``dtype=bfloat16``, as Flax's documentation has it;
 - with float32: by hand as well, but with float32 norms and a float32 softmax between
   bfloat16 products, which is what mpjax's named policies mean;
 - mpjax: the bare model, wrapped;
@@ -43,7 +43,7 @@ BF16 = jnp.bfloat16
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-    """How a model is told its dtypes."""
+    """The dtypes that a model is written with."""
 
     dtype: jnp.dtype | None = None
     float32: bool = False  # norms and softmax

@@ -6,7 +6,7 @@ and run while a program is traced.
 
 import operator
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, SupportsIndex, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -54,12 +54,12 @@ def check_callable(name: str, value: Any) -> None:
 
 def whole_number(name: str, value: Any) -> int:
     """A whole number as an ``int``; an array of one element is one."""
-    is_number = hasattr(value, "__index__") and not isinstance(value, bool | np.bool_)
-    try:
-        if is_number and np.shape(value) == ():
-            return operator.index(value)
-    except TypeError:
-        pass
+    if isinstance(value, SupportsIndex) and not isinstance(value, bool | np.bool_):
+        try:
+            if getattr(value, "shape", ()) == ():
+                return operator.index(value)
+        except TypeError:
+            pass
     raise wrong(name, "is a whole number", value, "pass an int")
 
 

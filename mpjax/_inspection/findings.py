@@ -2,24 +2,12 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, TypeAlias
 
 from mpjax._inspection import detectors
 from mpjax._inspection.positions import positions
 from mpjax._inspection.promotions import promotions
 from mpjax._inspection.reductions import reductions
 from mpjax._inspection.steps import Step
-
-Kind: TypeAlias = Literal[
-    "promotion",
-    "dequantized",
-    "reduction",
-    "exponential",
-    "statistics",
-    "accumulation",
-    "round_trip",
-    "positions",
-]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +22,7 @@ class FindingKind:
       remedy: what to do about it.
     """
 
-    name: Kind
+    name: str
     meaning: str
     detect: Callable[[Sequence[Step]], Iterator[tuple[int, str]]]
     remedy: str
@@ -113,24 +101,13 @@ KINDS: dict[str, FindingKind] = {kind.name: kind for kind in _ALL}
 class Finding:
     """One thing in a program that is probably not meant.
 
-    The kinds are:
-
-    - "promotion": a 16-bit value becomes float32 and stays so, into a product, into
-      another module, or from layer to layer.
-    - "dequantized": values of float8, int8 or int4 are cast up before their product.
-    - "reduction": a sum of many values adds up in 16 bits.
-    - "exponential": exp or log is computed in 16 bits.
-    - "statistics": a square root is computed in 16 bits, as in a norm.
-    - "accumulation": a product adds up in less than 32 bits.
-    - "round_trip": a value is cast to a wider dtype and back at once.
-    - "positions": positions, times or frequencies are in 16 bits before sin or cos.
-
     What has one cause is one finding, in the forward and in the backward pass: a line
     of the user's code, or layers of a stack that one line runs. Of several steps it
     describes the one with the largest array, of the forward pass if there is one.
 
     Attributes:
-      kind: one of these.
+      kind: what it is, by the name in the table of kinds, which `docs/lowering.md`
+        shows: "promotion", say.
       path: the modules and scopes around it.
       where: "file:line in function" of the user's code.
       backward: whether all of it belongs to a backward pass.
@@ -149,7 +126,7 @@ class Finding:
       'Cast to float32 before exp or log'
     """
 
-    kind: Kind
+    kind: str
     path: str
     where: str
     backward: bool
@@ -164,7 +141,7 @@ class Finding:
         return KINDS[self.kind].remedy
 
 
-def suspicious_steps(program: Sequence[Step]) -> Iterator[tuple[int, Kind, str]]:
+def suspicious_steps(program: Sequence[Step]) -> Iterator[tuple[int, str, str]]:
     """Yields the index of each suspicious step, its kind, and what happens there."""
     for kind in KINDS.values():
         for index, detail in kind.detect(program):

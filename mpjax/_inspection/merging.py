@@ -4,7 +4,7 @@ import collections
 import re
 from collections.abc import Hashable, Sequence
 
-from mpjax._inspection.findings import Finding, Kind, suspicious_steps
+from mpjax._inspection.findings import Finding, suspicious_steps
 from mpjax._inspection.places import author, where
 from mpjax._inspection.primitives import name_of
 from mpjax._inspection.steps import Step
@@ -12,7 +12,7 @@ from mpjax._inspection.steps import Step
 
 def findings_in(program: Sequence[Step]) -> tuple[Finding, ...]:
     """Merges the suspicious steps of a program by their causes, in its order."""
-    causes: dict[tuple[Kind, Hashable], dict[int, str]] = collections.defaultdict(dict)
+    causes: dict[tuple[str, Hashable], dict[int, str]] = collections.defaultdict(dict)
     for index, kind, detail in suspicious_steps(program):
         causes[kind, _cause(program[index], kind)].setdefault(index, detail)
     found = []
@@ -35,7 +35,7 @@ def findings_in(program: Sequence[Step]) -> tuple[Finding, ...]:
     return tuple(finding for _, finding in sorted(found, key=lambda pair: pair[0]))
 
 
-def _cause(step: Step, kind: Kind) -> Hashable:
+def _cause(step: Step, kind: str) -> Hashable:
     """What tells the causes of suspicious steps apart.
 
     A line of the user's is one cause, whoever runs it and in whichever pass. A line

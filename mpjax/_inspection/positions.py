@@ -1,8 +1,8 @@
 """Positions, times and frequencies in 16 bits.
 
 Whole numbers above 256 are rounded in bfloat16, and the sine of an angle of a thousand
-with eight bits is noise. What makes such an angle is told from the activations of a
-network by how it is computed: by a few operations on counters, inputs and parameters.
+with eight bits is noise. An angle is computed by a few operations on counters, inputs
+and parameters, which distinguishes what makes it from the activations of a network.
 """
 
 import math

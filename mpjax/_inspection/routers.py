@@ -1,4 +1,4 @@
-"""Products by whose few results a model chooses: routers, told by their structure."""
+"""Routers, recognized by structure: products by whose few results a model chooses."""
 
 from collections.abc import Container, Sequence
 

@@ -30,10 +30,11 @@ def dot_product_attention(
     precision: jax.lax.PrecisionLike = None,
     einsum: Callable[..., Array] = plain_einsum,
 ) -> Array:
-    r"""Scaled dot-product attention for 16-bit compute dtypes.
+    """Scaled dot-product attention for 16-bit compute dtypes.
 
-    .. math::
-      \mathrm{softmax}(q k^\top / \sqrt{d} + \text{bias}) v
+    ::
+
+        softmax(query @ key.T / sqrt(d) + bias) @ value
 
     Both products have operands and results of the compute dtype; the softmax between
     them is float32. Linen's own, with its softmax forced to float32, multiplies the

@@ -4,16 +4,17 @@ Most results are what the module makes, and have its policy's dtype. Some are wh
 was given, changed: the carry of a loop, the stream of a residual network, a cache. Such
 a result leaves in the dtype in which it came, since it will be given again.
 
-Which results these are cannot be known, and is told from what a result and an argument
-have in common, their structure and shapes, and from the place of the module. There is a
-function for each of three places.
+Which results these are cannot be known, and is inferred from what a result and an
+argument have in common, their structure and shapes, and from the place of the module.
+There is a function for each of three places.
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mpjax._tree import cast_floating, is_castable
@@ -35,8 +36,8 @@ def inside_region(
     Args:
       result: a pytree.
       given: positional and named arguments, as the module got them.
-      in_loop: whether the module runs in a function that the module around it has given
-        to a transformation of JAX: a loop or a branch, whose types must agree.
+      in_loop: whether the module runs in a loop or a branch of the module around it,
+        whose types must agree.
       may_be_stream: whether a result that is a single array may be a carry.
       opaque: says which nodes are no arrays to a front end, whatever is in them.
     """
@@ -82,9 +83,10 @@ def at_border(
 def of_model(result: Any, given: Given, output_dtype: np.dtype, opaque: Opaque) -> Any:
     """The result of a module that no other one has called.
 
-    If it takes several arguments and returns several results, each of these that
-    resembles an argument is state which goes through the model, and leaves in the dtype
-    in which it came. All else, and a single array, gets the output dtype.
+    If it reads several arguments, or one of several parts, and returns several results,
+    each of these that resembles an argument is state which goes through the model, and
+    leaves in the dtype in which it came. All else, and a single array, gets the output
+    dtype.
 
     Args:
       result: a pytree.
@@ -96,37 +98,56 @@ def of_model(result: Any, given: Given, output_dtype: np.dtype, opaque: Opaque) 
     return _cast(result, matches, output_dtype, True, opaque)
 
 
-def carried(given: Given, around: Given, opaque: Opaque) -> Given:
-    """The arguments of a module in a loop, with the carry that the loop was given.
+def carried(given: Given, handed: Sequence[jax.Array], opaque: Opaque) -> Given:
+    """The arguments of a module in a loop, as the loop has handed them to its body.
 
-    The body of a loop may have widened it before it called the module, as a reset to
-    float32 zeros does. If the method around the loop takes several arguments, one that
-    resembles an argument of the module is what the loop has begun with.
+    The body may have widened the carry before it called the module, as a reset to
+    float32 zeros does: an array that the body has made, and that is wider than the
+    first one of its shape that the loop has handed to it, counts as that.
 
     Args:
       given: positional and named arguments of the module.
-      around: those of the method that runs the loop.
+      handed: the arrays that the loop has given to its body, the carry first.
       opaque: as of `inside_region`.
+
+    Returns:
+      The arguments, the carry first, and what the loop has not handed last, the
+      narrowest first.
     """
-    others = [other for other in _in_order(around) if not _is_static(other)]
-    if len(others) < 2:
-        return given
+    places = {id(array): place for place, array in enumerate(handed)}
+    last = len(handed)
 
-    def first(argument):
-        for other in others:
-            if _alike(argument, other, opaque) and _is_narrower(other, argument):
-                return other
-        return argument
+    def as_handed(leaf):
+        """A leaf and its place among what the loop has handed."""
+        if opaque(leaf) or not (isinstance(leaf, _ARRAYS) and is_castable(leaf)):
+            return leaf, last
+        if id(leaf) in places:
+            return leaf, places[id(leaf)]
+        for place, array in enumerate(handed):
+            if array.shape == leaf.shape and is_castable(array):
+                if array.dtype.itemsize <= leaf.dtype.itemsize:
+                    return array, place
+                break
+        return leaf, last
 
-    args, kwargs = given
-    return tuple(map(first, args)), {name: first(a) for name, a in kwargs.items()}
+    found = []
+    for argument in _in_order(given):
+        leaves, tree = jax.tree.flatten(argument, is_leaf=opaque)
+        pairs = [as_handed(leaf) for leaf in leaves]
+        place = min((place for _, place in pairs), default=last)
+        new = tree.unflatten(leaf for leaf, _ in pairs)
+        found.append(((place, _bytes(leaves) if place == last else 0), new))
+    found.sort(key=lambda pair: pair[0])
+    return tuple(argument for _, argument in found), {}
 
 
-def _is_narrower(one: Any, two: Any) -> bool:
-    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True)
-    return any(a.dtype.itemsize < b.dtype.itemsize for a, b in pairs)
+def _bytes(leaves: list) -> int:
+    """Of the widest floating array among leaves."""
+    return max((leaf.dtype.itemsize for leaf in leaves if is_castable(leaf)), default=0)
 
 
+# The names of an argument, or its place, and the argument.
+_Named: TypeAlias = tuple[set, Any]
 # Which argument a result resembles, by the place of the result; None: all of it.
 _Matches: TypeAlias = dict[int | None, Any]
 
@@ -159,9 +180,14 @@ def _first_match(
 
 def _all_matches(result: Any, given: Given, opaque: Opaque) -> _Matches:
     args, kwargs = given
-    arguments = [({i}, a) for i, a in enumerate(args) if not _is_static(a)]
-    arguments += [({name}, a) for name, a in kwargs.items() if not _is_static(a)]
-    if len(arguments) < 2 or isinstance(result, _ARRAYS):
+    arguments: list[_Named] = [({i}, a) for i, a in enumerate(args)]
+    arguments += [({name}, a) for name, a in kwargs.items()]
+    read = _read_by_model(arguments, opaque)
+    if len(read) == 1:  # a batch, maybe with state in it
+        names, parts, _ = _children(read[0][1], opaque)
+        arguments = list(zip(names, parts, strict=True))
+        read = _read_by_model(arguments, opaque)
+    if len(read) < 2 or isinstance(result, _ARRAYS):
         return {}
     for _, argument in arguments:
         if _alike(result, argument, opaque):
@@ -182,8 +208,28 @@ def _all_matches(result: Any, given: Given, opaque: Opaque) -> _Matches:
     return matches
 
 
-def _is_static(argument: Any) -> bool:
-    return isinstance(argument, bool | int | float | str)
+def _read_by_model(arguments: list[_Named], opaque: Opaque) -> list[_Named]:
+    """Arguments with arrays of numbers, neither options, masks nor random keys.
+
+    An integer alone is an option as well, unless it comes first, as a token does.
+    """
+
+    def is_read(leaf, may_be_integer):
+        if opaque(leaf) or not isinstance(leaf, _ARRAYS):
+            return False
+        if leaf.dtype == np.uint32 and leaf.shape[-1:] == (2,):  # a random key
+            return False
+        is_integer = jnp.issubdtype(leaf.dtype, np.integer)
+        return is_castable(leaf) or (is_integer and may_be_integer(leaf))
+
+    return [
+        (names, argument)
+        for place, (names, argument) in enumerate(arguments)
+        if any(
+            is_read(leaf, lambda leaf, first=place == 0: first or leaf.ndim > 0)
+            for leaf in jax.tree.leaves(argument, is_leaf=opaque)
+        )
+    ]
 
 
 def _children(result: Any, opaque: Opaque) -> tuple[list[set], list[Any], Any]:

@@ -29,7 +29,7 @@ def _meaning(node: Any) -> str | None:
 
 
 def _to_state_dict(fields: tuple[str, ...], node: Any) -> dict[str, Any]:
-    written = {
+    written: dict[str, Any] = {
         name: serialization.to_state_dict(getattr(node, name))
         for name in _present(fields, node)
     }

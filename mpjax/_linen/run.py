@@ -10,7 +10,14 @@ from jax.extend.core import get_opaque_trace_state
 
 from mpjax._layers.dtypes import is_of_flax
 from mpjax._layers.errors import mixed_dtypes, no_pytree
-from mpjax._layers.region import Exit, RunningMethod, running_method
+from mpjax._layers.loops import frame_id
+from mpjax._layers.region import (
+    Exit,
+    RunningMethod,
+    loop_between,
+    rounded_within,
+    running_method,
+)
 from mpjax._layers.results import NoPytreeError
 from mpjax._linen.attributes import check_real, method_under_rule, overrides
 from mpjax._linen.cache_keys import CacheKeys
@@ -103,11 +110,13 @@ class Run:
         around, trace = enclosing_policy.get(), get_opaque_trace_state()
         outer = running_method.get()
         is_own = outer is not None and outer.module == (self, path)
+        rounded = rounded_within(outer, trace)
         end = Exit(
             policy,
             around,
             outer,
-            outer is not None and outer.trace != trace,
+            loop_between(outer, trace),
+            rounded,
             decision is not None and decision.cast_outputs,
             is_own or _is_layer(type(module), context.method_name),
         )
@@ -125,7 +134,7 @@ class Run:
         before = {field: own.get(field, _ABSENT) for field in replaced}
         if decision is not None and policy != around and decision.cast_inputs:
             args, kwargs = decision.policy.cast_to_compute(came)
-        running = RunningMethod((self, path), trace, (args, kwargs))
+        running = RunningMethod((self, path), trace, frame_id(), rounded)
         tokens = enclosing_policy.set(policy), running_method.set(running)
         outside = self._inside, states.owner
         self._inside = path

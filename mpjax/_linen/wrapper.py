@@ -39,12 +39,14 @@ class MixedPrecision(nn.Module):
     A layer with a ``dtype`` computes in the ``compute_dtype`` of its policy; parameters
     that a module reads itself are cast to it as they are read. Where the policy of a
     module differs from that of the module around it, floating arguments are cast to
-    ``compute_dtype`` and results to ``output_dtype``; elsewhere nothing is cast, so
-    that under ``"mixed_bfloat16"`` everything between the inputs of the model and its
-    float32 outputs flows in bfloat16. What a module is given and returns changed leaves
-    it in the dtype in which it came: carries of loops, the stream of residual layers,
-    and caches and other state that go through the model. Stock attention computes its
-    softmax in float32.
+    ``compute_dtype`` and results to ``output_dtype``. So under ``"mixed_bfloat16"``
+    everything between the inputs of the model and its float32 outputs flows in
+    bfloat16. What a module is given and returns changed leaves it in the dtype in which
+    it came: carries of loops, the stream of residual layers, and caches and other state
+    that go through the model. A float32 array that a module returns in place of a
+    16-bit argument of its shape is rounded to it, unless it is what the model returns;
+    ``Rule(cast_outputs=False)`` keeps it. Stock attention computes its softmax in
+    float32.
 
     Note:
       Delayed scaling has its states in a collection ``"scaling"``. A loss is

@@ -106,7 +106,9 @@ def value_and_grad(
     Returns:
       A function of the arguments of ``fun`` that returns ``(loss, grads)``, or
       ``((loss, aux), grads)``. The loss is the true one, in float32. The gradients are
-      those of the scaled loss: give them to ``tx.update``, which unscales them.
+      those of the scaled loss: give them to ``tx.update``, which unscales them. Of a
+      loss that is infinite or NaN they are a mark, by which ``tx.update`` skips the
+      step and leaves the scale as it was.
 
     Raises:
       ValueError: the loss is not a scalar, or there is no loss scale in the state, or

@@ -1,6 +1,6 @@
 """Loss scaling as an optax wrapper: unscale, check, update or skip."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ import optax
 
 from mpjax._checks import whole_number, wrong
 from mpjax._loss_scaling.guarded import FLOAT32, guarded, is_traced
-from mpjax._typing import AxisName
+from mpjax._typing import Array, AxisName
 
 _INT32_MAX = jnp.iinfo(jnp.int32).max
 
@@ -27,9 +27,9 @@ def dynamic_loss_scaling(
     max_scale: float = float(FLOAT32.max),
     axis_name: AxisName | Sequence[AxisName] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Unscales gradients, skips steps that overflowed and adapts the loss scale.
+    """Unscales gradients, skips steps that overflowed and adapts the loss scale.
 
-    With :math:`S` the scale by which this step's loss was multiplied::
+    With ``S`` the scale by which this step's loss was multiplied::
 
         g = float32(scaled gradient) / S
         finite = isfinite(sum(g * g))
@@ -43,11 +43,12 @@ def dynamic_loss_scaling(
     and, as there, the last finite scale for a ceiling. ``hysteresis=2`` is that of
     Megatron-LM.
 
-    A loss that is infinite or NaN before it is scaled, of a broken batch say, tells
-    nothing about the scale. `value_and_grad` notes it in the gradients, by the NaN in
-    the smallest of them. Without it, by `scale_loss`, such a step counts as an
-    overflow; so it does where gradients are summed over devices by hand on a GPU.
-    `check_training` raises where a run does nothing but skip.
+    A loss that is infinite or NaN before it is scaled, of a broken batch say, says
+    nothing about the scale. `value_and_grad` then replaces the gradients by a mark. Any
+    part of them has it, and it outlives casts to 16 bits, sums and means over
+    microbatches and devices, but in arrays of fewer than four elements. Without it,
+    by `scale_loss`, such a step counts as an overflow. `check_training` raises where a
+    run does nothing but skip.
 
     Put it outermost. Whatever it wraps sees true gradients, so that clipping is by
     their true norm; whatever stands outside sees scaled ones. Gradient accumulation
@@ -111,17 +112,15 @@ def dynamic_loss_scaling(
       5.0 [2048. 4096.] [-0.2 -0.4]
 
     References:
-      Micikevicius et al., `Mixed Precision Training
-      <https://arxiv.org/abs/1710.03740>`_, 2018
+      Micikevicius et al., Mixed Precision Training, https://arxiv.org/abs/1710.03740.
     """
-    if min_scale is None:
-        min_scale = _default_floor(init_scale)
-    low = _number("min_scale", min_scale, "at least 2**-126", lambda x: x >= 2.0**-126)
+    floor = _default_floor(init_scale) if min_scale is None else min_scale
+    low = _number("min_scale", floor, "at least 2**-126", lambda x: x >= 2.0**-126)
     high = _number(
         "max_scale", max_scale, f"at least min_scale={low}", lambda x: _ordered(low, x)
     )
     within = f"between min_scale={low} and max_scale={high}"
-    init_scale = _number(
+    first = _number(
         "init_scale",
         init_scale,
         within,
@@ -157,7 +156,7 @@ def dynamic_loss_scaling(
             }
         )
 
-    return guarded(inner, init_scale, hysteresis, adjust, axis_name)
+    return guarded(inner, first, hysteresis, adjust, axis_name)
 
 
 def static_loss_scaling(
@@ -191,8 +190,8 @@ def static_loss_scaling(
       >>> print(tx.update(jnp.array([256.0, 128.0]), opt_state)[0])
       [-2. -1.]
     """
-    scale = _number("scale", scale, "at least 2**-126", lambda x: x >= 2.0**-126)
-    return guarded(inner, scale, 1, None, axis_name)
+    number = _number("scale", scale, "at least 2**-126", lambda x: x >= 2.0**-126)
+    return guarded(inner, number, 1, None, axis_name)
 
 
 def _is_below_one(value):
@@ -214,7 +213,9 @@ def _ordered(low, high):
     return is_traced(low) or is_traced(high) or low <= high
 
 
-def _number(name, value, rule, holds) -> Any:
+def _number(
+    name: str, value: Any, rule: str, holds: Callable[[Any], Any]
+) -> float | Array:
     """The value, if it is finite in float32 and the rule holds for it there."""
     if isinstance(value, jax.Array) and value.dtype in (jnp.float16, jnp.bfloat16):
         # A scale that a user writes so is held in float32. optax.inject_hyperparams

@@ -22,7 +22,15 @@ from mpjax._layers.dtypes import (
     says_dtype,
 )
 from mpjax._layers.errors import mixed_dtypes, no_pytree
-from mpjax._layers.region import Exit, RunningMethod, running_method, running_policy
+from mpjax._layers.loops import frame_id
+from mpjax._layers.region import (
+    Exit,
+    RunningMethod,
+    loop_between,
+    rounded_within,
+    running_method,
+    running_policy,
+)
 from mpjax._layers.results import NoPytreeError
 from mpjax._nnx.hooks import bare_type, derive
 from mpjax._nnx.parameters import map_params, reader_for, unwrap_for_storage
@@ -191,18 +199,20 @@ def _method(bare: type, name: str, decision: Decision | None) -> Callable:
             _check_real(self, policy, (*args, *kwargs.values()))
         around, trace = running_policy.value, get_opaque_trace_state()
         outer, given = running_method.get(), (args, kwargs)
-        in_loop = outer is not None and outer.trace != trace
+        handed, rounded = loop_between(outer, trace), rounded_within(outer, trace)
         is_new = is_layer or (outer is not None and outer.module is self)
         if decision is not None and around != policy and decision.cast_inputs:
             args, kwargs = _cast(given, decision.policy.compute_dtype)
-        token = running_method.set(RunningMethod(self, trace, (args, kwargs)))
+        running = RunningMethod(self, trace, frame_id(), rounded)
+        token = running_method.set(running)
         try:
             if around == policy:
                 outputs = run(self, *args, **kwargs)
             else:
                 with running_policy(policy):
                     outputs = run(self, *args, **kwargs)
-            end = Exit(policy, around, outer, in_loop, casts_outputs, is_new)
+            way = policy, around, outer, handed, rounded
+            end = Exit(*way, casts_outputs, is_new)
             return end.cast(outputs, given, _is_opaque)
         except NoPytreeError as error:
             assert policy is not None  # which it was to be cast for

@@ -47,12 +47,14 @@ def mixed_precision(model: M, rules: Rules) -> M:
     parameters that a module reads itself are cast to it as they are read, inside the
     methods of the model and nowhere else. Where a module's policy differs from that of
     the module around it, floating arguments of its public methods are cast to
-    ``compute_dtype`` and results to ``output_dtype``; elsewhere nothing is cast, so
-    that under ``"mixed_bfloat16"`` everything between the model's inputs and its
-    float32 outputs flows in bfloat16. What a module is given and returns changed leaves
-    it in the dtype in which it came: carries of loops, the stream of residual layers,
-    and caches and other state that go through the model. Stock attention computes its
-    softmax in float32.
+    ``compute_dtype`` and results to ``output_dtype``. So under ``"mixed_bfloat16"``
+    everything between the model's inputs and its float32 outputs flows in bfloat16.
+    What a module is given and returns changed leaves it in the dtype in which it came:
+    carries of loops, the stream of residual layers, and caches and other state that go
+    through the model. A float32 array that a module returns in place of a 16-bit
+    argument of its shape is rounded to it, unless it is what the model returns;
+    ``Rule(cast_outputs=False)`` keeps it. Stock attention computes its softmax in
+    float32.
     A plain list or dict of parameters is read as a copy, to which no method may append;
     ``nnx.List`` and ``nnx.Dict`` are themselves. Other state than ``nnx.Param`` holds
     what the model writes there, as it writes it: batch statistics in float32, but

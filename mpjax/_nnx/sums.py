@@ -42,8 +42,8 @@ def _embed(policy: Policy, run: Callable, layer: Any, *args, **kwargs):
 
 def _with_bias(policy: Policy, run: Callable, layer: Any, *args, **kwargs):
     param = vars(layer).get("bias")
-    bias: Any = param.get_value() if isinstance(param, nnx.Variable) else None
-    if not (is_wide(bias, policy) and bias_is_last(layer)):
+    bias = param.get_value() if isinstance(param, nnx.Variable) else None
+    if bias is None or not (is_wide(bias, policy) and bias_is_last(layer)):
         return run(layer, *args, **kwargs)
     shown = {"bias": None, "use_bias": False}
     return add_bias(_showing(shown, run, layer, *args, **kwargs), bias)

@@ -22,8 +22,8 @@ def preset(name: str) -> tuple[Rule, ...]:
     - Under ``"mixed_float8"``, first and last layers have no recipe: embeddings,
       patches, heads and logits.
 
-    Which modules these are is told by their structure, and by names only where nothing
-    else can, see ``Rule.role``; ``tabulate`` says why of each.
+    Which modules these are is decided by their structure, and by names only where
+    nothing else can, see ``Rule.role``; ``tabulate`` says why of each.
 
     The presets are ``"mixed_bfloat16"``, ``"mixed_float16"``, ``"mixed_float8"``,
     ``"bfloat16"``, ``"float16"``, ``"half"``, and ``"float32"``, which protects

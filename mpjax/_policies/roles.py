@@ -5,7 +5,7 @@ can. What a front end knows of a module beside its path and class it says in a
 `Structure`; each function here reads one and says why a module has the role, or None.
 
 What becomes of a value after a layer has made it, softmax or top-k say, is not known
-when the layer runs: the few features that a router has are told by their number.
+when the layer runs: a router is recognized by the small number of its features.
 """
 
 import re

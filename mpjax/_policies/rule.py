@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 
@@ -245,11 +245,12 @@ def read_rules(rules: Rules) -> tuple[Rule, ...]:
       Rule(path='head', policy='float32')
       Rule(path='.*', policy='mixed_bfloat16')
     """
-    single = str | Mapping | jax.Array
-    if not isinstance(rules, Iterable) or isinstance(rules, single):
-        rules = (rules,)
+    single = str | Policy | Rule | Mapping | jax.Array
+    given: Iterable[Any] = (rules,)
+    if isinstance(rules, Iterable) and not isinstance(rules, single):
+        given = rules
     read = []
-    for rule in rules:
+    for rule in given:
         if isinstance(rule, str | Policy):
             rule = Rule(policy=rule)
         if not isinstance(rule, Rule):

@@ -1,7 +1,8 @@
 """What delayed scaling remembers of one product."""
 
 import dataclasses
-from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -73,11 +74,11 @@ class ScalingState:
 _ARRAYS = ("scale", "history", "loss_scale", "weight")
 
 
-def _flatten(state: ScalingState) -> tuple[tuple, tuple["Recipe"]]:
+def _flatten(state: ScalingState) -> tuple[tuple[Any, ...], tuple["Recipe"]]:
     return tuple(getattr(state, name) for name in _ARRAYS), (state.recipe,)
 
 
-def _flatten_with_keys(state: ScalingState) -> tuple[tuple, tuple["Recipe"]]:
+def _flatten_with_keys(state: ScalingState) -> tuple[tuple[Any, ...], tuple["Recipe"]]:
     arrays, static = _flatten(state)
     names = {name: name for name in _ARRAYS}
     names["history"] = f"history_of_{state.recipe.signature}"
@@ -85,7 +86,7 @@ def _flatten_with_keys(state: ScalingState) -> tuple[tuple, tuple["Recipe"]]:
     return tuple(zip(keys, arrays, strict=True)), static
 
 
-def _unflatten(static: tuple["Recipe"], arrays: tuple) -> ScalingState:
+def _unflatten(static: tuple["Recipe"], arrays: Iterable[Any]) -> ScalingState:
     scale, history, loss_scale, weight = arrays
     return ScalingState(scale, history, loss_scale, *static, weight)
 

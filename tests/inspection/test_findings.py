@@ -2,7 +2,6 @@
 
 import pathlib
 import re
-import typing
 
 import flax.linen as nn
 import jax
@@ -276,11 +275,7 @@ def test_a_kind_is_one_row(monkeypatch):
     assert made.to_dict()["findings"][0]["remedy"] == "Take a sine."
 
 
-def test_kinds_are_named_and_documented():
-    names = list(findings_table.KINDS)
-    assert names == list(typing.get_args(findings_table.Kind))
-    documented = re.findall(r'^\s*- "(\w+)": ', findings_table.Finding.__doc__, re.M)
-    assert documented == names
+def test_kinds_are_documented():
     page = pathlib.Path(__file__).parents[2] / "docs" / "lowering.md"
     rows = re.findall(r"^\| `(\w+)` \| (.*) \| (.*) \|$", page.read_text(), re.M)
     kinds = findings_table.KINDS.values()

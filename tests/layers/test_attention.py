@@ -77,19 +77,19 @@ def test_attention_takes_what_stock_attention_takes(call, policy):
     assert {(d.lhs, d.rhs) for d in found} == {(low, low)}
 
 
-def lent_attention(function, rules):
-    lent = []
+def served_attention(function, rules):
+    seen = []
 
     class Model(nn.Module):
         attention_fn: object
 
         @nn.compact
         def __call__(self, x):
-            lent.append(self.attention_fn)
+            seen.append(self.attention_fn)
             return nn.Dense(8)(x)
 
     MixedPrecision(Model(function), rules).init(KEY, X)
-    return lent[0]
+    return seen[0]
 
 
 def test_attention_has_the_parameters_of_stock_attention():
@@ -97,10 +97,10 @@ def test_attention_has_the_parameters_of_stock_attention():
     fp8 = mpjax.Rule(".*", "c=bf16", mpjax.current_scaling(), attention=True)
     for function in (nn.dot_product_attention, stock):
         for rules in ("mixed_bfloat16", fp8):
-            lent = lent_attention(function, rules)
-            assert lent is not function
-            assert inspect.signature(lent) == inspect.signature(function)
-            assert lent == lent_attention(function, rules)
+            served = served_attention(function, rules)
+            assert served is not function
+            assert inspect.signature(served) == inspect.signature(function)
+            assert served == served_attention(function, rules)
 
 
 def test_a_bias_that_hides_a_row_leaves_no_nan_in_float16():

@@ -108,7 +108,7 @@ def test_the_name_of_a_policy_asks_for_no_product(front_end):
 
 
 def test_arguments_may_stay_as_they_are(front_end):
-    """A time in bfloat16 would be told from its neighbours no more."""
+    """A time in bfloat16 would equal its neighbours."""
     x, time = normal(0, 4, 8), jnp.linspace(0.5, 1.0, 4)
     errors = []
     for cast in (False, True):

@@ -1,6 +1,7 @@
 """What leaves a model in the dtype in which it came, and what in the output dtype."""
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -52,10 +53,8 @@ def test_results_of_a_model_that_resemble_arguments_are_state():
     state = {"h": shape(3, dtype=F16), "c": shape(3)}
     found = model_result((dict(state, h=shape(3)), logits), state, x)
     assert found == ({"h": F16, "c": F32}, F32)
-    assert model_result({"a": new, "b": x}, {"a": cache, "b": x}, 1.0) == {
-        "a": F32,
-        "b": F32,
-    }  # one argument is what the model reads
+    both = {"a": cache, "b": x}
+    assert model_result({"a": new, "b": x}, both, 1.0) == {"a": BF16, "b": F32}
     batch = {"x": x, "cache": cache}
     found = model_result({"cache": new, "y": logits}, batch, None)
     assert found == {"cache": BF16, "y": F32}
@@ -65,6 +64,49 @@ def test_a_single_array_is_the_models_own():
     images = shape(2, 8, dtype=BF16)
     assert model_result(images, images, shape(2)) == F32
     assert model_result((images, images), images, True) == (F32, F32)
+
+
+def test_what_a_model_reads_is_one_argument_however_many_options_it_has():
+    images, y = shape(2, 8, dtype=BF16), shape(2, 3, dtype=BF16)
+    options = (
+        None,
+        jax.random.key(0),
+        jax.random.PRNGKey(0),
+        shape(2, dtype=jnp.bool_),
+        shape(dtype=jnp.int32),
+        3,
+        {},
+        {"dropout": jax.random.key(0)},
+    )
+    for option in options:
+        assert model_result((images, y), images, option) == (F32, F32), option
+        assert model_result((images, y), images, option=option) == (F32, F32)
+        assert model_result((images, y), {"x": images}, option) == (F32, F32)
+    # Tokens and a state are two, whichever comes first.
+    tokens, token = shape(2, 5, dtype=jnp.int32), shape(dtype=jnp.int32)
+    assert model_result((y, images), tokens, images) == (F32, BF16)
+    assert model_result((images, y), images, tokens) == (BF16, F32)
+    assert model_result((y, images), token, images) == (F32, BF16)
+
+
+def test_state_in_a_single_argument_is_found_one_level_down():
+    x, cache = shape(2, 8), shape(2, 6, 4, dtype=BF16)
+    new, y = shape(2, 6, 4), shape(2, 3, dtype=BF16)
+    tokens = shape(2, 8, dtype=jnp.int32)
+    for first in (x, tokens):
+        for batch in (
+            {"x": first, "cache": cache},
+            (first, cache),
+            [first, cache],
+            {"x": first, "more": {"cache": cache}},
+        ):
+            found = model_result({"y": y, "cache": new}, batch)
+            assert found == {"y": F32, "cache": BF16}, batch
+            assert model_result((y, new), batch, train=True) == (F32, BF16)
+    carry = (shape(2, 4), shape(2, 4))
+    low = jax.tree.map(lambda h: h.astype(BF16), carry)
+    assert model_result((carry, y), (low, x)) == ((BF16, BF16), F32)
+    assert model_result(carry, low) == (BF16, BF16)
 
 
 def test_a_cache_that_grows_is_known_by_its_place_and_its_arrays():
@@ -179,6 +221,44 @@ def test_a_decode_loop_gets_its_cache_back(name, policy):
         assert logits.dtype == mpjax.get_policy(policy).output_dtype
 
 
+class LinenBatch(nn.Module):
+    """Reads one argument, with state in it or not, and options."""
+
+    @nn.compact
+    def __call__(self, batch, option=None):
+        return read_batch(nn.Dense(8), batch)
+
+
+class NnxBatch(nnx.Module):
+    def __init__(self):
+        self.layer = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
+
+    def __call__(self, batch, option=None):
+        return read_batch(self.layer, batch)
+
+
+def read_batch(layer, batch):
+    if not isinstance(batch, dict):
+        return layer(batch), batch.mean()
+    y = layer(batch["x"])
+    return y[:, :4], batch["cache"].at[:, 0].set(y.astype(batch["cache"].dtype))
+
+
+@pytest.mark.parametrize("name", ["linen", "nnx"])
+def test_options_do_not_turn_what_a_model_reads_into_state(name):
+    if name == "nnx":
+        run = mpjax.nnx.mixed_precision(NnxBatch(), "mixed_bfloat16")
+    else:
+        mixed = mpjax.linen.MixedPrecision(LinenBatch(), "mixed_bfloat16")
+        params = {"Dense_0": {"kernel": normal(1, 8, 8), "bias": jnp.zeros(8)}}
+        run = functools.partial(mixed.apply, {"params": params})
+    low, cache = X.astype(BF16), jnp.zeros((2, 3, 8), BF16)
+    for option in (None, jax.random.key(0), jnp.ones(2, bool)):
+        assert dtypes(jax.eval_shape(run, low, option)) == (F32, F32)
+        batch = {"x": low, "cache": cache}
+        assert dtypes(jax.eval_shape(run, batch, option)) == (F32, BF16)
+
+
 def test_a_cache_has_the_numbers_that_were_written():
     cache = jnp.zeros((2, 3, 8), BF16)
     step = step_of("linen", "mixed_bfloat16", cache)
@@ -236,20 +316,69 @@ class Widening(nn.Module):
         return jax.nn.log_softmax(x.astype(F32))
 
 
-def test_a_module_that_is_to_widen_its_input_says_so():
-    model = nn.Sequential([nn.Dense(8), Widening()])
-    rule = mpjax.Rule("layers_1", "mixed_bfloat16", cast_outputs=False)
-    variables = model.init(jax.random.key(0), X)
-    logits = nn.Dense(8, dtype=BF16).apply(
-        {"params": variables["params"]["layers_0"]}, X
-    )
-    exact = jax.nn.log_softmax(logits.astype(F32))
-    for rules, expected in (
-        ([rule, "mixed_bfloat16"], exact),
-        ("mixed_bfloat16", exact.astype(BF16)),
-    ):
-        mixed = mpjax.linen.MixedPrecision(model, rules)
-        np.testing.assert_array_equal(mixed.apply(variables, X), expected)
+class NnxWidening(nnx.Module):
+    def __call__(self, x):
+        return jax.nn.log_softmax(x.astype(F32))
+
+
+class Nested(nn.Module):
+    """Returns what the last of its modules returns, two levels down."""
+
+    times: int
+
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(self.times):
+            x = Widening()(x)
+        return x, {"again": x}
+
+
+class NnxNested(nnx.Module):
+    def __init__(self, times):
+        self.wide, self.times = NnxWidening(), times
+
+    def __call__(self, x):
+        for _ in range(self.times):
+            x = self.wide(x)
+        return x, {"again": x}
+
+
+@pytest.mark.parametrize("name", ["linen", "nnx"])
+def test_what_a_model_returns_as_it_came_from_its_last_module_is_not_rounded(name):
+    params = {"layers_0": {"kernel": normal(1, 8, 8), "bias": jnp.zeros(8)}}
+    logits = nn.Dense(8, dtype=BF16).apply({"params": params["layers_0"]}, X)
+    once = jax.nn.log_softmax(logits.astype(F32))
+    twice = jax.nn.log_softmax(once.astype(BF16).astype(F32))  # a stream between
+    for times, expected in ((1, once), (2, twice)):
+        if name == "linen":
+            net = nn.Sequential([nn.Dense(8), Nested(times)])
+            mixed = mpjax.linen.MixedPrecision(net, "mixed_bfloat16")
+            out, more = mixed.apply({"params": params}, X)
+        else:
+            first = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
+            first.kernel[...] = params["layers_0"]["kernel"]
+            net = nnx.Sequential(first, NnxNested(times))
+            out, more = mpjax.nnx.mixed_precision(net, "mixed_bfloat16")(X)
+        for result in (out, more["again"]):
+            assert result.dtype == F32
+            np.testing.assert_array_equal(result, expected)
+
+
+def test_a_module_that_is_to_widen_a_stream_says_so():
+    seen = []
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = Widening(name="wide")(nn.Dense(8)(x))
+            seen.append(x.dtype)
+            return x * 2
+
+    rule = mpjax.Rule("wide", "mixed_bfloat16", cast_outputs=False)
+    for rules in ([rule, "mixed_bfloat16"], "mixed_bfloat16"):
+        mixed = mpjax.linen.MixedPrecision(Net(), rules)
+        jax.eval_shape(mixed.init, jax.random.key(0), X)
+    assert seen == [F32, BF16]
 
 
 class Square(nn.Module):

@@ -110,13 +110,13 @@ def test_equal_wrappers_do_not_retrace():
 
 
 def test_flax_keeps_the_ways_we_rely_on():
-    """Scope flags are in nn.jit's key; a bound module may be lent attributes."""
+    """Scope flags are in nn.jit's key; attributes of a bound module may be set."""
 
     class Probe(nn.Module):
         @nn.compact
         def __call__(self):
             vars(self)["param"] = lambda name: name
-            assert self.param("lent") == "lent"
+            assert self.param("ours") == "ours"
             del vars(self)["param"]
             self.scope.flags = {**self.scope.flags, "ours": 1}
             child = nn.Dense(1)

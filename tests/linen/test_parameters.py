@@ -94,12 +94,12 @@ def test_a_dtype_keeps_its_kind(dtype):
     bare, model = Model(dtype or jnp.float32), MixedPrecision(Model(dtype), "c=bf16")
     variables = bare.init(KEY, X[0, 0])
     assert_trees_equal(model.init(KEY, X[0, 0]), variables)
-    given, lent = kinds
-    assert lent == BF16
+    given, served = kinds
+    assert served == BF16
     for kind in (str, np.dtype):
-        assert isinstance(lent, kind) == isinstance(given, kind)
+        assert isinstance(served, kind) == isinstance(given, kind)
     if not isinstance(given, str | np.dtype):
-        assert lent(0.5).dtype == BF16
+        assert served(0.5).dtype == BF16
 
 
 def test_a_dtype_of_the_class_is_a_dtype():

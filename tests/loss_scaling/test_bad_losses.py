@@ -95,7 +95,7 @@ def test_rare_bad_batches_do_not_end_training():
     assert scales.min() >= 2.0**15
 
 
-def test_the_mark_is_in_one_array_and_is_a_nan():
+def test_the_mark_is_in_all_arrays_and_no_sum_of_it_is_finite():
     tx = mpjax.dynamic_loss_scaling(optax.sgd(0.1), init_scale=2.0)
     params = params_of() | {"n": jnp.zeros((), jnp.int32)}
     grad_fn = mpjax.value_and_grad(
@@ -104,7 +104,7 @@ def test_the_mark_is_in_one_array_and_is_a_nan():
     float_params = {name: params[name] for name in "wb"}
     _, grads = grad_fn(float_params, jnp.ones(4))
     assert jnp.isnan(grads["b"]).all()
-    assert jnp.isinf(grads["w"]).all()
+    np.testing.assert_array_equal(grads["w"], [np.inf, np.nan, 0.0, -np.inf])
 
 
 def test_second_derivatives_go_through_the_mark():
@@ -190,7 +190,7 @@ def test_a_model_of_nnx():
     assert mpjax.loss_scale(optimizer.opt_state) == 2.0**15
 
 
-def test_a_select_in_the_smallest_array_is_all_that_a_gradient_costs():
+def test_a_select_in_each_array_is_all_that_a_gradient_costs():
     params = params_of()
     opt_state = mpjax.dynamic_loss_scaling(optax.sgd(0.1)).init(params)
 
@@ -208,5 +208,4 @@ def test_a_select_in_the_smallest_array_is_all_that_a_gradient_costs():
         return collections.Counter(eqn.primitive.name for eqn in eqns)
 
     extra = counts(marked) - counts(plain)
-    assert sum(extra.values()) <= 3
-    assert set(extra) <= {"is_finite", "jit", "broadcast_in_dim"}  # jnp.where
+    assert extra == {"is_finite": 1, "jit": len(params)}

@@ -1,4 +1,4 @@
-"""A compiler without an answer is told from one that refuses the program."""
+"""A compiler without an answer is distinguished from one that refuses the program."""
 
 import errno
 import importlib.util

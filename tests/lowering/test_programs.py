@@ -52,7 +52,7 @@ def test_scan_and_remat(target):
 
 @pytest.mark.long
 def test_a_billion_parameters():
-    """In a process of its own, so that it can be told what was ever allocated."""
+    """In a process of its own, so that all that was ever allocated can be counted."""
     folder = pathlib.Path(__file__).parent
     support, root = folder.parent / "support", folder.parents[1]
     path = os.pathsep.join([str(root), str(support), os.environ.get("PYTHONPATH", "")])

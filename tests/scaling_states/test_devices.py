@@ -46,7 +46,7 @@ def test_one_history_on_all_devices(front_end, check_vma):
         tx = mpjax.scaled(tx)
         arrays = variables, tx.init(variables)
 
-        def step(arrays, x):
+        def linen_step(arrays, x):
             variables, opt_state = arrays
             loss_fn = lambda variables: loss_of(model.apply(variables, x))  # noqa: E731
             _, grads = mpjax.value_and_grad(loss_fn, opt_state)(variables)
@@ -54,12 +54,13 @@ def test_one_history_on_all_devices(front_end, check_vma):
             state = mpjax.apply_updates(variables, updates)["scaling"]["kernel_scaling"]
             return state.history[None, :, -1], state.scale[None]
 
+        step = on_devices(linen_step, check_vma)
     else:
         model = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
         model = mpjax.nnx.mixed_precision(model, RULE)
         graph, arrays = nnx.split((model, mpjax.nnx.Optimizer(model, tx)))
 
-        def step(arrays, x):
+        def nnx_step(arrays, x):
             model, optimizer = nnx.merge(graph, arrays)
             loss_fn = lambda model: loss_of(model(x))  # noqa: E731
             _, grads = mpjax.nnx.value_and_grad(loss_fn, optimizer)(model)
@@ -67,7 +68,7 @@ def test_one_history_on_all_devices(front_end, check_vma):
             state = model.kernel_scaling.get_value()
             return state.history[None, :, -1], state.scale[None]
 
-    step = on_devices(step, check_vma)
+        step = on_devices(nnx_step, check_vma)
     history, scale = step(arrays, inputs())
     for of_devices in (history, scale):
         assert len(np.unique(of_devices, axis=0)) == 1

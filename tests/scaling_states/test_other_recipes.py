@@ -82,7 +82,7 @@ def test_a_layer_refuses_a_state_of_another_recipe():
     x = normal(0, 4, 8)
     model = mpjax.linen.MixedPrecision(nn.Dense(8), rule(RECIPE))
     variables = jax.jit(model.init)(jax.random.key(0), x)
-    other = {**variables, "scaling": {"kernel": OTHERS["format"].init()}}
+    other = {**variables, "scaling": {"kernel_scaling": OTHERS["format"].init()}}
     with pytest.raises(ValueError, match="state of module '' is one of"):
         model.apply(other, x)
     model = mpjax.nnx.mixed_precision(nnx.Linear(8, 8, rngs=nnx.Rngs(0)), rule(RECIPE))

@@ -104,7 +104,7 @@ def _fits(value, hint, signature, name):
 
 
 def _is(value, hint):
-    if isinstance(value, tuple):  # a shape in which jax.export has sizes without value
+    if type(value) is tuple:  # a shape in which jax.export has sizes without value
         value = tuple(1 if jax.export.is_symbolic_dim(each) else each for each in value)
     if is_bearable(value, hint, conf=CONF):
         return True

@@ -291,7 +291,7 @@ SEEN = {}
 
 
 class Foreign(nnx.Module):
-    """A layer of another author that can be told what to multiply with."""
+    """A layer of another author with a product of its own choice."""
 
     def __init__(self, rngs, dot_general=None):
         self.w = nnx.Param(normal(0, 16, 8))
