@@ -24,7 +24,6 @@ from mpjax._policies.policy import Policy
 # key of its caches of traced functions, and each thread has its own.
 running_policy = jax.make_user_context(None)
 
-
 # By the id of a result that was rounded on its way out, as a stream is: that result and
 # what it was before. It is forgotten with the result.
 Rounded: TypeAlias = dict[int, tuple[weakref.ref, jax.Array]]
@@ -43,7 +42,7 @@ class RunningMethod(NamedTuple):
     module: Any
     trace: Any
     frame: int
-    rounded: "Rounded"
+    rounded: Rounded
 
 
 def loop_between(outer: RunningMethod | None, trace: Any) -> Sequence | None:
@@ -64,8 +63,8 @@ def loop_between(outer: RunningMethod | None, trace: Any) -> Sequence | None:
 def rounded_within(outer: RunningMethod | None, trace: Any) -> Rounded:
     """Where a module finds results that were rounded, and leaves its own.
 
-    A module that returns such a result as it is has not used it. If its policy ends
-    there, it returns what the result was before.
+    If a module returns such a result as it is, and its policy ends there, what leaves
+    it is what the result was before.
 
     Args:
       outer: the method around the module; None: there is none.
