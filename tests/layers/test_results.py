@@ -68,16 +68,9 @@ def test_a_single_array_is_the_models_own():
 
 def test_what_a_model_reads_is_one_argument_however_many_options_it_has():
     images, y = shape(2, 8, dtype=BF16), shape(2, 3, dtype=BF16)
-    options = (
-        None,
-        jax.random.key(0),
-        jax.random.PRNGKey(0),
-        shape(2, dtype=jnp.bool_),
-        shape(dtype=jnp.int32),
-        3,
-        {},
-        {"dropout": jax.random.key(0)},
-    )
+    keys = jax.random.key(0), jax.random.PRNGKey(0)
+    mask, number = shape(2, dtype=jnp.bool_), shape(dtype=jnp.int32)
+    options = None, *keys, mask, number, 3, {}, {"dropout": keys[0]}
     for option in options:
         assert model_result((images, y), images, option) == (F32, F32), option
         assert model_result((images, y), images, option=option) == (F32, F32)
