@@ -29,18 +29,20 @@ F32 = jnp.dtype(jnp.float32)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_program_is_the_one_written_by_hand(name):
-    x = inputs(name)
-    programs = []
+def test_program_costs_no_more_than_by_hand(name):
+    """Of casts and products; sums of biases and rows of tables are wide in ours."""
+    x, counts = inputs(name), []
     for model in (
         MODELS[name](BF16, rngs()),
         mixed_precision(MODELS[name](None, rngs()), "mixed_bfloat16"),
     ):
         _, gradient, params = loss_and_gradient(model)
-        programs.append(jax.jit(gradient).trace(params, x))
-    hand, mixed = programs
-    assert mixed.lower().as_text() == hand.lower().as_text()
-    for dot in dots(mixed.jaxpr):
+        step = jax.jit(gradient).trace(params, x)
+        text = step.lower().compile().as_text()
+        counts.append((text.count(" convert("), text.count(" dot(")))
+    by_hand, mixed = counts
+    assert all(ours <= theirs for ours, theirs in zip(mixed, by_hand, strict=True))
+    for dot in dots(step.jaxpr):
         assert (dot.lhs, dot.rhs) == (BF16, BF16)
 
 
