@@ -84,11 +84,17 @@ def trace(front_end, make, rule):
         model = mpjax.linen.MixedPrecision(make(), rule)
         variables = model.init(jax.random.key(0), X)
         jaxpr = jax.make_jaxpr(model.apply)(variables, X)
-        return dots(jaxpr), list(variables.get("scaling", {}))
+        return dots(jaxpr), [state_of(name) for name in variables.get("scaling", {})]
     model = mpjax.nnx.mixed_precision(make(), rule)
     states = nnx.to_flat_state(nnx.state(model, mpjax.nnx.ScalingStat))
     jaxpr = jax.make_jaxpr(nnx.merge(*nnx.split(model)))(X)
-    return dots(jaxpr), [path[-1].removesuffix("_scaling") for path, _ in states]
+    return dots(jaxpr), [state_of(path[-1]) for path, _ in states]
+
+
+def state_of(name):
+    """The parameter whose product has a state of that name."""
+    assert name.endswith("_scaling")
+    return name.removesuffix("_scaling")
 
 
 @pytest.mark.parametrize("way", ROWS)
