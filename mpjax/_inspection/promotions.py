@@ -100,8 +100,7 @@ class _Judge:
                 what = f"{cast.dtypes}{self._border(cast)} and enters {name} in float32"
                 return cast.index, what
         if self._leaves(cast, readers):
-            name = cast.path.rpartition("/")[2]
-            return cast.index, f"{cast.dtypes} and leaves {name} in float32"
+            return cast.index, f"{cast.dtypes} and leaves its module in float32"
         return None
 
     def _leaves(self, cast: Cast, readers: Sequence[Use]) -> bool:

@@ -166,7 +166,7 @@ def test_promotions_have_paths():
     with jax.numpy_dtype_promotion("standard"):
         found, *_ = census(model, X).findings
     assert (found.kind, found.path) == ("promotion", "Sequential/layers/0")
-    assert found.detail == "bfloat16 becomes float32 and makes a sum float32"
+    assert found.detail == "bfloat16 becomes float32 and leaves its module in float32"
 
 
 @pytest.mark.parametrize("jit", [nnx.jit, functools.partial(nnx.jit, donate_argnums=0)])
