@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 import jax
 
 Array: TypeAlias = jax.Array
+ArrayLike: TypeAlias = jax.typing.ArrayLike  # numbers of Python and numpy as well
 ArrayTree: TypeAlias = Any  # any pytree; leaves that are no arrays are left alone
 DType: TypeAlias = Any  # whatever ``jnp.dtype`` takes
 AxisName: TypeAlias = Hashable

@@ -17,12 +17,12 @@ from mpjax._checks import (
     wrong,
 )
 from mpjax._numerics.formats import FORMATS, Format, format_info
-from mpjax._typing import Array, DType
+from mpjax._typing import Array, ArrayLike, DType
 
 _SIGN, _MAGNITUDE, _INF = 0x80000000, 0x7FFFFFFF, 0x7F800000  # bits of float32
 
 
-def saturating_cast(x: Array, dtype: DType) -> Array:
+def saturating_cast(x: ArrayLike, dtype: DType) -> Array:
     """Casts to the nearest representable value, and never past the largest one.
 
     Rounds to nearest, ties to even. What happens outside the range::
@@ -75,7 +75,7 @@ def _saturating_cast(x: Array, dtype: DType) -> Array:
     return _to_format(x if narrow else _widen(x), fmt)
 
 
-def round_to_format(x: Array, dtype: DType) -> Array:
+def round_to_format(x: ArrayLike, dtype: DType) -> Array:
     """Rounds to the values of a format without leaving the dtype of ``x``.
 
     The values are those of ``saturating_cast``, found by float arithmetic: adding and
@@ -128,7 +128,7 @@ def _round_to_format(x: Array, dtype: DType) -> Array:
     return _nearest(y, fmt).astype(x.dtype)
 
 
-def stochastic_round(x: Array, dtype: DType, key: Array) -> Array:
+def stochastic_round(x: ArrayLike, dtype: DType, key: Array) -> Array:
     """Rounds up or down at random, so that the expected result is ``x``.
 
     With ``a <= x <= b`` the two neighbours in the format, the result is ``b`` with
@@ -213,7 +213,7 @@ def _(
 
 
 def _straight_through(
-    x: Array, tangent: Array, dtype: DType, out_dtype: DType
+    x: Any, tangent: Array, dtype: DType, out_dtype: DType
 ) -> Array | np.ndarray:
     """The tangent inside the range of a format, and 0 outside."""
     if not jnp.issubdtype(out_dtype, jnp.floating):

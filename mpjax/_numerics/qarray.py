@@ -20,7 +20,7 @@ from mpjax._numerics.scales import (
     expand_scale,
     quantize_blocks,
 )
-from mpjax._typing import Array, DType
+from mpjax._typing import Array, ArrayLike, DType
 
 
 @jax.tree_util.register_dataclass
@@ -62,7 +62,7 @@ class QArray:
 
 
 def quantize(
-    x: Array,
+    x: ArrayLike,
     dtype: DType,
     *,
     block: Block | None = None,

@@ -18,14 +18,14 @@ from mpjax._checks import (
 )
 from mpjax._numerics.casts import round_to_format, saturating_cast
 from mpjax._numerics.formats import Format, format_info, holds_scales
-from mpjax._typing import Array, DType
+from mpjax._typing import Array, ArrayLike, DType
 
 Block: TypeAlias = tuple[int, ...]
 Rounding: TypeAlias = Literal["exact", "up", "floor"]
 
 
 def block_amax(
-    x: Array, block: Block | None = None, *, compute_dtype: DType = jnp.float32
+    x: ArrayLike, block: Block | None = None, *, compute_dtype: DType = jnp.float32
 ) -> Array:
     """Largest magnitude of every block.
 
@@ -98,7 +98,7 @@ def _explicit_shards(x: Array, axis: int) -> int:
     return math.prod(sharding.mesh.shape[name] for name in names)
 
 
-def amax_to_scale(amax: Array, dtype: DType, rounding: Rounding = "exact") -> Array:
+def amax_to_scale(amax: ArrayLike, dtype: DType, rounding: Rounding = "exact") -> Array:
     """The scale that takes ``amax`` to the top of a format: ``x`` is ``q * scale``.
 
     ::
@@ -150,8 +150,8 @@ def amax_to_scale(amax: Array, dtype: DType, rounding: Rounding = "exact") -> Ar
 
 
 def quantize_with_scale(
-    x: Array,
-    scale: Array,
+    x: ArrayLike,
+    scale: ArrayLike,
     dtype: DType,
     block: Block | None = None,
     *,

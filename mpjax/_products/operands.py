@@ -1,6 +1,7 @@
 """What the operands of scaled products go through before and after them."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from mpjax._recipes.abstract import Scaling
 from mpjax._typing import Array, DType
 
 
-def check_operand(name: str, x: Array) -> Array:
+def check_operand(name: str, x: Any) -> Array:
     """A floating array that is wide enough to be quantized, or a TypeError."""
     if isinstance(x, QArray):
         raise TypeError(

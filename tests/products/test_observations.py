@@ -77,9 +77,13 @@ PRODUCTS = {
     [
         (None, ValueError, "takes scales=state.scale, got none"),
         (RECIPE.init(), TypeError, "got a ScalingState; pass state.scale"),
-        ([0.0, 0.0, 0.0], TypeError, "float32 array, got list; pass state.scale"),
-        (jnp.zeros(3, jnp.bfloat16), TypeError, "got bfloat16"),
-        (jnp.zeros(3, jnp.int32), TypeError, "got int32"),
+        (
+            [0.0, 0.0, 0.0],
+            TypeError,
+            r"float32 array, got \[0.0, .* of type list; pass",
+        ),
+        (jnp.zeros(3, jnp.bfloat16), TypeError, "got an array bfloat16"),
+        (jnp.zeros(3, jnp.int32), TypeError, "got an array int32"),
         (jnp.zeros((2, 3)), ValueError, r"got \(2, 3\); a stack of layers"),
     ],
 )

@@ -262,7 +262,7 @@ def test_what_no_gradient_reaches_is_not_calibrated(keeps):
         scaling = mpjax.keep_weights(scaling, params)
     params, scaling, _ = train_step(model, params, scaling, TX.init(params))
     promised = promise(scaling)
-    known = {k: v["kernel"].recipe.calibrated for k, v in promised.items()}
+    known = {k: v["kernel_scaling"].recipe.calibrated for k, v in promised.items()}
     assert known == {"below": False, "above": True, "gated": True}
     outs = [
         model.apply({"params": params, "scaling": s}, X) for s in (scaling, promised)
@@ -272,7 +272,7 @@ def test_what_no_gradient_reaches_is_not_calibrated(keeps):
     with pytest.raises(ValueError, match="none of these"):
         promise(only_frozen)
     traced = jax.jit(promise)(only_frozen)
-    assert traced["below"]["kernel"].recipe.calibrated
+    assert traced["below"]["kernel_scaling"].recipe.calibrated
 
 
 @pytest.mark.parametrize(
@@ -318,7 +318,9 @@ def test_nnx_models_do_both_in_place():
         expected = rounded(layer.kernel[...], state.scale[1])
         got = reference.as_float64(state.weight.values.qvalue)
         np.testing.assert_array_equal(got, expected)
-    with pytest.raises(ValueError, match="no state that belongs to a parameter"):
+    with pytest.raises(
+        ValueError, match="no states of delayed scaling to keep weights in"
+    ):
         mpjax.nnx.keep_weights(
             mpjax.nnx.mixed_precision(
                 nnx.Linear(24, 32, rngs=nnx.Rngs(0)), "mixed_bfloat16"

@@ -53,10 +53,7 @@ def gradients():
 
 
 def delayed_loss(variables):
-    kernel, scale = (
-        variables["params"]["kernel"],
-        variables["scaling"]["kernel_scaling"].scale,
-    )
+    kernel, scale = variables["params"]["kernel"], variables["scaling"]["kernel"].scale
     return mpjax.einsum("ij,jk->ik", X, kernel, recipe=DELAYED, scales=scale).sum()
 
 
