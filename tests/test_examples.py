@@ -54,9 +54,10 @@ def test_train_digits_survives_a_poisoned_batch(capsys):
     assert [policy for policy, *_ in runs] == ["float32", *policies]
     float32 = runs[0][1]
     assert float32 > 0.97
-    for _, accuracy, skipped, scale in runs:
+    for policy, accuracy, skipped, scale in runs:
         assert accuracy == pytest.approx(float32, abs=0.005)
         assert skipped == 1
-        assert scale == 2.0**15
+        # In float16 the loss itself is NaN, which says nothing about its scale.
+        assert scale == 2.0 ** (16 if policy == "mixed_float16" else 15)
     printed = capsys.readouterr()
     assert (printed.out + printed.err).count("bit for bit as before: True") == 3
