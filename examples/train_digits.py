@@ -3,8 +3,9 @@
     python examples/train_digits.py --poison
 
 `--poison` throws in a batch that overflows, whatever the policy. The step is skipped:
-parameters, optimizer state and batch statistics stay bit for bit as they were, the loss
-scale halves, and training goes on.
+parameters, optimizer state and batch statistics stay bit for bit as they were, and
+training goes on. The loss scale halves where gradients overflow; a loss that is NaN by
+itself, as in float16, says nothing about its scale.
 """
 
 import argparse
