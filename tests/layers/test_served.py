@@ -84,7 +84,7 @@ def trace(front_end, make, rule):
         model = mpjax.linen.MixedPrecision(make(), rule)
         variables = model.init(jax.random.key(0), X)
         jaxpr = jax.make_jaxpr(model.apply)(variables, X)
-        return dots(jaxpr), list(map(state_of, variables["scaling"]))
+        return dots(jaxpr), list(map(state_of, variables.get("scaling") or {}))
     model = mpjax.nnx.mixed_precision(make(), rule)
     states = nnx.to_flat_state(nnx.state(model, mpjax.nnx.ScalingStat))
     jaxpr = jax.make_jaxpr(nnx.merge(*nnx.split(model)))(X)
