@@ -1,4 +1,4 @@
-"""Aliases used in signatures, and a check of what is no dtype of arrays."""
+"""Aliases used in signatures."""
 
 from collections.abc import Hashable, Sequence
 from typing import Any, TypeAlias

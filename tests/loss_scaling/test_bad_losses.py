@@ -179,7 +179,10 @@ def test_a_model_of_nnx():
 
     @nnx.jit
     def step(model, optimizer, x):
-        loss_fn = lambda model: jnp.mean(model(x) ** 2)  # noqa: E731
+
+        def loss_fn(model):
+            return jnp.mean(model(x) ** 2)
+
         _, grads = mpjax.nnx.value_and_grad(loss_fn, optimizer)(model)
         optimizer.update(model, grads)
 

@@ -53,7 +53,10 @@ def test_true_loss_and_scaled_gradients(opt_state, dtype):
     params = jnp.array([1.0, 2.0, 3.0])
 
     def loss_and_grads(params, opt_state):
-        loss_fn = lambda p: square(p).astype(dtype)  # noqa: E731
+
+        def loss_fn(p):
+            return square(p).astype(dtype)
+
         return mpjax.value_and_grad(loss_fn, opt_state)(params)
 
     for run in (jax.jit(loss_and_grads), loss_and_grads):

@@ -30,7 +30,10 @@ def functions(grads):
 def test_what_has_no_states_is_refused(model):
     tx = mpjax.dynamic_loss_scaling(optax.sgd(0.1))
     optimizer = mpjax.nnx.Optimizer(model, tx)
-    loss_fn = lambda model: model(X).sum()  # noqa: E731
+
+    def loss_fn(model):
+        return model(X).sum()
+
     grads = mpjax.nnx.value_and_grad(loss_fn, optimizer)(model)[1]
     for function in functions(grads):
         for node in (nnx.state(model), nnx.split(model), {"a": 1}, None, 3):

@@ -48,7 +48,10 @@ def test_one_history_on_all_devices(front_end, check_vma):
 
         def linen_step(arrays, x):
             variables, opt_state = arrays
-            loss_fn = lambda variables: loss_of(model.apply(variables, x))  # noqa: E731
+
+            def loss_fn(variables):
+                return loss_of(model.apply(variables, x))
+
             _, grads = mpjax.value_and_grad(loss_fn, opt_state)(variables)
             updates, opt_state = tx.update(grads, opt_state, variables)
             state = mpjax.apply_updates(variables, updates)["scaling"]["kernel_scaling"]
@@ -62,7 +65,10 @@ def test_one_history_on_all_devices(front_end, check_vma):
 
         def nnx_step(arrays, x):
             model, optimizer = nnx.merge(graph, arrays)
-            loss_fn = lambda model: loss_of(model(x))  # noqa: E731
+
+            def loss_fn(model):
+                return loss_of(model(x))
+
             _, grads = mpjax.nnx.value_and_grad(loss_fn, optimizer)(model)
             optimizer.update(model, grads)
             state = model.kernel_scaling.get_value()

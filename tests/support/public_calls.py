@@ -48,7 +48,10 @@ def optimizer():
 
 @functools.cache
 def gradients():
-    loss_fn = lambda model: model(X).sum()  # noqa: E731
+
+    def loss_fn(model):
+        return model(X).sum()
+
     return mpjax.nnx.value_and_grad(loss_fn, optimizer())(model())[1]
 
 
