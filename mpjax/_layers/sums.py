@@ -10,10 +10,9 @@ summed up on the way back is wide.
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.custom_derivatives import SymbolicZero
+from jax import lax
 
 from mpjax._mesh import explicit_sharding, match_varying
 from mpjax._policies.policy import Policy
@@ -66,26 +65,8 @@ def add_bias(out: Array, bias: Array) -> Array:
       >>> jax.grad(loss)(bias)  # 256 in bfloat16
       Array([1024.], dtype=float32)
     """
-    return _add_bias(*match_varying(out, bias))
-
-
-@jax.custom_jvp
-def _add_bias(out: Array, bias: Array) -> Array:
-    shape = (1,) * (out.ndim - bias.ndim) + bias.shape
-    return out + bias.astype(out.dtype).reshape(shape)
-
-
-def _add_bias_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Any]:
-    (out, bias), (out_tangent, bias_tangent) = primals, tangents
-    result = _add_bias(out, bias)
-    if isinstance(bias_tangent, SymbolicZero):
-        return result, out_tangent
-    wide = jnp.broadcast_to(
-        bias_tangent, out.shape, out_sharding=explicit_sharding(result)
-    ).astype(out.dtype)
-    if isinstance(out_tangent, SymbolicZero):
-        return result, wide
-    return result, out_tangent + wide
-
-
-_add_bias.defjvp(_add_bias_jvp, symbolic_zeros=True)
+    out, bias = match_varying(out, bias)
+    last_axes = range(out.ndim - bias.ndim, out.ndim)
+    sharding = explicit_sharding(out)
+    wide = lax.broadcast_in_dim(bias, out.shape, last_axes, out_sharding=sharding)
+    return out + wide.astype(out.dtype)
