@@ -7,6 +7,7 @@ from mpjax import numerics as numerics
 from mpjax._layers import serialization as _serialization
 from mpjax._loss_scaling.checks import check_training
 from mpjax._loss_scaling.loss import scale_loss, value_and_grad
+from mpjax._loss_scaling.microbatches import accumulate_gradients
 from mpjax._loss_scaling.state import (
     LossScalingState,
     last_step_finite,
@@ -45,6 +46,7 @@ from mpjax._scaling_states.calibrate import calibrate
 from mpjax._scaling_states.optimizer import apply_updates, scaled
 from mpjax._scaling_states.update import update_scaling
 from mpjax._scaling_states.weights import drop_weights, keep_weights
+from mpjax._training.state import TrainState
 from mpjax._tree import cast_floating, select_tree
 
 __all__ = [
@@ -58,6 +60,8 @@ __all__ = [
     "Recipe",
     "Rule",
     "ScalingState",
+    "TrainState",
+    "accumulate_gradients",
     "apply_updates",
     "block_scaling",
     "calibrate",

@@ -24,6 +24,8 @@ WITHOUT_A_CALL = {
     "QArray",
     "ScalingState",
     "ScalingStat",
+    "TrainState",
+    "accumulate_gradients",
     "value_and_grad",
     "MixedPrecision",
     "Format",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,12 +15,15 @@ from jax.typing import ArrayLike
 
 from mpjax._checks import check_argnums, check_callable, check_flag
 from mpjax._loss_scaling.marks import mark_bad_loss
-from mpjax._loss_scaling.state import find_state, is_instance, loss_scale
+from mpjax._loss_scaling.microbatches import Microbatches, loss_and_part
+from mpjax._loss_scaling.state import find_state
 from mpjax._recipes.state import ScalingState
-from mpjax._tree import widen
+from mpjax._tree import is_numeric, widen
 from mpjax._typing import Array, ArrayTree
 
 _ONE = np.float32(1)
+# Loss scales by which losses were multiplied, by id, as long as there are such objects.
+_used_scales: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
 
 def scale_loss(loss: ArrayLike, opt_state: ArrayTree) -> Array:
@@ -51,6 +55,16 @@ def scale_loss(loss: ArrayLike, opt_state: ArrayTree) -> Array:
       >>> print(mpjax.scale_loss(jnp.float16(2.0), tx.init(jnp.ones(3))))
       131008.0
     """
+    return scaled_by(loss, present_scale(opt_state))
+
+
+def scaled_by(loss: ArrayLike, scale: Array) -> Array:
+    """The loss multiplied by a scale, in float32.
+
+    Raises:
+      ValueError: the loss is not a scalar.
+      TypeError: it is not real and floating.
+    """
     if not isinstance(loss, jax.Array | np.ndarray | np.generic | float | int):
         raise TypeError(
             f"The loss must be a floating scalar, got {type(loss).__name__}. If the "
@@ -66,7 +80,6 @@ def scale_loss(loss: ArrayLike, opt_state: ArrayTree) -> Array:
         raise TypeError(
             f"The loss must be real and floating to have a gradient, got {dtype}."
         )
-    scale = _present_scale(opt_state)
     if dtype == jnp.float16:
         scale = jnp.where(scale == 2.0**16, 65504.0, scale)
     wide = widen(jnp.asarray(loss))
@@ -97,7 +110,9 @@ def value_and_grad(
     Args:
       fun: a function that returns a loss, or a loss and something else. Its keyword
         arguments are passed on and not differentiated.
-      opt_state: any tree in which there is one `LossScalingState`.
+      opt_state: any tree in which there is one `LossScalingState`, an optimizer's or
+        a `TrainState`. Of a `TrainState` whose optimizer scales no loss this is
+        ``jax.value_and_grad``.
       argnums: the positional arguments to differentiate with respect to.
       has_aux: whether ``fun`` returns a pair of a loss and auxiliary data.
       allow_int: whether there may be integers among what is differentiated with respect
@@ -129,20 +144,32 @@ def value_and_grad(
     check_argnums(argnums)
     has_aux = check_flag("has_aux", has_aux)
 
-    @functools.wraps(fun)
-    def scaled(*args, **kwargs):
-        loss, aux = loss_and_aux(fun(*args, **kwargs), has_aux)
-        scaled_loss = scale_loss(loss, opt_state)
-        return scaled_loss, (jnp.asarray(loss, scaled_loss.dtype), aux)
+    is_scaled = scales_loss(opt_state)
+    loss_fn, part_of = loss_and_part(fun)
 
-    grad_fn = jax.grad(scaled, argnums, has_aux=True, allow_int=allow_int)
+    def gradient(scale):
+        @functools.wraps(loss_fn)
+        def scaled(*args, **kwargs):
+            loss, aux = loss_and_aux(loss_fn(*args, **kwargs), has_aux)
+            if scale is None:
+                return part_of(loss), (part_of(loss), aux)
+            scaled_loss = scaled_by(loss, scale)
+            loss = part_of(jnp.asarray(loss, scaled_loss.dtype))
+            return part_of(scaled_loss), (loss, aux)
 
-    @functools.wraps(fun)
+        grad_fn = jax.grad(scaled, argnums, has_aux=True, allow_int=allow_int)
+        several = isinstance(fun, Microbatches)
+        return fun.gradient(grad_fn, argnums) if several else grad_fn
+
+    @functools.wraps(loss_fn)
     def loss_and_scaled_grads(*args, **kwargs):
-        scale = loss_scale(opt_state)
+        if not is_scaled:
+            grads, (loss, aux) = gradient(None)(*args, **kwargs)
+            return ((loss, aux) if has_aux else loss), grads
+        scale = present_scale(opt_state)
         args = [rescale_states(arg, scale) for arg in args]
         kwargs = {key: rescale_states(arg, scale) for key, arg in kwargs.items()}
-        grads, (loss, aux) = grad_fn(*args, **kwargs)
+        grads, (loss, aux) = gradient(scale)(*args, **kwargs)
         grads = with_loss_scale(grads, scale)
         if isinstance(argnums, int):
             grads = mark_bad_loss(grads, loss)
@@ -153,7 +180,12 @@ def value_and_grad(
     return loss_and_scaled_grads
 
 
-def _present_scale(opt_state: ArrayTree) -> Array:
+def scales_loss(opt_state: Any) -> bool:
+    """Whether losses are scaled: a train state may say that they are not."""
+    return getattr(opt_state, "scales_loss", True)
+
+
+def present_scale(opt_state: ArrayTree) -> Array:
     """The loss scale.
 
     Raises:
@@ -161,6 +193,8 @@ def _present_scale(opt_state: ArrayTree) -> Array:
     """
     state = find_state(opt_state)
     scale = jnp.asarray(state.scale)
+    if isinstance(state.scale, jax.Array):
+        _used_scales[id(state.scale)] = state.scale
     compiles = not isinstance(scale, Tracer) and isinstance(lax.neg(_ONE), Tracer)
     if compiles and np.all(np.asarray(state.growth_tracker) >= 0):  # the scale varies
         raise ValueError(
@@ -171,6 +205,37 @@ def _present_scale(opt_state: ArrayTree) -> Array:
             "it, with the state of that step."
         )
     return scale
+
+
+def check_scaled(opt_state: ArrayTree) -> None:
+    """Raises unless a loss was scaled by this very state, within a trace.
+
+    Arrays that are not traced may have come from anywhere.
+
+    Raises:
+      ValueError: no loss was scaled by it in the function that is traced.
+    """
+    scale = find_state(opt_state).scale
+    if isinstance(scale, Tracer) and _used_scales.get(id(scale)) is not scale:
+        raise ValueError(
+            "The optimizer unscales gradients, and no loss was scaled by its state "
+            "in the function that is traced: take them with mpjax.value_and_grad("
+            "loss_fn, state)(...), of the state that is updated. If they come from "
+            "another compiled function, pass loss_scale=, what their loss was "
+            "multiplied by there."
+        )
+
+
+def unscaled(grads: ArrayTree, scale: Array) -> ArrayTree:
+    """Gradients divided by a scale, in float32; scaling states are left alone."""
+
+    def unscale(g):
+        if _is_state(g) or not is_numeric(g):
+            return g
+        wide = widen(jnp.asarray(g))
+        return wide / jnp.asarray(scale, jnp.finfo(wide.dtype).dtype)
+
+    return jax.tree.map(unscale, grads, is_leaf=_is_state)
 
 
 def loss_and_aux(out: Any, has_aux: bool) -> tuple[Any, Any]:
@@ -210,8 +275,11 @@ def with_loss_scale(grads: Any, scale: Array) -> Any:
 
 def _map_states(fn: Callable[[ScalingState], ScalingState], tree: Any) -> Any:
     """Maps over scaling states, and leaves all that holds none as it is."""
-    is_state = functools.partial(is_instance, ScalingState)
-    leaves, structure = jax.tree.flatten(tree, is_leaf=is_state)
-    if not any(map(is_state, leaves)):
+    leaves, structure = jax.tree.flatten(tree, is_leaf=_is_state)
+    if not any(map(_is_state, leaves)):
         return tree
-    return structure.unflatten(fn(x) if is_state(x) else x for x in leaves)
+    return structure.unflatten(fn(x) if _is_state(x) else x for x in leaves)
+
+
+def _is_state(node: Any) -> bool:
+    return isinstance(node, ScalingState)

@@ -1,8 +1,9 @@
 """An optimizer of a model's parameters that updates its scaling states as well."""
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,17 +18,24 @@ from mpjax._checks import (
     wrong,
 )
 from mpjax._loss_scaling.loss import (
+    check_scaled,
     loss_and_aux,
+    present_scale,
     rescale_states,
-    scale_loss,
+    scaled_by,
+    unscaled,
     with_loss_scale,
 )
 from mpjax._loss_scaling.marks import mark_bad_loss
+from mpjax._loss_scaling.microbatches import Microbatches, loss_and_part
 from mpjax._loss_scaling.state import (
     LossScalingState,
     last_step_finite,
     loss_scale,
+    skipped_steps,
 )
+from mpjax._nnx.before import remember, restore_unless, values_of, write_unless
+from mpjax._nnx.microbatches import accumulated
 from mpjax._nnx.scaling import (
     ScalingStat,
     check_holds,
@@ -38,7 +46,7 @@ from mpjax._nnx.scaling import (
 )
 from mpjax._recipes.recipe import Recipe
 from mpjax._scaling_states.update import found_states, step_of_optimizer
-from mpjax._typing import ArrayTree
+from mpjax._typing import Array, ArrayTree
 
 
 class Optimizer(nnx.Optimizer):
@@ -95,32 +103,115 @@ class Optimizer(nnx.Optimizer):
             )
         super().__init__(model, tx, wrt=wrt, **kwargs)
 
-    def update(self, model: nnx.Module, grads: ArrayTree, /, **kwargs: Any) -> Any:
+    def update(
+        self,
+        model: nnx.Module,
+        grads: ArrayTree,
+        /,
+        *,
+        loss_scale: Any = None,
+        **kwargs: Any,
+    ) -> Any:
         """Updates parameters, scaling states and the state of the optimizer, in place.
+
+        A step that loss scaling skips changes nothing of the model: batch statistics,
+        counts of random keys and all else that the loss has written since
+        `mpjax.nnx.value_and_grad` was called are again as they were before.
 
         Args:
           model: as it was when the gradients were taken.
           grads: of `mpjax.nnx.value_and_grad`, or another gradient with respect to the
             trained variables and the `ScalingStat` of the model.
+          loss_scale: f32[], what the loss was multiplied by, for gradients that
+            `mpjax.nnx.value_and_grad` has not taken in the same traced function.
           **kwargs: passed on to ``tx.update``.
 
         Returns:
           The updates of the parameters.
 
         Raises:
-          ValueError: the gradients lack that of a state.
+          ValueError: the gradients lack that of a state, or are of a loss that was not
+            scaled by this optimizer.
         """
         check_holds("model", model, nnx.Module, "pass that which is trained")
         check_holds("grads", grads, nnx.State, "pass those of mpjax.nnx.value_and_grad")
-        before = self.step[...]
+        before, scales_loss = self.step[...], self.scales_loss
+        if scales_loss and loss_scale is None:
+            check_scaled(arrays_of(self))
+        elif scales_loss:
+            grads = unscaled(grads, loss_scale / self.loss_scale)
         updates = super().update(model, grads, **kwargs)
-        opt_state = _arrays(self)
-        if found_states(opt_state, LossScalingState):
+        opt_state = arrays_of(self)
+        if scales_loss:
             made = last_step_finite(opt_state)
             self.step[...] = jnp.where(made, self.step[...], before)
+            restore_unless(made, self, model)
         if scaling_stats(model):
             update_scaling(model, grads, step_of_optimizer(opt_state))
         return updates
+
+    @contextlib.contextmanager
+    def if_applied(self, *modules: nnx.Module) -> Iterator[None]:
+        """Undoes what its block changes in modules, if the last step was skipped.
+
+        To be used after `update`, for what follows the parameters from outside of the
+        model: an average of them, a metric::
+
+            optimizer.update(model, grads)
+            with optimizer.if_applied(ema):
+                ema.update(model)
+
+        Args:
+          *modules: that are changed, in the values of their variables.
+
+        Raises:
+          TypeError: one is no module.
+
+        Example:
+          >>> from flax import nnx
+          >>> import jax.numpy as jnp, mpjax, mpjax.nnx, optax
+          >>> model, ema = (nnx.Linear(1, 1, rngs=nnx.Rngs(0)) for _ in range(2))
+          >>> tx = mpjax.dynamic_loss_scaling(optax.sgd(0.1))
+          >>> optimizer = mpjax.nnx.Optimizer(model, tx)
+          >>> loss_fn = lambda model: model(jnp.full(1, jnp.nan)).sum()
+          >>> loss, grads = mpjax.nnx.value_and_grad(loss_fn, optimizer)(model)
+          >>> updates = optimizer.update(model, grads)
+          >>> with optimizer.if_applied(ema):
+          ...     ema.bias[...] += 1
+          >>> print(ema.bias[...])
+          [0.]
+        """
+        for module in modules:
+            check_holds("A module", module, nnx.Module, "pass those that are changed")
+        before = [values_of(module) for module in modules]
+        yield
+        if self.scales_loss:
+            for module, old in zip(modules, before, strict=True):
+                write_unless(self.last_step_finite, module, old)
+
+    @property
+    def scales_loss(self) -> bool:
+        """Whether the optimizer scales the loss."""
+        return bool(found_states(arrays_of(self), LossScalingState))
+
+    @property
+    def loss_scale(self) -> Array:
+        """f32[], what the next loss is multiplied by; 1 if the loss is not scaled."""
+        return loss_scale(arrays_of(self)) if self.scales_loss else jnp.float32(1)
+
+    @property
+    def last_step_finite(self) -> Array:
+        """bool[], whether the last step was applied."""
+        if self.scales_loss:
+            return last_step_finite(arrays_of(self))
+        return jnp.array(True)
+
+    @property
+    def skipped_steps(self) -> Array:
+        """int32[], how many steps were skipped since the start."""
+        if self.scales_loss:
+            return skipped_steps(arrays_of(self))
+        return jnp.zeros((), jnp.int32)
 
 
 def value_and_grad(
@@ -177,8 +268,9 @@ def value_and_grad(
     is_single = isinstance(argnums, int)
     places = (argnums,) if is_single else tuple(argnums)
     states = tuple(nnx.DiffState(place, wrt) for place in places)
+    loss_of_one, part_of = loss_and_part(loss_fn)
 
-    @functools.wraps(loss_fn)
+    @functools.wraps(loss_of_one)
     def loss_and_grads(*args, **kwargs):
         # nnx.grad takes modules by their positions.
         call = inspect.signature(loss_fn).bind(*args, **kwargs)
@@ -192,33 +284,31 @@ def value_and_grad(
                 "argnums are positions of models among the arguments of the loss, each "
                 f"of them once, got {argnums!r} for {len(args)} positional arguments."
             )
-        opt_state = _arrays(optimizer)
+        opt_state = arrays_of(optimizer)
         scales_loss = bool(found_states(opt_state, LossScalingState))
-        if scales_loss:
+        scale = present_scale(opt_state) if scales_loss else None
+        if scale is not None:
             for place in places:
-                _rescale(args[place], loss_scale(opt_state))
+                _rescale(args[place], scale)
 
         def scaled(*args):
-            loss, aux = loss_and_aux(loss_fn(*args, **kwargs), has_aux)
-            if not scales_loss:
-                return loss, (loss, aux)
-            scaled_loss = scale_loss(loss, opt_state)
-            return scaled_loss, (jnp.asarray(loss, scaled_loss.dtype), aux)
+            loss, aux = loss_and_aux(loss_of_one(*args, **kwargs), has_aux)
+            if scale is None:
+                return part_of(loss), (part_of(loss), aux)
+            scaled_loss = scaled_by(loss, scale)
+            loss = part_of(jnp.asarray(loss, scaled_loss.dtype))
+            return part_of(scaled_loss), (loss, aux)
 
-        grad_fn = nnx.grad(
-            scaled,
-            argnums=states[0] if is_single else states,
-            has_aux=True,
-            allow_int=allow_int,
-        )
+        grad_fn = nnx.grad(scaled, argnums=states, has_aux=True, allow_int=allow_int)
+        if isinstance(loss_fn, Microbatches):
+            grad_fn = accumulated(loss_fn, grad_fn, places, wrt)
+        if scale is not None:
+            remember(optimizer, [args[place] for place in places], wrt)
         grads, (loss, aux) = grad_fn(*args)
-        if scales_loss:
-            grads = with_loss_scale(grads, loss_scale(opt_state))
-            if is_single:
-                grads = mark_bad_loss(grads, loss)
-            else:
-                grads = tuple(mark_bad_loss(tree, loss) for tree in grads)
-        return ((loss, aux) if has_aux else loss), grads
+        if scale is not None:
+            grads = with_loss_scale(grads, scale)
+            grads = tuple(mark_bad_loss(tree, loss) for tree in grads)
+        return ((loss, aux) if has_aux else loss), grads[0] if is_single else grads
 
     return loss_and_grads
 
@@ -232,7 +322,7 @@ def _check_filter(wrt: Any) -> None:
             raise wrong("wrt", "is a filter of NNX", wrt, "pass nnx.Param")
 
 
-def _arrays(optimizer: nnx.Optimizer) -> ArrayTree:
+def arrays_of(optimizer: nnx.Optimizer) -> ArrayTree:
     """The state of an optimizer, without its variables."""
     return nnx.as_pure(optimizer.opt_state)
 

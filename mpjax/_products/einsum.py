@@ -156,6 +156,13 @@ def _permuted(
     """The sharding of an array whose axes are taken in this order."""
     if sharding is None:
         return None
+    if not isinstance(sharding, NamedSharding | PartitionSpec):
+        raise wrong(
+            "out_sharding",
+            "is a NamedSharding or a PartitionSpec",
+            sharding,
+            "pass jax.P(...), one name or None for each axis of the result",
+        )
     named = isinstance(sharding, NamedSharding)
     spec = sharding.spec if named else sharding
     spec = (*spec, *[None] * (len(order) - len(spec)))

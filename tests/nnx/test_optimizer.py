@@ -72,6 +72,7 @@ def step(net, optimizer, x, factor):
 def step_by_hand(net, optimizer, x, factor, kind):
     """The reference: Flax's optimizer, and a loop with `update_scaling`."""
     opt_state = nnx.as_pure(optimizer.opt_state)
+    stats = jax.tree.map(jnp.copy, nnx.as_pure(nnx.state(net, nnx.BatchStat)))
 
     def scaled(net):
         loss = loss_of(net, x, factor)
@@ -89,6 +90,10 @@ def step_by_hand(net, optimizer, x, factor, kind):
     optimizer.update(net, grads)
     told = nnx.as_pure(optimizer.opt_state) if kind else None
     mpjax.nnx.update_scaling(net, grads, told)
+    if "loss" in kind:  # a step that is skipped leaves no batch statistics
+        made = mpjax.last_step_finite(nnx.as_pure(optimizer.opt_state))
+        new = nnx.as_pure(nnx.state(net, nnx.BatchStat))
+        nnx.update(net, mpjax.select_tree(made, new, stats))
     return loss
 
 

@@ -80,6 +80,24 @@ def update_optimizer(model, grads):
     return optimizer().update(model, grads)
 
 
+def create_state(apply_fn, params, tx, scaling):
+    return mpjax.TrainState.create(
+        apply_fn=apply_fn, params=params, tx=tx, scaling=scaling
+    )
+
+
+def apply_gradients(grads, loss_scale, ema):
+    state = mpjax.TrainState.create(apply_fn=square, params=PARAMS, tx=TX, ema=PARAMS)
+    return state.apply_gradients(grads=grads, loss_scale=loss_scale, ema=ema)
+
+
+def accumulate(loss_fn, steps, carry_argnum, reduction):
+    loss_fn = mpjax.accumulate_gradients(
+        loss_fn, steps, carry_argnum=carry_argnum, reduction=reduction
+    )
+    return mpjax.value_and_grad(loss_fn, OPT_STATE)(PARAMS, X)
+
+
 def wrap_linen(module, rules):
     return mpjax.linen.MixedPrecision(module, rules).init(jax.random.key(0), X)
 
@@ -102,6 +120,19 @@ CALLS = {
     RULE.matches: {"path": "a", "module_type": nn.Dense},
     RULE.matches_path: {"path": "a"},
     RULE.matches_type: {"module_type": nn.Dense},
+    create_state: {
+        "apply_fn": square,
+        "params": PARAMS,
+        "tx": TX,
+        "scaling": STATES,
+    },
+    apply_gradients: {"grads": PARAMS, "loss_scale": 8.0, "ema": PARAMS},
+    accumulate: {
+        "loss_fn": square,
+        "steps": 2,
+        "carry_argnum": None,
+        "reduction": "mean",
+    },
     mpjax.cast_floating: {"tree": PARAMS, "dtype": jnp.bfloat16},
     mpjax.select_tree: {"pred": np.bool_(True), "on_true": PARAMS, "on_false": PARAMS},
     mpjax.quantize: {

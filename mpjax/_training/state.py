@@ -1,0 +1,307 @@
+"""A train state whose steps happen whole or not at all."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from flax.training import train_state
+
+from mpjax._checks import check_callable, check_same_structure, check_transformation
+from mpjax._loss_scaling.loss import check_scaled, unscaled
+from mpjax._loss_scaling.state import (
+    LossScalingState,
+    last_step_finite,
+    loss_scale,
+    skipped_steps,
+)
+from mpjax._policies.policy import get_policy
+from mpjax._recipes.recipe import Recipe
+from mpjax._recipes.state import ScalingState
+from mpjax._scaling_states.optimizer import apply_updates, scaled
+from mpjax._scaling_states.update import found_states, is_state
+from mpjax._tree import select_tree
+from mpjax._typing import Array, ArrayTree
+
+
+class TrainState(train_state.TrainState):
+    """``flax.training.train_state.TrainState`` for training in few bits.
+
+    One call makes the whole step, or none of it. `apply_gradients` unscales, decides,
+    and updates parameters, moments, the counter of steps and what delayed scaling has
+    observed; if the gradient is not finite, all of them stay as they were, bit for bit,
+    and so does every collection that it is given::
+
+        variables = model.init(key, batch)
+        state = mpjax.TrainState.create(apply_fn=model.apply, tx=tx, **variables)
+
+        @jax.jit
+        def train_step(state, batch):
+            def loss_fn(variables):
+                logits, new = state.apply_fn(
+                    {**variables, "batch_stats": state.batch_stats},
+                    batch["x"], mutable=["batch_stats"])
+                return loss_of(logits, batch["y"]), new
+            grad_fn = mpjax.value_and_grad(loss_fn, state, has_aux=True)
+            (loss, new), grads = grad_fn(state.variables)
+            return state.apply_gradients(grads=grads, **new), loss
+
+    The optimizer may scale the loss or not, and the recipe may have states or not: the
+    loop is the same. A model without states of scaling is also differentiated with
+    respect to ``state.params`` alone, as with Flax's class. Subclasses add fields as
+    those of Flax's do.
+
+    Attributes:
+      step: int32[], calls of `apply_gradients` whose step was not skipped.
+      apply_fn: usually ``model.apply``.
+      params: the parameters, a tree of arrays.
+      tx: the optimizer. `mpjax.scaled` around it is not needed.
+      opt_state: its state.
+      collections: trees by name; each is an attribute of the state as well.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, mpjax, mpjax.linen, optax
+      >>> rule = mpjax.Rule(".*", "mixed_float16", mpjax.delayed_scaling())
+      >>> model = mpjax.linen.MixedPrecision(nn.Dense(4), rule)
+      >>> x = jnp.ones((2, 8))
+      >>> tx = mpjax.dynamic_loss_scaling(optax.sgd(0.1))
+      >>> variables = model.init(jax.random.key(0), x)
+      >>> state = mpjax.TrainState.create(apply_fn=model.apply, tx=tx, **variables)
+      >>> loss_fn = lambda variables: state.apply_fn(variables, x).mean()
+      >>> loss, grads = mpjax.value_and_grad(loss_fn, state)(state.variables)
+      >>> state = state.apply_gradients(grads=grads)
+      >>> print(state.step, state.loss_scale, state.last_step_finite)
+      1 65536.0 True
+    """
+
+    collections: Mapping[str, Any] = struct.field(kw_only=True, default_factory=dict)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.replace = _replace  # in place of that which flax.struct makes
+
+    @classmethod
+    def create(
+        cls,
+        *,
+        apply_fn: Callable[..., Any],
+        params: ArrayTree,
+        tx: optax.GradientTransformation,
+        **kwargs: Any,
+    ) -> Self:
+        """A state before its first step, with a new state of the optimizer.
+
+        Under ``jax.jit`` with ``out_shardings`` it is made where it is to be, and no
+        device holds more than its part.
+
+        Args:
+          apply_fn: usually ``model.apply``.
+          params: the parameters.
+          tx: the optimizer; `mpjax.dynamic_loss_scaling`, to scale the loss.
+          **kwargs: fields of a subclass, and collections, each by its name: the
+            variables of a Linen model, averages of parameters, keys.
+
+        Raises:
+          TypeError: ``apply_fn`` is no function, or ``tx`` no optimizer.
+          ValueError: the model computes in float16 and ``tx`` scales no loss, or a
+            collection has the name of something else.
+        """
+        check_callable("apply_fn", apply_fn)
+        check_transformation(tx, lambda value: isinstance(value, Recipe))
+        fields = {field.name for field in dataclasses.fields(cls)}
+        own = {name: kwargs.pop(name) for name in kwargs.keys() & fields}
+        collections = {**own.pop("collections", {}), **kwargs}
+        for name in collections:
+            if name in fields or hasattr(cls, name):
+                raise ValueError(
+                    f"A collection is an attribute of the state, got one of the name "
+                    f"{name!r}, which a {cls.__name__} has already: give it another."
+                )
+        trained = {"params": params, **_with_states(collections)}
+        state = cls(
+            step=jnp.zeros((), jnp.int32),
+            apply_fn=apply_fn,
+            params=params,
+            tx=tx,
+            opt_state=scaled(tx).init(trained),
+            collections=collections,
+            **own,
+        )
+        _check_loss_scale(apply_fn, state)
+        return state
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What a loss is differentiated with respect to.
+
+        The parameters, and the collections of `ScalingState` if there are any: a part
+        of the variables of a Linen model, by collection.
+        """
+        return {"params": self.params, **_with_states(self.collections)}
+
+    def apply_gradients(
+        self, *, grads: ArrayTree, loss_scale: Any = None, **kwargs: Any
+    ) -> Self:
+        """The state after a step, or after none if the gradient is not finite.
+
+        Args:
+          grads: the gradient with respect to `variables`, or, of a model without states
+            of scaling, to ``params``; of `mpjax.value_and_grad` if the optimizer scales
+            the loss.
+          loss_scale: f32[], what the loss was multiplied by, for gradients that
+            `mpjax.value_and_grad` has not taken in the same traced function.
+          **kwargs: new values of collections and of fields of a subclass. A function
+            is called with the new parameters: ``ema=lambda params: ...``. Of a step
+            that is skipped they stay as they were.
+
+        Raises:
+          ValueError: ``grads`` have another structure, lack what states of scaling have
+            observed, or are of a loss that was not scaled by this state; or there is no
+            such collection.
+          TypeError: a new value has another structure, shape or dtype than the old one,
+            and the optimizer may skip the step.
+        """
+        scales = self.scales_loss
+        grads = self._of_variables(grads)
+        if scales and loss_scale is None:
+            check_scaled(self.opt_state)
+        elif scales:
+            grads = unscaled(grads, loss_scale / self.loss_scale)
+        variables = self.variables
+        updates, opt_state = scaled(self.tx).update(grads, self.opt_state, variables)
+        variables = apply_updates(variables, updates)
+        params = variables.pop("params")
+        new = {
+            name: value(params) if callable(value) else value
+            for name, value in kwargs.items()
+        }
+        for name in new:
+            if name in ("step", "opt_state", "params", *variables):
+                raise ValueError(
+                    f"apply_gradients makes {name!r} itself: leave it out, and use "
+                    "replace to set it."
+                )
+        step = jnp.asarray(self.step) + 1
+        if scales:
+            made = last_step_finite(opt_state)
+            step = jnp.where(made, step, self.step)
+            new = {name: self._kept(made, name, value) for name, value in new.items()}
+        return self.replace(
+            step=step, params=params, opt_state=opt_state, **variables, **new
+        )
+
+    @property
+    def scales_loss(self) -> bool:
+        """Whether the optimizer scales the loss."""
+        return bool(found_states(self.opt_state, LossScalingState))
+
+    @property
+    def loss_scale(self) -> Array:
+        """f32[], what the next loss is multiplied by; 1 if the loss is not scaled."""
+        return loss_scale(self.opt_state) if self.scales_loss else jnp.float32(1)
+
+    @property
+    def last_step_finite(self) -> Array:
+        """bool[], whether the last step was applied."""
+        if self.scales_loss:
+            return last_step_finite(self.opt_state)
+        return jnp.array(True)
+
+    @property
+    def skipped_steps(self) -> Array:
+        """int32[], how many steps were skipped since the start."""
+        if self.scales_loss:
+            return skipped_steps(self.opt_state)
+        return jnp.zeros((), jnp.int32)
+
+    def __getattr__(self, name: str) -> Any:
+        collections = vars(self).get("collections")
+        if isinstance(collections, Mapping) and name in collections:
+            return collections[name]
+        known = sorted(collections) if isinstance(collections, Mapping) else []
+        raise AttributeError(
+            f"{type(self).__name__} has no attribute {name!r}; its collections are "
+            f"{known}."
+        )
+
+    def _of_variables(self, grads: ArrayTree) -> ArrayTree:
+        """Gradients with respect to `variables`."""
+        variables = self.variables
+        like_params = _structure(grads) == _structure(self.params)
+        if like_params and len(variables) == 1:
+            return {"params": grads}
+        if like_params and not found_states(grads, ScalingState):
+            names = ", ".join(variables.keys() - {"params"})
+            raise ValueError(
+                f"The gradients lack those of {names}, which tell what delayed scaling "
+                "has observed: differentiate with respect to state.variables."
+            )
+        check_same_structure("grads and state.variables", grads, variables, is_state)
+        return grads
+
+    def _kept(self, made: Array, name: str, new: ArrayTree) -> ArrayTree:
+        if not (name in self.collections or name in vars(self)):
+            raise ValueError(
+                f"A skipped step keeps the old {name!r}, and there is none; begin with "
+                f"one: TrainState.create(..., {name}=...)."
+            )
+        old = getattr(self, name)
+        try:
+            return select_tree(made, new, old)
+        except (TypeError, ValueError) as error:
+            message = f"The new {name!r} cannot stand for the old: {error}"
+            raise type(error)(message) from error
+
+
+def _replace(self: TrainState, **updates: Any) -> TrainState:
+    """A new state with other fields and collections."""
+    fields = {field.name for field in dataclasses.fields(self)}
+    changed = {name: updates.pop(name) for name in updates.keys() - fields}
+    unknown = changed.keys() - self.collections.keys()
+    if unknown:
+        raise ValueError(
+            f"There is no {min(unknown)!r} to replace; the collections are "
+            f"{sorted(self.collections)}. They are named in TrainState.create."
+        )
+    if changed:
+        old = updates.get("collections", self.collections)
+        updates["collections"] = {**old, **changed}
+    return dataclasses.replace(self, **updates)
+
+
+setattr(TrainState, "replace", _replace)  # noqa: B010
+
+
+def _with_states(collections: Mapping[str, Any]) -> dict[str, Any]:
+    """The collections that hold nothing but states of scaling."""
+
+    def has_only_states(tree):
+        leaves = jax.tree.leaves(tree, is_leaf=is_state)
+        return bool(leaves) and all(map(is_state, leaves))
+
+    return {name: tree for name, tree in collections.items() if has_only_states(tree)}
+
+
+def _structure(tree: ArrayTree) -> Any:
+    return jax.tree.structure(tree, is_leaf=is_state)
+
+
+def _check_loss_scale(apply_fn: Callable[..., Any], state: TrainState) -> None:
+    """Raises a ValueError if float16 gradients would flush to zero.
+
+    What a model computes in is known of the ``apply`` of one under rules.
+    """
+    rules = getattr(getattr(apply_fn, "__self__", None), "rules", ())
+    if state.scales_loss or not isinstance(rules, tuple):
+        return
+    for rule in rules:
+        policy = None if rule.policy is None else get_policy(rule.policy)
+        if policy is not None and policy.compute_dtype == jnp.float16:
+            raise ValueError(
+                f"The model computes in float16 ({policy}), where gradients below 6e-8 "
+                "are zero, and its optimizer scales no loss: pass "
+                "tx=mpjax.dynamic_loss_scaling(tx)."
+            )
