@@ -1,0 +1,86 @@
+"""A step on a mesh of devices is that on one, and a state is made where it is to be."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from training_programs import LAYOUTS, PROGRAMS, assert_same_run, run
+
+FRONT_ENDS = pytest.mark.parametrize("front_end", ["linen", "nnx"])
+# Sums of devices are in another order than those of one.
+ROUNDING = 1e-5
+
+
+def make_mesh(axis_type=AxisType.Auto):
+    return jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis_type,) * 2)
+
+
+def shardings_of(program, mesh):
+    """Of all arrays of a state, known before there are any."""
+    with jax.set_mesh(program.mesh_of_create(mesh)):
+        specs = program.specs(jax.eval_shape(program.create))
+
+    def named(spec):
+        return NamedSharding(mesh, spec)
+
+    return jax.tree.map(named, specs, is_leaf=lambda node: isinstance(node, P))
+
+
+def run_on(program, mesh, put=None):
+    """Its decisions and the last state; nothing is moved nor compiled twice."""
+    shardings = shardings_of(program, mesh)
+    with jax.set_mesh(program.mesh_of_create(mesh)):
+        create = jax.jit(program.create, out_shardings=shardings)
+        assert "all-gather" not in create.lower().compile().as_text()
+        state = create()
+    before = jax.tree.map(lambda x: x.sharding, state)
+    step = jax.jit(program.step, out_shardings=(shardings, None), donate_argnums=0)
+
+    def on_rows(x):
+        return jax.device_put(x, NamedSharding(mesh, P("data")))
+
+    with jax.set_mesh(mesh):
+        decisions, state = run(program, step, state, put or on_rows)
+    assert step._cache_size() == 1
+    assert jax.tree.map(lambda x: x.sharding, state) == before
+    return decisions, state
+
+
+def parts(state):
+    """{shape of an array: shapes of its parts} of the arrays shaped as weights."""
+    return {
+        (x.shape, x.addressable_shards[0].data.shape)
+        for x in jax.tree.leaves(state)
+        if x.ndim == 2 and x.shape[-1] == 24
+    }
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@FRONT_ENDS
+def test_shardings_come_with_the_state_and_stay(front_end, layout):
+    program = PROGRAMS[front_end](LAYOUTS[layout])
+    decisions, state = run_on(program, make_mesh())
+    # Weights, their moments and their averages alike.
+    part = {"data parallel": (16, 24), "FSDP": (4, 24), "tensor parallel": (16, 12)}
+    assert parts(state) == {((16, 24), part[layout])}
+    assert_same_run(front_end, None, program, decisions, state, ROUNDING)
+    replicated = [x for x in jax.tree.leaves(state) if x.ndim == 0 or 3 in x.shape]
+    assert len(replicated) >= 9 and all(x.is_fully_replicated for x in replicated)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@FRONT_ENDS
+def test_microbatches(front_end, axis_type):
+    program = PROGRAMS[front_end](LAYOUTS["FSDP"], microbatches=2)
+    decisions, state = run_on(program, make_mesh(axis_type))
+    assert_same_run(front_end, 2, program, decisions, state, ROUNDING)
+
+
+@pytest.mark.parametrize(
+    ("front_end", "put"), [("linen", None), ("nnx", None), ("linen", jnp.asarray)]
+)
+def test_explicit_axes_and_a_batch_on_the_mesh_or_not(front_end, put):
+    program = PROGRAMS[front_end](LAYOUTS["tensor parallel"])
+    decisions, state = run_on(program, make_mesh(AxisType.Explicit), put)
+    assert_same_run(front_end, None, program, decisions, state, ROUNDING)
