@@ -43,6 +43,24 @@ def unchecked_axes() -> tuple[AxisName, ...]:
     )
 
 
+def bound_axis(name: AxisName) -> Array:
+    """int32[], where a device is along a mapped axis.
+
+    Raises:
+      ValueError: the function that is traced is mapped over no such axis.
+    """
+    try:
+        return lax.axis_index(name)
+    except NameError:
+        mesh = jax.sharding.get_abstract_mesh()
+        known = f", whose axes are {mesh.manual_axes}" if mesh.manual_axes else ""
+        raise ValueError(
+            f"axis_name names a mapped axis, got {name!r}, which no shard_map, pmap or "
+            f"vmap around has{known}. Under jax.jit alone no axis is mapped, and none "
+            "is to be named: leave axis_name out."
+        ) from None
+
+
 def explicit_sharding(*arrays: Array) -> NamedSharding | None:
     """The sharding of the first array that is on a mesh of explicit axes, if any is."""
     shardings = (jax.typeof(x).sharding for x in arrays)

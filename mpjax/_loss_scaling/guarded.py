@@ -19,7 +19,7 @@ from mpjax._checks import (
 )
 from mpjax._loss_scaling.marks import has_bad_loss
 from mpjax._loss_scaling.state import LossScalingState, is_instance
-from mpjax._mesh import unchecked_axes, varying_axes
+from mpjax._mesh import bound_axis, unchecked_axes, varying_axes
 from mpjax._recipes.recipe import Recipe
 from mpjax._recipes.state import ScalingState
 from mpjax._tree import is_numeric, select_tree, widen
@@ -130,6 +130,8 @@ def _agreed(finite, bad_loss, axis_name, scale):
     """
     differing = varying_axes(finite) | varying_axes(bad_loss)
     axes = [*jax.tree.leaves(axis_name)]  # they may vary over some of them only
+    for axis in axes:
+        bound_axis(axis)
     axes += sorted(differing - varying_axes(scale) - {*axes}, key=str)
     if axis_name is None:
         axes += unchecked_axes()

@@ -17,6 +17,7 @@ from mpjax._checks import (
     check_transformation,
     wrong,
 )
+from mpjax._loss_scaling.devices import Devices
 from mpjax._loss_scaling.loss import (
     check_scaled,
     loss_and_aux,
@@ -46,7 +47,7 @@ from mpjax._nnx.scaling import (
 )
 from mpjax._recipes.recipe import Recipe
 from mpjax._scaling_states.update import found_states, step_of_optimizer
-from mpjax._typing import Array, ArrayTree
+from mpjax._typing import Array, ArrayTree, AxisName
 
 
 class Optimizer(nnx.Optimizer):
@@ -220,6 +221,8 @@ def value_and_grad(
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
     allow_int: bool = False,
+    *,
+    axis_name: AxisName | Sequence[AxisName] | None = None,
 ) -> Callable[..., tuple[Any, Any]]:
     """``nnx.value_and_grad`` of what an optimizer trains, and of scaling states.
 
@@ -234,6 +237,8 @@ def value_and_grad(
         to.
       has_aux: whether ``loss_fn`` returns a pair of a loss and auxiliary data.
       allow_int: whether integers may be trained, as of ``nnx.grad``.
+      axis_name: mapped axes over which the batch is split, as of
+        `mpjax.value_and_grad`; what the model writes stays that of each device.
 
     Returns:
       A function of the arguments of ``loss_fn`` that returns ``(loss, grads)``, or
@@ -243,7 +248,8 @@ def value_and_grad(
     Raises:
       TypeError: the optimizer is not a `mpjax.nnx.Optimizer`, or the loss is scaled and
         not real and floating.
-      ValueError: the loss is scaled and not a scalar.
+      ValueError: the loss is scaled and not a scalar; or ``axis_name`` is as for
+        `mpjax.value_and_grad`.
 
     Example:
       >>> from flax import nnx
@@ -284,7 +290,7 @@ def value_and_grad(
                 "argnums are positions of models among the arguments of the loss, each "
                 f"of them once, got {argnums!r} for {len(args)} positional arguments."
             )
-        opt_state = arrays_of(optimizer)
+        devices, opt_state = Devices.of(axis_name), arrays_of(optimizer)
         scales_loss = bool(found_states(opt_state, LossScalingState))
         scale = present_scale(opt_state) if scales_loss else None
         if scale is not None:
@@ -293,11 +299,12 @@ def value_and_grad(
 
         def scaled(*args):
             loss, aux = loss_and_aux(loss_of_one(*args, **kwargs), has_aux)
+            loss = devices.mean(loss)
             if scale is None:
-                return part_of(loss), (part_of(loss), aux)
+                return devices.part(part_of(loss)), (part_of(loss), aux)
             scaled_loss = scaled_by(loss, scale)
             loss = part_of(jnp.asarray(loss, scaled_loss.dtype))
-            return part_of(scaled_loss), (loss, aux)
+            return devices.part(part_of(scaled_loss)), (loss, aux)
 
         grad_fn = nnx.grad(scaled, argnums=states, has_aux=True, allow_int=allow_int)
         if isinstance(loss_fn, Microbatches):
@@ -305,6 +312,7 @@ def value_and_grad(
         if scale is not None:
             remember(optimizer, [args[place] for place in places], wrt)
         grads, (loss, aux) = grad_fn(*args)
+        grads, loss = devices.gathered(grads, loss)
         if scale is not None:
             grads = with_loss_scale(grads, scale)
             grads = tuple(mark_bad_loss(tree, loss) for tree in grads)

@@ -116,16 +116,15 @@ class LinenProgram:
         def loss_fn(variables, stats, x, y):
             variables = {**variables, "batch_stats": stats}
             out, new = state.apply_fn(variables, x, mutable=["batch_stats"])
-            loss = squared(out, y)
-            if self.axis_name is not None:
-                loss = jax.lax.pmean(loss, self.axis_name)
-            return loss, (new["batch_stats"], ())
+            return squared(out, y), (new["batch_stats"], ())
 
         if self.microbatches is not None:
             loss_fn = mpjax.accumulate_gradients(
                 loss_fn, self.microbatches, carry_argnum=1
             )
-        grad_fn = mpjax.value_and_grad(loss_fn, state, has_aux=True)
+        grad_fn = mpjax.value_and_grad(
+            loss_fn, state, has_aux=True, axis_name=self.axis_name
+        )
         (loss, (stats, _)), grads = grad_fn(state.variables, state.batch_stats, x, y)
 
         def ema(params):
@@ -140,6 +139,10 @@ class LinenProgram:
     def params(self, state):
         """Parameters, statistics and averages, as a list of arrays."""
         return jax.tree.leaves((state.params, state.batch_stats, state.ema))
+
+    def history(self, state):
+        """The amaxes of the Dense layer."""
+        return state.scaling["Dense_0"]["kernel_scaling"].history
 
 
 class NnxNet(nnx.Module):
@@ -185,14 +188,12 @@ class NnxProgram:
         model, optimizer, ema = nnx.merge(self.graph, state)
 
         def loss_fn(model, x, y):
-            loss = squared(model(x), y)
-            if self.axis_name is not None:
-                loss = jax.lax.pmean(loss, self.axis_name)
-            return loss
+            return squared(model(x), y)
 
         if self.microbatches is not None:
             loss_fn = mpjax.accumulate_gradients(loss_fn, self.microbatches)
-        loss, grads = mpjax.nnx.value_and_grad(loss_fn, optimizer)(model, x, y)
+        grad_fn = mpjax.nnx.value_and_grad(loss_fn, optimizer, axis_name=self.axis_name)
+        loss, grads = grad_fn(model, x, y)
         optimizer.update(model, grads)
         with optimizer.if_applied(ema):
             new, old = nnx.state(model, nnx.Param), nnx.state(ema, nnx.Param)
@@ -210,6 +211,10 @@ class NnxProgram:
         model, _, ema = self._merged(state)
         kinds = nnx.Any(nnx.Param, nnx.BatchStat)
         return jax.tree.leaves((nnx.state(model, kinds), nnx.state(ema, nnx.Param)))
+
+    def history(self, state):
+        model, _, _ = self._merged(state)
+        return model.dense.kernel_scaling.get_value().history
 
 
 PROGRAMS = {"linen": LinenProgram, "nnx": NnxProgram}
@@ -232,7 +237,8 @@ def on_one_device(front_end, microbatches=None):
     before = [np.asarray(x) for x in program.params(state)]
     decisions, state = run(program, jax.jit(program.step), state)
     np.testing.assert_array_equal(decisions, np.stack([SCALES, FINITE, STEPS], 1))
-    return decisions, before, [np.asarray(x) for x in program.params(state)]
+    after = [np.asarray(x) for x in program.params(state)]
+    return decisions, before, after, np.asarray(program.history(state))
 
 
 def assert_same_run(front_end, microbatches, program, decisions, state, rounding):
@@ -246,9 +252,13 @@ def assert_same_run(front_end, microbatches, program, decisions, state, rounding
       state: after it.
       rounding: largest difference, relative to how far an array has come.
     """
-    expected, before, after = on_one_device(front_end, microbatches)
+    expected, before, after, history = on_one_device(front_end, microbatches)
     np.testing.assert_array_equal(decisions, expected)
     for x, old, new in zip(program.params(state), before, after, strict=True):
         distance = np.linalg.norm(new - old)
         assert distance > 0
         assert np.linalg.norm(np.asarray(x) - new) <= rounding * distance
+    # Amaxes are of rounded values, and numbers in between are divided by other scales.
+    np.testing.assert_allclose(
+        program.history(state), history, rtol=max(rounding, 1e-3)
+    )

@@ -1,0 +1,157 @@
+"""Devices of a shard_map make one step, or skip it, all together."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from training_programs import PROGRAMS, assert_same_run, run
+
+import mpjax
+
+CHECK_VMA = pytest.mark.parametrize("check_vma", [True, False])
+# Each device rounds its part of a gradient to float16 before it is summed.
+ROUNDING = 2.0**-9
+
+
+def make_mesh():
+    return jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+
+
+def on_devices(step, check_vma):
+    specs = {"in_specs": (P(), P("data"), P("data")), "out_specs": P()}
+    mapped = jax.shard_map(step, mesh=make_mesh(), check_vma=check_vma, **specs)
+    return jax.jit(mapped)
+
+
+def assert_devices_agree(state):
+    for x in jax.tree.leaves(state):
+        first, *others = (shard.data for shard in x.addressable_shards)
+        assert len(others) == 7
+        for other in others:
+            np.testing.assert_array_equal(other, first)
+
+
+@CHECK_VMA
+@pytest.mark.parametrize(
+    ("front_end", "microbatches"), [("linen", None), ("linen", 2), ("nnx", 2)]
+)
+def test_the_run_is_that_of_one_device(front_end, microbatches, check_vma):
+    program = PROGRAMS[front_end](axis_name="data", microbatches=microbatches)
+    everywhere = NamedSharding(make_mesh(), P())
+    state = jax.jit(program.create, out_shardings=everywhere)()
+    step = on_devices(program.step, check_vma)
+    decisions, state = run(program, step, state)
+    assert step._cache_size() == 1
+    assert_devices_agree(state)
+    assert_same_run(front_end, microbatches, program, decisions, state, ROUNDING)
+
+
+def mean_of_rows(params, x):
+    """A loss whose gradient in float16 is the mean of rows."""
+    w = params["w"]
+    return jnp.mean(jnp.sum((w * x.astype(w.dtype)).astype(jnp.float32), axis=1))
+
+
+def bare_step(loss_fn=mean_of_rows, **options):
+    """A step of a model without layers, and the state before it."""
+    tx = mpjax.dynamic_loss_scaling(optax.sgd(0.5, momentum=0.5), init_scale=16.0)
+    params = {"w": jnp.ones((1, 6), jnp.float16)}
+    state = mpjax.TrainState.create(apply_fn=loss_fn, params=params, tx=tx)
+
+    def step(state, x, _):
+        loss, grads = mpjax.value_and_grad(loss_fn, state, **options)(state.params, x)
+        return state.apply_gradients(grads=grads), loss
+
+    return state, step
+
+
+X = np.ones((8, 6), np.float32)
+FAULTS = {
+    "nan": ((5, 2), np.nan),
+    "inf": ((5, 2), np.inf),
+    "-inf": ((5, 2), -np.inf),
+    # 6e4 is a float16, and its part of the scaled mean, 6e4 * 16 / 8, is none.
+    "float16": ((5, 2), 6e4),
+    # The parts of all devices are 4e4, and their sum is no float16.
+    "sum": ((slice(None), 2), 2e4),
+}
+
+
+@CHECK_VMA
+@pytest.mark.parametrize("fault", FAULTS)
+def test_all_devices_skip_what_one_cannot_use(fault, check_vma):
+    state, step = bare_step(axis_name="data")
+    many = on_devices(step, check_vma)
+    state, _ = many(state, X, X)
+    assert state.step == 1
+    x = X.copy()
+    x[FAULTS[fault][0]] = FAULTS[fault][1]
+    new, loss = many(state, x, x)
+    assert_devices_agree(new)
+    assert new.step == 1 and new.skipped_steps == 1 and not new.last_step_finite
+    # A loss that is not finite says nothing about the scale.
+    assert new.loss_scale == (8.0 if np.isfinite(loss) else 16.0)
+    for old, kept in (
+        (state.params, new.params),
+        (state.opt_state.inner_state, new.opt_state.inner_state),
+    ):
+        jax.tree.map(np.testing.assert_array_equal, kept, old)
+    first, of_one = bare_step()
+    expected, loss_of_one = jax.jit(of_one)(jax.jit(of_one)(first, X, X)[0], x, x)
+    np.testing.assert_array_equal(loss, loss_of_one)
+    jax.tree.map(np.testing.assert_array_equal, new.opt_state, expected.opt_state)
+
+
+@CHECK_VMA
+@pytest.mark.parametrize("reduced", [False, True])
+def test_a_gradient_is_summed_once(reduced, check_vma):
+    """Whether the loss is reduced by hand or not."""
+
+    def loss_fn(params, x):
+        loss = mean_of_rows(params, x)
+        return lax.pmean(loss, "data") if reduced else loss
+
+    x = np.arange(48, dtype=np.float32).reshape(8, 6)
+    state, step = bare_step(loss_fn, axis_name="data")
+    new, loss = on_devices(step, check_vma)(state, x, x)
+    np.testing.assert_array_equal(new.params["w"], 1 - 0.5 * x.mean(0, keepdims=True))
+    assert loss == x.sum(1).mean()
+
+
+@pytest.mark.parametrize("mapped", [jax.vmap, jax.pmap])
+def test_axes_of_other_maps(mapped):
+    x = np.arange(48, dtype=np.float32).reshape(8, 1, 6)
+    state, step = bare_step(axis_name="i")
+    new, loss = mapped(step, in_axes=(None, 0, 0), axis_name="i")(state, x, x)
+    expected, loss_of_one = bare_step()[1](state, x[:, 0], x)
+    for w in new.params["w"]:
+        np.testing.assert_array_equal(w, expected.params["w"])
+    np.testing.assert_array_equal(loss, loss_of_one)
+
+
+def test_misuse():
+    state, step = bare_step()
+    with pytest.raises(ValueError, match=r"not summed over them.* axis_name='data'"):
+        on_devices(step, check_vma=False)(state, X, X)
+    on_devices(step, check_vma=True)
+    for options in ({"axis_name": "model"}, {"axis_name": ("data", "model")}):
+        _, step = bare_step(**options)
+        for check_vma in (True, False):
+            match = r"got 'model', which no shard_map.* whose axes are \('data',\)"
+            with pytest.raises(ValueError, match=match):
+                on_devices(step, check_vma)(state, X, X)
+    _, step = bare_step(axis_name="data")
+    with pytest.raises(ValueError, match=r"Under jax.jit alone .* leave axis_name out"):
+        jax.jit(step)(state, X, X)
+    _, step = bare_step(axis_name=0)
+    with pytest.raises(TypeError, match="is the name of an axis or a tuple of names"):
+        step(state, X, X)
+    tx = mpjax.dynamic_loss_scaling(optax.sgd(1.0), axis_name="data")
+    opt_state = tx.init(state.params)
+    for update in (tx.update, jax.jit(tx.update)):
+        with pytest.raises(ValueError, match="got 'data', which no shard_map"):
+            update(state.params, opt_state)
