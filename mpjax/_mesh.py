@@ -1,5 +1,7 @@
 """What differs between devices, in a `jax.shard_map` and on an explicit mesh."""
 
+import math
+
 import jax
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
@@ -67,6 +69,16 @@ def explicit_sharding(*arrays: Array) -> NamedSharding | None:
     return next(
         (s for s in shardings if not s.mesh.empty and s.mesh.explicit_axes), None
     )
+
+
+def first_axis_parts(x: Array) -> int:
+    """Over how many devices the first axis is split, on a mesh of explicit axes."""
+    sharding = explicit_sharding(x)
+    names = None if sharding is None or not sharding.spec else sharding.spec[0]
+    if sharding is None or names is None:
+        return 1
+    several = names if isinstance(names, tuple) else (names,)
+    return math.prod(sharding.mesh.shape[name] for name in several)
 
 
 def sharded_like(x: Array, other: Array) -> Array:

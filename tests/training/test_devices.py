@@ -1,11 +1,14 @@
 """A step on a mesh of devices is that on one, and a state is made where it is to be."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from training_programs import LAYOUTS, PROGRAMS, assert_same_run, run
+from training_programs import LAYOUTS, PROGRAMS, assert_same_run, batches, run
+
+import mpjax
 
 FRONT_ENDS = pytest.mark.parametrize("front_end", ["linen", "nnx"])
 # Sums of devices are in another order than those of one.
@@ -84,3 +87,34 @@ def test_explicit_axes_and_a_batch_on_the_mesh_or_not(front_end, put):
     program = PROGRAMS[front_end](LAYOUTS["tensor parallel"])
     decisions, state = run_on(program, make_mesh(AxisType.Explicit), put)
     assert_same_run(front_end, None, program, decisions, state, ROUNDING)
+
+
+def test_microbatches_that_devices_have_no_part_of():
+    mesh = make_mesh(AxisType.Explicit)
+    loss_fn = mpjax.accumulate_gradients(lambda w, x: jnp.mean((x @ w) ** 2), 16)
+    x = jax.device_put(jnp.ones((32, 3)), NamedSharding(mesh, P("data")))
+    with (
+        jax.set_mesh(mesh),
+        pytest.raises(ValueError, match=r"32 rows are on 4 devices.* divisor of 8"),
+    ):
+        jax.jit(jax.grad(loss_fn))(jnp.ones(3), x)
+
+
+def test_kept_weights_are_split_as_the_weights_are():
+    program = PROGRAMS["linen"](LAYOUTS["FSDP"], keep_weights=True)
+    mesh, shapes = make_mesh(), jax.eval_shape(program.create)
+
+    def sharding(x, spec):  # None: the compiler's choice
+        is_copy = x.dtype == jnp.float8_e4m3fn
+        return None if is_copy else NamedSharding(mesh, spec)
+
+    shardings = jax.tree.map(sharding, nn.unbox(shapes), program.specs(shapes))
+    with jax.set_mesh(mesh):
+        state = jax.jit(program.create, out_shardings=shardings)()
+        step = jax.jit(program.step, out_shardings=(shardings, None))
+        for x, y in list(batches())[:3]:
+            copies = [x for x in jax.tree.leaves(state) if x.dtype.itemsize == 1]
+            parts = {(x.shape, x.addressable_shards[0].data.shape) for x in copies}
+            assert parts == {((), ()), ((16, 24), (4, 24))}  # a flag, and the copy
+            state, _ = step(state, x, y)
+    assert step._cache_size() == 1
