@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -27,10 +27,12 @@ class Devices:
       checked: mapped axes over which JAX itself sums the gradients of what all devices
         share: those of a ``shard_map`` with ``check_vma=True``.
       unchecked: other mapped axes, of which arrays do not say whether they differ.
+      named: whether the axes are what the user has said.
     """
 
     checked: tuple[AxisName, ...]
     unchecked: tuple[AxisName, ...]
+    named: bool
 
     @classmethod
     def of(cls, axis_name: AxisName | Sequence[AxisName] | None) -> "Devices":
@@ -52,11 +54,36 @@ class Devices:
                     f"the batch is split: mpjax.value_and_grad(..., axis_name={names!r}"
                     "). With axis_name=() each device keeps its own gradients."
                 )
-            return cls((), ())
+            return cls((), (), named=False)
         names = jax.tree.leaves(axis_name)
         indices = {name: bound_axis(name) for name in names}
         checked = tuple(n for n, index in indices.items() if n in varying_axes(index))
-        return cls(checked, tuple(n for n in indices if n not in checked))
+        rest = tuple(name for name in indices if name not in checked)
+        return cls(checked, rest, named=True)
+
+    def check(self, loss: Array, shared: Callable[[], ArrayTree]) -> None:
+        """Raises if it is not said what is to become of losses that differ.
+
+        Args:
+          loss: of this device.
+          shared: gives what it is differentiated with respect to, and its scale.
+
+        Raises:
+          ValueError: devices that share any of it have losses of their own.
+        """
+        differing = () if self.named else varying_axes(loss)
+        if not differing:
+            return
+        leaves = [x for x in jax.tree.leaves(shared()) if isinstance(x, jax.Array)]
+        for axis in sorted(differing, key=str):
+            if not all(axis in varying_axes(x) for x in leaves):
+                raise ValueError(
+                    f"The loss differs between devices of the axis {axis!r}, and JAX "
+                    "adds up the gradients of parameters that they share. With "
+                    f"mpjax.value_and_grad(..., axis_name={axis!r}) the loss is the "
+                    "mean over devices, and so is its gradient; axis_name=() leaves "
+                    "the sum."
+                )
 
     @property
     def count(self) -> int:

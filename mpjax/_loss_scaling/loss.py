@@ -124,7 +124,8 @@ def value_and_grad(
         the batch is split and parameters are not. The loss is then the mean of those of
         all devices, and its gradient, the same on all, is summed once, whether
         ``check_vma`` is on or off; ``aux`` stays that of each device. Needed with
-        ``check_vma=False``; ``()`` leaves each device with what it has computed.
+        ``check_vma=False``, and where the loss differs between devices that share
+        parameters; with ``()`` JAX sums as it does, or does not.
 
     Returns:
       A function of the arguments of ``fun`` that returns ``(loss, grads)``, or
@@ -136,7 +137,7 @@ def value_and_grad(
     Raises:
       ValueError: the loss is not a scalar, or there is no loss scale in the state, or
         the state is a constant of a function that is being compiled; or no function
-        around is mapped over ``axis_name``, or there is none with ``check_vma=False``.
+        around is mapped over ``axis_name``, or it is needed and not given.
       TypeError: the loss is not real and floating.
 
     Example:
@@ -171,17 +172,22 @@ def value_and_grad(
         several = isinstance(fun, Microbatches)
         return fun.gradient(grad_fn, argnums) if several else grad_fn
 
+    def at(args):
+        return [args[i] for i in ([argnums] if isinstance(argnums, int) else argnums)]
+
     @functools.wraps(loss_fn)
     def loss_and_scaled_grads(*args, **kwargs):
         devices = Devices.of(axis_name)
         if not is_scaled:
             grads, (loss, aux) = gradient(None, devices)(*args, **kwargs)
+            devices.check(loss, lambda: at(args))
             grads, loss = devices.gathered(grads, loss)
             return ((loss, aux) if has_aux else loss), grads
         scale = present_scale(opt_state)
         args = [rescale_states(arg, scale) for arg in args]
         kwargs = {key: rescale_states(arg, scale) for key, arg in kwargs.items()}
         grads, (loss, aux) = gradient(scale, devices)(*args, **kwargs)
+        devices.check(loss, lambda: (at(args), scale))
         grads, loss = devices.gathered(grads, loss)
         grads = with_loss_scale(grads, scale)
         if isinstance(argnums, int):

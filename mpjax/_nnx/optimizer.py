@@ -312,6 +312,7 @@ def value_and_grad(
         if scale is not None:
             remember(optimizer, [args[place] for place in places], wrt)
         grads, (loss, aux) = grad_fn(*args)
+        devices.check(loss, lambda: [scale, *(nnx.state(args[i], wrt) for i in places)])
         grads, loss = devices.gathered(grads, loss)
         if scale is not None:
             grads = with_loss_scale(grads, scale)

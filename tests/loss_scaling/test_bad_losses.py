@@ -142,7 +142,7 @@ def test_devices_with_a_bad_batch_of_their_own(check_vma, reduced):
             return lax.pmean(loss, "d") if reduced else loss
 
         by_hand = not check_vma and not reduced
-        axes = None if check_vma else () if by_hand else "d"
+        axes = () if not reduced else None if check_vma else "d"
         _, grads = mpjax.value_and_grad(loss_fn, opt_state, axis_name=axes)(params)
         if by_hand:
             grads = lax.pmean(grads, "d")

@@ -122,6 +122,28 @@ def test_a_gradient_is_summed_once(reduced, check_vma):
     assert loss == x.sum(1).mean()
 
 
+@CHECK_VMA
+def test_what_devices_do_not_share_is_not_summed(check_vma):
+    """Models of their own, and by ``axis_name=()`` what JAX makes of the gradients."""
+    x = np.arange(48, dtype=np.float32).reshape(8, 6)
+    state, step = bare_step(axis_name=None if check_vma else ())
+    states = jax.tree.map(lambda x: jnp.stack([x] * 8), state)
+
+    def own_step(states, x, _):
+        new, loss = step(jax.tree.map(lambda x: x[0], states), x, _)
+        return jax.tree.map(lambda x: x[None], (new, loss))
+
+    specs = {"in_specs": P("data"), "out_specs": P("data")}
+    own_step = jax.shard_map(own_step, mesh=make_mesh(), check_vma=check_vma, **specs)
+    new, losses = jax.jit(own_step)(states, x, x)
+    np.testing.assert_array_equal(new.params["w"][:, 0], 1 - 0.5 * x)
+    np.testing.assert_array_equal(losses, x.sum(1))
+    if check_vma:
+        _, step = bare_step(axis_name=())
+        summed = on_devices(lambda *args: step(*args)[0], check_vma)(state, x, x)
+        np.testing.assert_array_equal(summed.params["w"][0], 1 - 0.5 * x.sum(0))
+
+
 @pytest.mark.parametrize("mapped", [jax.vmap, jax.pmap])
 def test_axes_of_other_maps(mapped):
     x = np.arange(48, dtype=np.float32).reshape(8, 1, 6)
@@ -133,10 +155,18 @@ def test_axes_of_other_maps(mapped):
     np.testing.assert_array_equal(loss, loss_of_one)
 
 
-def test_misuse():
+@pytest.mark.parametrize("front_end", PROGRAMS)
+def test_a_shard_map_without_axis_name(front_end):
+    program = PROGRAMS[front_end]()
+    state = jax.eval_shape(program.create)
+    for check_vma, words in ((False, "not summed over"), (True, "The loss differs")):
+        step = on_devices(program.step, check_vma)
+        with pytest.raises(ValueError, match=f"{words}.* axis_name='data'"):
+            jax.eval_shape(step, state, *next(batches()))
+
+
+def test_axes_that_do_not_exist():
     state, step = bare_step()
-    with pytest.raises(ValueError, match=r"not summed over them.* axis_name='data'"):
-        on_devices(step, check_vma=False)(state, X, X)
     for options in ({"axis_name": "model"}, {"axis_name": ("data", "model")}):
         _, step = bare_step(**options)
         for check_vma in (True, False):
