@@ -24,6 +24,8 @@ def train(front_end, mesh):
     """An FSDP run, of whose batches each process has half; its decisions and arrays."""
     from training_programs import LAYOUTS, PROGRAMS, ROWS, run
 
+    import mpjax
+
     program = PROGRAMS[front_end](LAYOUTS["FSDP"], microbatches=2)
     rows = NamedSharding(mesh, P("data"))
     own = slice(jax.process_index() * ROWS // 2, (jax.process_index() + 1) * ROWS // 2)
@@ -44,6 +46,7 @@ def train(front_end, mesh):
         assert step._cache_size() == 1
         arrays = [*program.params(state), program.history(state)]
         assert not all(x.is_fully_addressable for x in arrays)
+        mpjax.check_training(arrays)
         arrays = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))(arrays)
     return [decisions, *map(np.asarray, arrays)]
 
