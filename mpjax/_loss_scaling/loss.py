@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 
 from mpjax._checks import check_argnums, check_callable, check_flag
 from mpjax._loss_scaling.devices import Devices
+from mpjax._loss_scaling.known import promising_when_known
 from mpjax._loss_scaling.marks import mark_bad_loss
 from mpjax._loss_scaling.microbatches import Microbatches, loss_and_part
 from mpjax._loss_scaling.state import find_state
@@ -157,7 +158,7 @@ def value_and_grad(
     is_scaled = scales_loss(opt_state)
     loss_fn, part_of = loss_and_part(fun)
 
-    def gradient(scale, devices):
+    def loss_and_grads(scale, devices, args, kwargs):
         @functools.wraps(loss_fn)
         def scaled(*args, **kwargs):
             loss, aux = loss_and_aux(loss_fn(*args, **kwargs), has_aux)
@@ -169,26 +170,26 @@ def value_and_grad(
             return devices.part(part_of(scaled_loss)), (loss, aux)
 
         grad_fn = jax.grad(scaled, argnums, has_aux=True, allow_int=allow_int)
-        several = isinstance(fun, Microbatches)
-        return fun.gradient(grad_fn, argnums) if several else grad_fn
-
-    def at(args):
-        return [args[i] for i in ([argnums] if isinstance(argnums, int) else argnums)]
+        if isinstance(fun, Microbatches):
+            grad_fn = fun.gradient(grad_fn, argnums)
+        grads, (loss, aux) = promising_when_known(
+            lambda given: grad_fn(*given[0], **given[1]), (args, kwargs)
+        )
+        places = [argnums] if isinstance(argnums, int) else argnums
+        devices.check(loss, lambda: (scale, [args[i] for i in places]))
+        grads, loss = devices.gathered(grads, loss)
+        return grads, (loss, aux)
 
     @functools.wraps(loss_fn)
     def loss_and_scaled_grads(*args, **kwargs):
         devices = Devices.of(axis_name)
         if not is_scaled:
-            grads, (loss, aux) = gradient(None, devices)(*args, **kwargs)
-            devices.check(loss, lambda: at(args))
-            grads, loss = devices.gathered(grads, loss)
+            grads, (loss, aux) = loss_and_grads(None, devices, args, kwargs)
             return ((loss, aux) if has_aux else loss), grads
         scale = present_scale(opt_state)
         args = [rescale_states(arg, scale) for arg in args]
         kwargs = {key: rescale_states(arg, scale) for key, arg in kwargs.items()}
-        grads, (loss, aux) = gradient(scale, devices)(*args, **kwargs)
-        devices.check(loss, lambda: (at(args), scale))
-        grads, loss = devices.gathered(grads, loss)
+        grads, (loss, aux) = loss_and_grads(scale, devices, args, kwargs)
         grads = with_loss_scale(grads, scale)
         if isinstance(argnums, int):
             grads = mark_bad_loss(grads, loss)

@@ -37,6 +37,7 @@ from mpjax._loss_scaling.state import (
 )
 from mpjax._nnx.before import remember, restore_unless, values_of, write_unless
 from mpjax._nnx.microbatches import accumulated
+from mpjax._nnx.pure import when_known
 from mpjax._nnx.scaling import (
     ScalingStat,
     check_holds,
@@ -311,7 +312,7 @@ def value_and_grad(
             grad_fn = accumulated(loss_fn, grad_fn, places, wrt)
         if scale is not None:
             remember(optimizer, [args[place] for place in places], wrt)
-        grads, (loss, aux) = grad_fn(*args)
+        grads, (loss, aux) = when_known(grad_fn, args, places, wrt)
         devices.check(loss, lambda: [scale, *(nnx.state(args[i], wrt) for i in places)])
         grads, loss = devices.gathered(grads, loss)
         if scale is not None:
