@@ -230,9 +230,9 @@ def run(program, step, state, put=lambda x: x):
 
 
 @functools.cache
-def on_one_device(front_end, microbatches=None):
+def on_one_device(front_end, microbatches=None, calibrated=False):
     """What a run on one device decides, and its arrays before and after it."""
-    program = PROGRAMS[front_end](microbatches=microbatches)
+    program = PROGRAMS[front_end](microbatches=microbatches, calibrated=calibrated)
     state = jax.jit(program.create)()
     before = [np.asarray(x) for x in program.params(state)]
     decisions, state = run(program, jax.jit(program.step), state)
@@ -241,19 +241,18 @@ def on_one_device(front_end, microbatches=None):
     return decisions, before, after, np.asarray(program.history(state))
 
 
-def assert_same_run(front_end, microbatches, program, decisions, state, rounding):
+def assert_same_run(expected, program, decisions, state, rounding):
     """The decisions of a run on one device, and its parameters within rounding.
 
     Args:
-      front_end: the name of the program.
-      microbatches: of its step.
+      expected: of `on_one_device`.
       program: that has run.
       decisions: of the run.
       state: after it.
       rounding: largest difference, relative to how far an array has come.
     """
-    expected, before, after, history = on_one_device(front_end, microbatches)
-    np.testing.assert_array_equal(decisions, expected)
+    decided, before, after, history = expected
+    np.testing.assert_array_equal(decisions, decided)
     for x, old, new in zip(program.params(state), before, after, strict=True):
         distance = np.linalg.norm(new - old)
         assert distance > 0

@@ -6,7 +6,14 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from training_programs import LAYOUTS, PROGRAMS, assert_same_run, batches, run
+from training_programs import (
+    LAYOUTS,
+    PROGRAMS,
+    assert_same_run,
+    batches,
+    on_one_device,
+    run,
+)
 
 import mpjax
 
@@ -67,7 +74,7 @@ def test_shardings_come_with_the_state_and_stay(front_end, layout):
     # Weights, their moments and their averages alike.
     part = {"data parallel": (16, 24), "FSDP": (4, 24), "tensor parallel": (16, 12)}
     assert parts(state) == {((16, 24), part[layout])}
-    assert_same_run(front_end, None, program, decisions, state, ROUNDING)
+    assert_same_run(on_one_device(front_end), program, decisions, state, ROUNDING)
     replicated = [x for x in jax.tree.leaves(state) if x.ndim == 0 or 3 in x.shape]
     assert len(replicated) >= 9 and all(x.is_fully_replicated for x in replicated)
 
@@ -77,7 +84,7 @@ def test_shardings_come_with_the_state_and_stay(front_end, layout):
 def test_microbatches(front_end, axis_type):
     program = PROGRAMS[front_end](LAYOUTS["FSDP"], microbatches=2)
     decisions, state = run_on(program, make_mesh(axis_type))
-    assert_same_run(front_end, 2, program, decisions, state, ROUNDING)
+    assert_same_run(on_one_device(front_end, 2), program, decisions, state, ROUNDING)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +93,7 @@ def test_microbatches(front_end, axis_type):
 def test_explicit_axes_and_a_batch_on_the_mesh_or_not(front_end, put):
     program = PROGRAMS[front_end](LAYOUTS["tensor parallel"])
     decisions, state = run_on(program, make_mesh(AxisType.Explicit), put)
-    assert_same_run(front_end, None, program, decisions, state, ROUNDING)
+    assert_same_run(on_one_device(front_end), program, decisions, state, ROUNDING)
 
 
 def test_microbatches_that_devices_have_no_part_of():

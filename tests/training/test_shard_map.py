@@ -8,7 +8,7 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from training_programs import PROGRAMS, assert_same_run, batches, run
+from training_programs import PROGRAMS, assert_same_run, batches, on_one_device, run
 
 import mpjax
 
@@ -37,17 +37,24 @@ def assert_devices_agree(state):
 
 @CHECK_VMA
 @pytest.mark.parametrize(
-    ("front_end", "microbatches"), [("linen", None), ("linen", 2), ("nnx", 2)]
+    ("front_end", "options"),
+    [
+        ("linen", {"microbatches": 2}),
+        ("nnx", {"microbatches": 2}),
+        ("linen", {"calibrated": "when_known"}),
+    ],
+    ids=str,
 )
-def test_the_run_is_that_of_one_device(front_end, microbatches, check_vma):
-    program = PROGRAMS[front_end](axis_name="data", microbatches=microbatches)
+def test_the_run_is_that_of_one_device(front_end, options, check_vma):
+    program = PROGRAMS[front_end](axis_name="data", **options)
     everywhere = NamedSharding(make_mesh(), P())
     state = jax.jit(program.create, out_shardings=everywhere)()
     step = on_devices(program.step, check_vma)
     decisions, state = run(program, step, state)
     assert step._cache_size() == 1
     assert_devices_agree(state)
-    assert_same_run(front_end, microbatches, program, decisions, state, ROUNDING)
+    expected = on_one_device(front_end, **options)
+    assert_same_run(expected, program, decisions, state, ROUNDING)
 
 
 def mean_of_rows(params, x):
