@@ -15,7 +15,7 @@ LADDER = [
     ["_numerics", "_tree", "_mesh"],
     ["_recipes", "_printing", "numerics"],
     ["_products", "_policies", "_loss_scaling"],
-    ["_scaling_states"],
+    ["_scaling_states", "_optimizers"],
     ["_layers", "_training"],
     ["_linen", "_nnx", "__init__"],
     ["_inspection", "linen", "nnx"],
