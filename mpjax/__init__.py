@@ -17,6 +17,12 @@ from mpjax._loss_scaling.state import (
 from mpjax._loss_scaling.transform import dynamic_loss_scaling, static_loss_scaling
 from mpjax._numerics.qarray import QArray, dequantize, quantize
 from mpjax._optimizers.low_precision import LowPrecisionState, low_precision_state
+from mpjax._optimizers.parameters import (
+    LowPrecisionParamsState,
+    float32_params,
+    low_precision_params,
+    with_float32_params,
+)
 from mpjax._optimizers.rules import StateRule
 from mpjax._policies.expand import preset
 from mpjax._policies.policy import Policy, get_policy
@@ -57,6 +63,7 @@ __all__ = [
     "CurrentScaling",
     "DelayedScaling",
     "LossScalingState",
+    "LowPrecisionParamsState",
     "LowPrecisionState",
     "Policy",
     "QArray",
@@ -78,10 +85,12 @@ __all__ = [
     "drop_weights",
     "dynamic_loss_scaling",
     "einsum",
+    "float32_params",
     "get_policy",
     "keep_weights",
     "last_step_finite",
     "loss_scale",
+    "low_precision_params",
     "low_precision_state",
     "mx_scaling",
     "per_channel_scaling",
@@ -97,6 +106,7 @@ __all__ = [
     "static_loss_scaling",
     "update_scaling",
     "value_and_grad",
+    "with_float32_params",
 ]
 
 _export.register()  # programs with states, in jax.export

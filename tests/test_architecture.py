@@ -13,7 +13,7 @@ ROOT = pathlib.Path(mpjax.__file__).parent
 LADDER = [
     ["_typing", "_hardware", "_checks"],
     ["_numerics", "_tree", "_mesh"],
-    ["_recipes", "_printing", "numerics"],
+    ["_recipes", "_printing", "_updates", "numerics"],
     ["_products", "_policies", "_loss_scaling"],
     ["_scaling_states", "_optimizers"],
     ["_layers", "_training"],

@@ -46,13 +46,13 @@ def low_precision_state(
     float32: it is initialized with and given float32 copies of parameters and
     gradients. The presets:
 
-    =============  ======================  =====================  ==============
-    ``formats``    first moments           second moments         bytes for both
-    =============  ======================  =====================  ==============
-    (none)         float32                 float32                8
-    ``"bfloat16"``  bfloat16               bfloat16               4
-    ``"8bit"``     float8_e4m3fn, blocks   ``"log8"``, blocks     2.03
-    =============  ======================  =====================  ==============
+    ==============  ======================  =====================  ==============
+    ``formats``     first moments           second moments         bytes for both
+    ==============  ======================  =====================  ==============
+    (none)          float32                 float32                8
+    ``"bfloat16"``  bfloat16                bfloat16               4
+    ``"8bit"``      float8_e4m3fn, blocks   ``"log8"``, blocks     2.03
+    ==============  ======================  =====================  ==============
 
     Both round stochastically, by bits that are a function of ``seed``, of the step and
     of the place in the array, so that they are made in the same pass over memory and
@@ -81,7 +81,7 @@ def low_precision_state(
     Example:
       >>> import jax.numpy as jnp, mpjax, optax
       >>> params = {"w": jnp.ones((256, 64))}
-      >>> tx = mpjax.low_precision_state(optax.adamw(1e-3))
+      >>> tx = mpjax.low_precision_state(optax.rmsprop(1e-3))
       >>> state = tx.init(params)
       >>> updates, state = tx.update(params, state, params)
       >>> moments = optax.tree.get(state, "nu")["w"]
