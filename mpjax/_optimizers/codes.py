@@ -5,9 +5,11 @@ from typing import Any, ClassVar, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from mpjax._numerics.casts import round_with_bits, saturating_cast
 from mpjax._numerics.scales import Block, amax_of_blocks, amax_to_scale, expand_scale
+from mpjax._optimizers.noise import random_bits, turned
 from mpjax._typing import Array
 
 Rounding: TypeAlias = Literal["nearest", "stochastic"]
@@ -24,7 +26,11 @@ class Cast:
     scales_blocks: ClassVar[bool] = False
 
     def encode(self, x: Array, block: Block, bits: Array) -> tuple[Array, None]:
-        return _rounded(x, self.dtype, self.rounding, bits), None
+        if self.rounding == "nearest":
+            return x.astype(self.dtype), None
+        if self.dtype != "bfloat16":
+            return round_with_bits(x, self.dtype, turned(bits)), None
+        return stochastic_bfloat16(x, bits & 0xFFFF), None
 
     def decode(self, values: Array, scale: Any, block: Block) -> Array:
         return values.astype(jnp.float32)
@@ -41,7 +47,7 @@ class Linear:
     def encode(self, x: Array, block: Block, bits: Array) -> tuple[Array, Array]:
         scale = amax_to_scale(amax_of_blocks(x, block, jnp.float32), self.dtype)
         y = x / expand_scale(scale, x.shape, block)
-        return _rounded(y, self.dtype, self.rounding, bits), scale
+        return _rounded(y, self.dtype, self.rounding, turned(bits)), scale
 
     def decode(self, values: Array, scale: Any, block: Block) -> Array:
         return values.astype(jnp.float32) * expand_scale(scale, values.shape, block)
@@ -69,7 +75,7 @@ class Logarithmic:
             # With a probability that is linear in the number, not in its logarithm.
             step = 2.0 ** (1 / _PER_OCTAVE)
             part = (jnp.exp2((place - below) / _PER_OCTAVE) - 1) / (step - 1)
-            up = (bits >> 8).astype(jnp.float32) * 2.0**-24 < part
+            up = (turned(bits) >> 8).astype(jnp.float32) * 2.0**-24 < part
         else:
             up = place - below > 0.5
         code = jnp.clip(below + up.astype(jnp.float32), 1, _LARGEST)
@@ -109,20 +115,23 @@ class LowPrecisionArray:
       scale: f32[...], one for each block, or None.
       code: what they mean.
       block: how many elements along each axis share a scale.
+      salt: of its random bits; that of its parameter for second moments.
     """
 
     values: Array
     scale: Array | None
     code: Code = dataclasses.field(metadata={"static": True})
     block: Block = dataclasses.field(metadata={"static": True})
+    salt: int = dataclasses.field(metadata={"static": True})
     keeps_dtypes: ClassVar[bool] = True
 
     def decode(self) -> Array:
         """f32[...]."""
         return self.code.decode(self.values, self.scale, self.block)
 
-    def encode(self, x: Array, bits: Array) -> "LowPrecisionArray":
+    def encode(self, x: Array, step: Array) -> "LowPrecisionArray":
         """Another array, stored in the same way."""
+        bits = random_bits(x, step, self.salt)
         values, scale = self.code.encode(x, self.block, bits)
         return dataclasses.replace(self, values=values, scale=scale)
 
@@ -131,3 +140,16 @@ def _rounded(x: Array, dtype: str, rounding: Rounding, bits: Array) -> Array:
     if rounding == "stochastic":
         return round_with_bits(x, dtype, bits)
     return saturating_cast(x, dtype)
+
+
+def stochastic_bfloat16(x: Array, noise: Array) -> Array:
+    """`round_with_bits` to bfloat16, in few operations: an update is full of them.
+
+    Args:
+      x: f32[...].
+      noise: uint32[...], 16 random bits.
+    """
+    whole = lax.bitcast_convert_type(x, jnp.uint32)
+    rounded = (whole + noise) & jnp.uint32(0xFFFF0000)
+    rounded = lax.bitcast_convert_type(rounded, jnp.float32)
+    return jnp.where(jnp.isnan(x), x, rounded).astype(jnp.bfloat16)

@@ -8,11 +8,12 @@ import optax
 
 from mpjax._checks import check_transformation, whole_number
 from mpjax._optimizers.codes import CODES, LowPrecisionArray
-from mpjax._optimizers.noise import random_bits
+from mpjax._optimizers.noise import salt_of
 from mpjax._optimizers.rules import (
     Formats,
     StateRule,
     block_of,
+    is_second_moment,
     places,
     read_formats,
     rule_for,
@@ -54,10 +55,11 @@ def low_precision_state(
     ``"8bit"``      float8_e4m3fn, blocks   ``"log8"``, blocks     2.03
     ==============  ======================  =====================  ==============
 
-    Both round stochastically, by bits that are a function of ``seed``, of the step and
-    of the place in the array, so that they are made in the same pass over memory and
-    do not depend on how arrays are sharded. Arrays of fewer than 4096 elements, and all
-    others (averages of parameters, accumulated gradients, factored moments, counts),
+    bfloat16 first moments are rounded to nearest, since they change by a tenth in each
+    step; all others stochastically, by bits that are a function of ``seed``, of the
+    step and of the place in the array, so that they are made in the same pass over
+    memory and do not depend on how arrays are sharded. Arrays of fewer than 4096
+    elements, and all others (averages of parameters, accumulated gradients, factored moments, counts),
     stay as they are. A block lies along one axis and has at most 256 elements, a
     divisor of the part of the axis that one device has.
 
@@ -121,10 +123,8 @@ def low_precision_state(
                 f"{jax.tree.structure(before)}."
             )
         new = [
-            leaf.encode(x, random_bits(x, state.count, salt)) if _is_stored(leaf) else x
-            for salt, (leaf, x) in enumerate(
-                zip(old, jax.tree.leaves(after), strict=True)
-            )
+            leaf.encode(x, state.count) if _is_stored(leaf) else x
+            for leaf, x in zip(old, jax.tree.leaves(after), strict=True)
         ]
         like = updates if params is None else params
         out = jax.tree.map(_cast_like, out, like, is_leaf=lambda x: x is None)
@@ -144,7 +144,7 @@ def _stored(
     if not all(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(params)):
         return state  # placeholders, of optax.tree.map_params
     new, matched = [], set()
-    for salt, (leaf, place) in enumerate(zip(leaves, found, strict=True)):
+    for leaf, place in zip(leaves, found, strict=True):
         if place is not None:
             matched |= {rule for rule in rules if rule.matches(place)}
         rule = None if place is None else rule_for(place, rules)
@@ -153,9 +153,10 @@ def _stored(
             continue
         code = CODES[rule.format](rule.rounding)
         block = block_of(place.param) if code.scales_blocks else ()
-        bits = random_bits(leaf, jnp.zeros((), jnp.uint32), salt)
-        values, scale = code.encode(leaf, block, bits)
-        new.append(LowPrecisionArray(values, scale, code, block))
+        # A parameter that is rounded as well shares the bits of its second moment.
+        salt = salt_of(place.path if is_second_moment(place) else f"{place.path} first")
+        empty = LowPrecisionArray(leaf, None, code, block, salt)
+        new.append(empty.encode(leaf, jnp.zeros((), jnp.uint32)))
     unused = [rule for rule in rules if rule not in matched and not rule.optional]
     fields = sorted({place.field for place in found if place is not None})
     if unused:

@@ -4,6 +4,8 @@ They are made in the fusion that rounds by them, where the generators of ``jax.r
 would write them out, and are the same however an array is sharded.
 """
 
+import zlib
+
 import jax.numpy as jnp
 from jax import lax
 
@@ -16,21 +18,41 @@ _GOLDEN = 0x9E3779B9  # 2^32 / golden ratio
 def random_bits(like: Array, step: Array, salt: int) -> Array:
     """uint32, shaped and sharded as an array.
 
+    Two arrays of one shape that are rounded in one step by the same salt, a parameter
+    and its moments, share the bits, which are then made once: let one of them take
+    `turned` ones.
+
     Args:
       like: the array that is rounded.
       step: uint32[], another for each step.
-      salt: another for each array of a step.
+      salt: another for each parameter.
     """
-    seed = mixed(step + jnp.uint32(mixed_number(salt)))
-    place = jnp.zeros((), jnp.uint32)
+    seed = mixed(step + jnp.uint32(salt % 2**32))
+    place = None
     stride = 1
     for axis in reversed(range(like.ndim)):
         index = lax.broadcasted_iota(
             jnp.uint32, like.shape, axis, out_sharding=explicit_sharding(like)
         )
-        place = place + index * jnp.uint32(stride % 2**32)
+        if stride > 1:
+            index = index * jnp.uint32(stride % 2**32)
+        place = index if place is None else place + index
         stride *= like.shape[axis]
-    return mixed(place * jnp.uint32(_GOLDEN) ^ seed)
+    if place is None:
+        return seed
+    x = place ^ seed
+    x = (x ^ (x >> 15)) * jnp.uint32(0x2C1B3C6D)
+    return x ^ (x >> 16)
+
+
+def turned(bits: Array) -> Array:
+    """The lower half of random bits first."""
+    return (bits << 16) | (bits >> 16)
+
+
+def salt_of(path: str) -> int:
+    """A number for each path of a parameter."""
+    return zlib.crc32(path.encode())
 
 
 def mixed(x: Array) -> Array:
@@ -40,12 +62,4 @@ def mixed(x: Array) -> Array:
     """
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-    return x ^ (x >> 16)
-
-
-def mixed_number(x: int) -> int:
-    """`mixed` of a number of Python."""
-    x = (x + 1) * _GOLDEN % 2**32
-    x = (x ^ (x >> 16)) * 0x85EBCA6B % 2**32
-    x = (x ^ (x >> 13)) * 0xC2B2AE35 % 2**32
     return x ^ (x >> 16)

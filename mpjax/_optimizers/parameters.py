@@ -9,7 +9,9 @@ from jax import lax
 
 from mpjax._checks import check_transformation, whole_number
 from mpjax._numerics.casts import round_with_bits
-from mpjax._optimizers.noise import random_bits
+from mpjax._optimizers.codes import stochastic_bfloat16
+from mpjax._optimizers.noise import random_bits, salt_of
+from mpjax._optimizers.rules import path_name
 from mpjax._tree import widen
 from mpjax._typing import Array, ArrayTree
 from mpjax._updates import NewValue, OfStoredParams, with_updates
@@ -120,17 +122,19 @@ def low_precision_params(
             widen(updates), state.inner_state, whole, **extra_args
         )
         new = with_updates(whole, wide)
-        leaves, structure = jax.tree.flatten(params)
+        leaves, structure = jax.tree_util.tree_flatten_with_path(params)
         out, rests = [], []
-        for salt, (p, x, u) in enumerate(
-            zip(
-                leaves, jax.tree.leaves(new), structure.flatten_up_to(wide), strict=True
-            )
+        for (path, p), x, u in zip(
+            leaves,
+            jax.tree.leaves(new),
+            structure.flatten_up_to(wide),
+            strict=True,
         ):
             if not is_short(p):
                 out.append(u)
                 rests.append(optax.MaskedNode())
                 continue
+            salt = salt_of(path_name(path))
             bits = random_bits(x, state.count, salt)
             value, rest = split(x, p.dtype, method, bits)
             out.append(NewValue(value))
@@ -238,6 +242,8 @@ def split(
         low = lax.bitcast_convert_type(low.astype(jnp.uint16), jnp.int16)
         return value, low
     if method == "stochastic" and bits is not None:
+        if dtype == jnp.bfloat16:
+            return stochastic_bfloat16(x, bits >> 16), optax.MaskedNode()
         return round_with_bits(x, dtype, bits), optax.MaskedNode()
     value = x.astype(dtype)
     if method == "float32":

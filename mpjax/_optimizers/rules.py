@@ -91,9 +91,10 @@ Formats: TypeAlias = str | StateRule | Sequence[StateRule]
 
 
 def _moments(first: str, second: str) -> tuple[StateRule, ...]:
+    rounding = "nearest" if first == "bfloat16" else "stochastic"
     return (
         StateRule(_SECOND_MOMENTS, second, optional=True),
-        StateRule(_FIRST_MOMENTS, first, optional=True),
+        StateRule(_FIRST_MOMENTS, first, rounding=rounding, optional=True),
     )
 
 
@@ -167,7 +168,7 @@ def _place(names: tuple, path: tuple, leaf: Any, own: dict) -> Place | None:
             continue
         fields = [n for n, k in zip(names[:start], path, strict=False) if _is_field(k)]
         field = str(fields[-1]) if fields else ""
-        return Place(field, "/".join(map(str, names[start:])), param)
+        return Place(field, path_name(path[start:]), param)
     return None
 
 
@@ -180,14 +181,18 @@ def rule_for(place: Place, rules: Sequence[StateRule]) -> StateRule | None:
     rule = next((rule for rule in rules if rule.matches(place)), None)
     if rule is None or rule.format is None or np.size(place.param) < rule.min_size:
         return None
-    second = re.fullmatch(_SECOND_MOMENTS, place.field)
-    if second and rule.format not in FOR_SECOND_MOMENTS:
+    if is_second_moment(place) and rule.format not in FOR_SECOND_MOMENTS:
         raise ValueError(
             f"{rule.format} cannot hold the second moments {place.field!r}: those of "
             "small gradients would be 0, and are divided by. Take one of "
             f"{', '.join(FOR_SECOND_MOMENTS)}."
         )
     return rule
+
+
+def is_second_moment(place: Place) -> bool:
+    """Whether an array is one that an optimizer divides by."""
+    return re.fullmatch(_SECOND_MOMENTS, place.field) is not None
 
 
 def block_of(param: Any) -> Block:
@@ -230,6 +235,11 @@ def _is_float(leaf: Any) -> bool:
 
 def _is_field(key: Any) -> bool:
     return isinstance(key, jax.tree_util.GetAttrKey | jax.tree_util.DictKey)
+
+
+def path_name(path: tuple) -> str:
+    """The names of a path, joined by "/"."""
+    return "/".join(str(_name(key)) for key in path)
 
 
 def _name(key: Any) -> Any:
