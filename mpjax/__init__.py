@@ -16,13 +16,8 @@ from mpjax._loss_scaling.state import (
 )
 from mpjax._loss_scaling.transform import dynamic_loss_scaling, static_loss_scaling
 from mpjax._numerics.qarray import QArray, dequantize, quantize
-from mpjax._optimizers.low_precision import LowPrecisionState, low_precision_state
-from mpjax._optimizers.parameters import (
-    LowPrecisionParamsState,
-    float32_params,
-    low_precision_params,
-    with_float32_params,
-)
+from mpjax._optimizers.low_precision import low_precision_state
+from mpjax._optimizers.parameters import low_precision_params
 from mpjax._optimizers.rules import StateRule
 from mpjax._policies.expand import preset
 from mpjax._policies.policy import Policy, get_policy
@@ -63,8 +58,6 @@ __all__ = [
     "CurrentScaling",
     "DelayedScaling",
     "LossScalingState",
-    "LowPrecisionParamsState",
-    "LowPrecisionState",
     "Policy",
     "QArray",
     "Recipe",
@@ -85,7 +78,6 @@ __all__ = [
     "drop_weights",
     "dynamic_loss_scaling",
     "einsum",
-    "float32_params",
     "get_policy",
     "keep_weights",
     "last_step_finite",
@@ -106,7 +98,6 @@ __all__ = [
     "static_loss_scaling",
     "update_scaling",
     "value_and_grad",
-    "with_float32_params",
 ]
 
 _export.register()  # programs with states, in jax.export

@@ -28,6 +28,12 @@ class LowPrecisionState(NamedTuple):
     Attributes:
       inner_state: that of the optimizer, with some arrays stored in few bits.
       count: uint32[], from which the random bits of the next step are made.
+
+    Example:
+      >>> import jax.numpy as jnp, mpjax, optax
+      >>> tx = mpjax.low_precision_state(optax.sgd(1.0, momentum=0.9))
+      >>> print(tx.init(jnp.ones((64, 64))).count)
+      0
     """
 
     inner_state: optax.OptState
@@ -59,9 +65,9 @@ def low_precision_state(
     step; all others stochastically, by bits that are a function of ``seed``, of the
     step and of the place in the array, so that they are made in the same pass over
     memory and do not depend on how arrays are sharded. Arrays of fewer than 4096
-    elements, and all others (averages of parameters, accumulated gradients, factored moments, counts),
-    stay as they are. A block lies along one axis and has at most 256 elements, a
-    divisor of the part of the axis that one device has.
+    elements, and all others (averages of parameters, accumulated gradients, factored
+    moments, counts), stay as they are. A block lies along one axis and has at most 256
+    elements, a divisor of the part of the axis that one device has.
 
     It goes inside of loss scaling, ``dynamic_loss_scaling(low_precision_state(tx))``,
     so that a skipped step leaves every bit as it was.

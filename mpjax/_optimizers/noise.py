@@ -18,6 +18,9 @@ _GOLDEN = 0x9E3779B9  # 2^32 / golden ratio
 def random_bits(like: Array, step: Array, salt: int) -> Array:
     """uint32, shaped and sharded as an array.
 
+    At one place they are independent from step to step. Those of neighbours within a
+    step are not: they are spread evenly, at the cost of one product.
+
     Two arrays of one shape that are rounded in one step by the same salt, a parameter
     and its moments, share the bits, which are then made once: let one of them take
     `turned` ones.

@@ -7,7 +7,13 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from mpjax._checks import check_transformation, whole_number
+from mpjax._checks import (
+    check_arrays,
+    check_same_shapes,
+    check_same_structure,
+    check_transformation,
+    whole_number,
+)
 from mpjax._numerics.casts import round_with_bits
 from mpjax._optimizers.codes import stochastic_bfloat16
 from mpjax._optimizers.noise import random_bits, salt_of
@@ -29,6 +35,12 @@ class LowPrecisionParamsState(NamedTuple):
         parameter, its lower 16 bits as int16, or the bfloat16 rest; elsewhere
         ``optax.MaskedNode``.
       count: uint32[], from which the random bits of the next step are made.
+
+    Example:
+      >>> import jax.numpy as jnp, mpjax, optax
+      >>> tx = mpjax.low_precision_params(optax.sgd(1.0))
+      >>> print(tx.init(jnp.ones(2, jnp.bfloat16)).rest)
+      [0 0]
     """
 
     inner_state: optax.OptState
@@ -78,14 +90,14 @@ def low_precision_params(
         missing.
 
     Example:
-      >>> import jax.numpy as jnp, mpjax, optax
+      >>> import jax.numpy as jnp, mpjax.optimizers, optax
       >>> params = {"w": jnp.ones(3, jnp.bfloat16)}
       >>> tx = mpjax.low_precision_params(optax.sgd(1.0))
       >>> state = tx.init(params)
       >>> for _ in range(4):
       ...     updates, state = tx.update({"w": jnp.full(3, -1e-3)}, state, params)
       ...     params = mpjax.apply_updates(params, updates)
-      >>> print(params["w"], mpjax.float32_params(params, state)["w"])
+      >>> print(params["w"], mpjax.optimizers.float32_params(params, state)["w"])
       [1.00781 1.00781 1.00781] [1.0040002 1.0040002 1.0040002]
 
     References:
@@ -165,13 +177,16 @@ def float32_params(params: ArrayTree, opt_state: ArrayTree) -> ArrayTree:
       ValueError: there is no such state, or more than one.
 
     Example:
-      >>> import jax.numpy as jnp, mpjax, optax
+      >>> import jax.numpy as jnp, mpjax.optimizers, optax
       >>> params = {"w": jnp.ones(3, jnp.bfloat16)}
       >>> state = mpjax.low_precision_params(optax.sgd(1.0)).init(params)
-      >>> mpjax.float32_params(params, state)["w"].dtype.name
+      >>> mpjax.optimizers.float32_params(params, state)["w"].dtype.name
       'float32'
     """
-    return joined(params, _find_state(opt_state).rest)
+    check_arrays("params", params)
+    rest = _find_state(opt_state).rest
+    check_same_structure("params and those of the state", params, rest, _is_leaf)
+    return joined(params, rest)
 
 
 def with_float32_params(
@@ -192,14 +207,17 @@ def with_float32_params(
       ValueError: there is no such state, or more than one.
 
     Example:
-      >>> import jax.numpy as jnp, mpjax, optax
+      >>> import jax.numpy as jnp, mpjax.optimizers, optax
       >>> params, whole = {"w": jnp.ones(3, jnp.bfloat16)}, {"w": jnp.full(3, 1.001)}
       >>> state = mpjax.low_precision_params(optax.sgd(1.0)).init(params)
-      >>> params, state = mpjax.with_float32_params(params, state, whole)
-      >>> print(mpjax.float32_params(params, state)["w"])
+      >>> params, state = mpjax.optimizers.with_float32_params(params, state, whole)
+      >>> print(mpjax.optimizers.float32_params(params, state)["w"])
       [1.001 1.001 1.001]
     """
     state = _find_state(opt_state)
+    check_arrays("params", params)
+    check_arrays("whole", whole)
+    check_same_shapes("params and whole", params, whole)
     leaves, structure = jax.tree.flatten(params)
     values, rests = [], []
     for p, x, old in zip(
@@ -311,6 +329,10 @@ def _find_state(opt_state: ArrayTree) -> LowPrecisionParamsState:
             f"There is one state of low_precision_params in a state, got {len(found)}."
         )
     return found[0]
+
+
+def _is_leaf(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
 
 
 def _is_state(node: Any) -> bool:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mpjax._optimizers.codes import CODES, Linear, Logarithmic
-from mpjax._optimizers.noise import random_bits
+from mpjax._optimizers.noise import random_bits, salt_of
 
 BLOCK = (8, 1)
 
@@ -113,17 +113,28 @@ def test_stochastic_rounding_is_right_in_the_mean(name):
     assert np.all(inside | (low == high))
 
 
-def test_random_bits_are_even_and_their_own_at_every_place_step_and_array():
-    like = jnp.zeros((64, 128))
-    made = {
-        key: np.asarray(random_bits(like, jnp.uint32(key[0]), key[1]))
-        for key in [(0, 0), (1, 0), (0, 1)]
-    }
-    for bits in made.values():
-        assert len(np.unique(bits)) == bits.size  # a permutation of the places
-        ones = np.unpackbits(bits.view(np.uint8)).reshape(-1, 32).mean(0)
-        assert np.all(np.abs(ones - 0.5) < 5 * 0.5 / np.sqrt(bits.size))
-    first, *others = made.values()
-    for other in others:
-        both_set = np.unpackbits((first ^ other).view(np.uint8)).mean()
-        assert abs(both_set - 0.5) < 5 * 0.5 / np.sqrt(32 * first.size)
+def test_random_bits_are_even_and_independent_from_step_to_step():
+    like, steps = jnp.zeros((8, 128)), np.arange(2048, dtype=np.uint32)
+    steps = steps * np.uint32(0x9E3779B9)
+
+    def even(bits):
+        ones = np.array([(bits >> bit & 1).mean() for bit in range(32)])
+        return np.all(np.abs(ones - 0.5) < 5 * 0.5 / np.sqrt(len(bits)))
+
+    one, two = (
+        np.asarray(jax.vmap(lambda step, s=salt: random_bits(like, step, s))(steps))
+        for salt in (salt_of("a/kernel"), salt_of("b/kernel"))
+    )
+    assert len(np.unique(one[0])) == like.size  # another at every place
+    for x, y in ((0, 0), (3, 77), (7, 127)):
+        first, second = one[:, x, y], two[:, x, y]
+        assert even(first) and even(second) and even(first ^ second)
+        assert even(first[:-1] ^ first[1:])
+
+
+def test_random_bits_do_not_depend_on_other_axes_of_size_one():
+    row = random_bits(jnp.zeros(64), jnp.uint32(5), 1)
+    for shape in ((1, 64), (64, 1)):
+        bits = random_bits(jnp.zeros(shape), jnp.uint32(5), 1)
+        np.testing.assert_array_equal(bits.ravel(), row)
+    assert random_bits(jnp.zeros(()), jnp.uint32(5), 1).shape == ()

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import mpjax
+import mpjax.optimizers
 from mpjax._optimizers.parameters import joined, split
 
 KEY = jax.random.key(0)
@@ -75,11 +76,13 @@ def test_training_is_that_of_float32_bit_for_bit(method, scaled):
         "w": WHOLE["w"].at[0].set(1e-40).at[1].set(3e38).at[2].multiply(1e-30)
     }
     params, state = short(start), tx.init(short(start))
-    params, state = mpjax.with_float32_params(params, state, start)
+    params, state = mpjax.optimizers.with_float32_params(params, state, start)
     params, state, whole, _ = run(params, state, start, adam.init(start))
     assert params["w"].dtype == jnp.bfloat16
     jax.tree.map(
-        np.testing.assert_array_equal, mpjax.float32_params(params, state), whole
+        np.testing.assert_array_equal,
+        mpjax.optimizers.float32_params(params, state),
+        whole,
     )
     assert np.any(np.sign(whole["w"]) != np.sign(start["w"]))
 
@@ -102,7 +105,7 @@ def test_updates_below_the_last_bit_are_not_lost(method):
         return jax.lax.scan(body, (params, tx.init(params)), length=1000)[0]
 
     params, state = run(params, tx.init(params))
-    mean = float(mpjax.float32_params(params, state)["w"].mean())
+    mean = float(mpjax.optimizers.float32_params(params, state)["w"].mean())
     error = abs(mean - (1 + 1000 * 2.0**-12))
     # Of 4096 random walks the mean; of the others the rounding of the rest.
     assert error < (5e-3 if method in ("stochastic", "kahan") else 1e-6)
@@ -163,7 +166,7 @@ def test_what_is_wrong_raises():
     with pytest.raises(ValueError, match=r"call update\(grads, opt_state, params\)"):
         tx.update(params, state)
     with pytest.raises(ValueError, match="one state of low_precision_params"):
-        mpjax.float32_params(params, ())
+        mpjax.optimizers.float32_params(params, ())
     updates, _ = tx.update(WHOLE, state, params)
     with pytest.raises(TypeError):
         optax.apply_updates(params, updates)
