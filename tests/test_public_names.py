@@ -7,7 +7,13 @@ import typing
 
 import pytest
 
-DOORS = ["mpjax", "mpjax.linen", "mpjax.nnx", "mpjax.numerics", "mpjax.lowering"]
+DOORS = [
+    "mpjax",
+    *[
+        f"mpjax.{name}"
+        for name in ("linen", "nnx", "numerics", "lowering", "optimizers")
+    ],
+]
 NAMES = [
     (door, name) for door in DOORS for name in importlib.import_module(door).__all__
 ]

@@ -49,6 +49,7 @@ from mpjax._nnx.scaling import (
 from mpjax._recipes.recipe import Recipe
 from mpjax._scaling_states.update import found_states, step_of_optimizer
 from mpjax._typing import Array, ArrayTree, AxisName
+from mpjax._updates import with_updates
 
 
 class Optimizer(nnx.Optimizer):
@@ -142,8 +143,16 @@ class Optimizer(nnx.Optimizer):
             check_scaled(arrays_of(self))
         elif scales_loss:
             grads = unscaled(grads, loss_scale / self.loss_scale)
-        updates = super().update(model, grads, **kwargs)
-        opt_state = arrays_of(self)
+        params, trained = (
+            nnx.as_pure(nnx.state(node, self.wrt, graph=self.graph))
+            for node in (model, grads)
+        )
+        updates, opt_state = self.tx.update(
+            trained, arrays_of(self), params, **nnx.as_pure(kwargs)
+        )
+        nnx.update(model, with_updates(params, updates))
+        nnx.update(self.opt_state, nnx.state(opt_state, graph=self.graph))
+        self.step[...] += 1
         if scales_loss:
             made = last_step_finite(opt_state)
             self.step[...] = jnp.where(made, self.step[...], before)
