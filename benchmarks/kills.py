@@ -15,9 +15,11 @@ kills as asked for.
 import argparse
 import functools
 import hashlib
+import logging
 import multiprocessing
 import pathlib
 import random
+import signal
 import tempfile
 import time
 from typing import Any
@@ -153,17 +155,21 @@ def digest(state) -> str:
     return text.hexdigest()
 
 
-def train(front_end: str, folder: str, cache: str, every_step: bool, tell) -> None:
+def train(
+    front_end: str, steps: int, folder: str, cache: str, every_step: bool, tell
+) -> None:
     """The process that is killed.
 
     Args:
       front_end: "linen" or "nnx".
+      steps: how many the run has.
       folder: of checkpoints.
       cache: of compiled programs.
       every_step: whether digests of all states are told, or those alone of the first,
         from which it goes on, and of the last.
       tell: a connection for pairs of a step and the digest of its state, or None.
     """
+    logging.getLogger("absl").setLevel(logging.ERROR)  # unfinished checkpoints
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     new, step = FRONT_ENDS[front_end]
@@ -175,10 +181,10 @@ def train(front_end: str, folder: str, cache: str, every_step: bool, tell) -> No
         if latest is not None:
             state, done = mpjax.checkpoints.restore(manager, state, latest), latest
         tell.send((done, digest(state)))
-        while done < STEPS:
+        while done < steps:
             state, done = step(state, batch(done)), done + 1
             mpjax.checkpoints.save(manager, done, state)
-            is_last = done == STEPS
+            is_last = done == steps
             tell.send((done, digest(state) if every_step or is_last else None))
 
 
@@ -194,23 +200,24 @@ def start(*args):
     return process, told
 
 
-def run(front_end: str, kills: int, seed: int = 0) -> int:
+def run(front_end: str, kills: int, seed: int = 0, steps: int = STEPS) -> int:
     """Kills runs of a front end, and returns how many were killed.
 
     Args:
       front_end: "linen" or "nnx".
       kills: how many.
       seed: of the points: up to four steps and a fifth of a second later.
+      steps: how many a run has.
 
     Raises:
       AssertionError: a state is not the one of the run that was not interrupted.
     """
     rng, runs, killed, resumed = random.Random(seed), 0, 0, []
     with tempfile.TemporaryDirectory() as root:
-        start_one = functools.partial(start, front_end)
+        start_one = functools.partial(start, front_end, steps)
         cache = str(pathlib.Path(root) / "cache")
         process, told = start_one(str(pathlib.Path(root) / "whole"), cache, True)
-        whole = dict(told.recv() for _ in range(STEPS + 1))
+        whole = dict(told.recv() for _ in range(steps + 1))
         process.join()
         while killed < kills:
             runs, ended = runs + 1, False
@@ -222,18 +229,18 @@ def run(front_end: str, kills: int, seed: int = 0) -> int:
                     f"{front_end}: step {at} resumes from another"
                 )
                 resumed.append(at)
-                steps = rng.randint(0, 4) if killed < kills else STEPS
-                for _ in range(min(steps, STEPS - at)):
+                more = rng.randint(0, 4) if killed < kills else steps
+                for _ in range(min(more, steps - at)):
                     at, state = told.recv()
-                ended = at == STEPS
+                ended = at == steps
                 if not ended:
                     time.sleep(rng.uniform(0, 0.2))
                     process.kill()
-                    killed += 1
                 process.join()
-            assert state == whole[STEPS], f"{front_end}: another end"
+                killed += process.exitcode == -signal.SIGKILL
+            assert state == whole[steps], f"{front_end}: another end"
     print(
-        f"{front_end}: {killed} kills in {runs} runs of {STEPS} steps; resumed from "
+        f"{front_end}: {killed} kills in {runs} runs of {steps} steps; resumed from "
         f"steps {resumed}, each time bit for bit the state of the run that was not "
         "interrupted",
         flush=True,

@@ -24,7 +24,7 @@ LADDER = [
 ]
 LEVEL = {name: level for level, names in enumerate(LADDER) for name in names}
 MAY_IMPORT_FLAX = ("_layers", "_linen", "_nnx", "_training", "_checkpoints")
-DOORS = ("__init__", "linen", "nnx", "lowering", "numerics")
+DOORS = ("__init__", "checkpoints", "linen", "nnx", "lowering", "numerics")
 PRIVATE = ("jax._src", "jax.interpreters", "flax.core", "optax._src")
 LONGEST = 350  # lines of a file
 FILES = {

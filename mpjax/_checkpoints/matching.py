@@ -92,4 +92,5 @@ def _bare(path: Path, wrappers: Collection[Path]) -> tuple[Path, bool]:
 
 
 def _names(paths: list[Path]) -> str:
-    return shortened([repr("/".join(path)) for path in paths])
+    # Those of parameters are shorter than those of moments, and say more.
+    return shortened([repr("/".join(path)) for path in sorted(paths, key=len)])
