@@ -70,7 +70,7 @@ class Nnx(nnx.Module):
 
 
 def optimizer():
-    inner = optax.MultiSteps(optax.adam(1e-2), 2)
+    inner: Any = optax.MultiSteps(optax.adam(1e-2), 2)
     return mpjax.dynamic_loss_scaling(inner, growth_interval=3)
 
 
@@ -122,7 +122,8 @@ def new_nnx() -> Any:
 
 
 def step_nnx(state, x):
-    _step_nnx(*state, x)
+    model, average, optimizer = state
+    _step_nnx(model, average, optimizer, x)
     return state
 
 
@@ -220,7 +221,7 @@ def run(front_end: str, kills: int, seed: int = 0, steps: int = STEPS) -> int:
         whole = dict(told.recv() for _ in range(steps + 1))
         process.join()
         while killed < kills:
-            runs, ended = runs + 1, False
+            runs, ended, state = runs + 1, False, None
             folder = pathlib.Path(root) / f"killed_{runs}"
             while not ended:
                 process, told = start_one(str(folder), cache, False)
