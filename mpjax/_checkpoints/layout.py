@@ -4,7 +4,7 @@ A path is a tuple of names, those that orbax gives to the same leaves. Modules o
 are nested dicts of the values of their variables; what two of them share is there once.
 """
 
-from typing import Any, Self, TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 from flax import nnx
@@ -31,7 +31,7 @@ class Layout:
         nodes, self._outer = jax.tree.flatten(tree, is_leaf=_is_module)
         self._places = [i for i, node in enumerate(nodes) if _is_module(node)]
         self._graph, self._variables = nnx.split([nodes[i] for i in self._places])
-        values = [{} for _ in self._places]
+        values: list[dict[str, Any]] = [{} for _ in self._places]
         for keys, variable in nnx.to_flat_state(self._variables):
             place, path = _split(keys)
             inner = values[place]
@@ -50,7 +50,7 @@ class Layout:
             path_of(keys): node for keys, node in by_path if is_state(node)
         }
 
-    def with_leaves(self, leaves: dict[Path, Any]) -> Self | Any:
+    def with_leaves(self, leaves: dict[Path, Any]) -> Any:
         """The tree with other leaves, by path; modules are new ones."""
         tree = self._inner.unflatten([leaves[path] for path in self.leaves])
         nodes = self._outer.flatten_up_to(tree)

@@ -173,7 +173,7 @@ def _new_leaf(path: Path, leaf: Any) -> Any:
             "like, which has a shape for it and no number: restore into a state with "
             "arrays, as TrainState.create makes one."
         )
-    return leaf
+    return jnp.copy(leaf)  # which may be donated
 
 
 def _coming_loss_scale(
