@@ -4,9 +4,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from flax import nnx
-
-from mpjax._loss_scaling.microbatches import Microbatches, check_like
+from mpjax._loss_scaling.microbatches import Microbatches
+from mpjax._nnx.pure import Pure
 
 
 def accumulated(
@@ -24,36 +23,29 @@ def accumulated(
       places: positions of the models.
       wrt: a filter of what is differentiated.
     """
+    own = microbatches.carry_argnum
 
     def gradient(*args):
-        split = [nnx.split(args[place], wrt, ...) for place in places]
-        graphs, trained, rests = zip(*split, strict=True)
-        own = microbatches.carry_argnum
-        given = [*args]
-        for place, state in zip(places, trained, strict=True):
-            given[place] = state
-        handed = None if own is None else given[own]
+        pure = Pure(grad_fn, args, places, wrt)
 
         def of_one(*args):
             *args, (rests, handed) = args
-            models = []
-            for graph, place, rest in zip(graphs, places, rests, strict=True):
-                args[place] = nnx.merge(graph, args[place], rest, copy=True)
-                models.append(args[place])
             if own is not None:
                 args[own] = handed
-            grads, (loss, aux) = grad_fn(*args)
+            trained = [args[place] for place in places]
+            (grads, (loss, aux)), new = pure(trained, rests, args)
             handed, aux = microbatches.handed_on(handed, aux)
-            new = tuple(nnx.split(model, wrt, ...)[2] for model in models)
-            check_like(rests, new, "a model from one microbatch to the next")
             return grads, (loss, ((new, handed), aux))
 
+        given = [*args]
+        for place, state in zip(places, pure.trained, strict=True):
+            given[place] = state
+        handed = None if own is None else given[own]
         of_all = dataclasses.replace(microbatches, carry_argnum=len(args))
         grads, (loss, ((new, handed), aux)) = of_all.gradient(of_one, places)(
-            *given, (rests, handed)
+            *given, (pure.rests, handed)
         )
-        for place, state in zip(places, new, strict=True):
-            nnx.update(args[place], state)
+        pure.write(new)
         return grads, (loss, aux if own is None else (handed, aux))
 
     return gradient
