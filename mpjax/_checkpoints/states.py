@@ -114,7 +114,7 @@ def made_state(
             state = _converted(state, like.history.shape[-1])
         if coming is not None:
             state = recipe.rescale(state, coming)
-    if recipe.calibrated and not source.same:
+    if recipe.promises_scales and not source.same:
         _check_calibrated(path, state)
     if like.weight is None:
         return state
