@@ -1,7 +1,8 @@
 """Which array of a checkpoint is read for which leaf of a state.
 
 By the same path, but for two things that a policy adds or takes away: the state of loss
-scaling, around that of the optimizer inside of it, and scaling states.
+scaling, around that of the optimizer inside of it, and scaling states. A ``TrainState``
+of Flax has some of its leaves at other paths than that of mpjax.
 """
 
 from collections.abc import Collection, Mapping
@@ -59,6 +60,14 @@ def match(layout: Layout, saved: Mapping[Path, Any]) -> Matching:
         else:
             (new if key[1] else missing).append(path)
     left = [path for (_, of_loss_scaling), path in there.items() if not of_loss_scaling]
+    # A TrainState of Flax has moments of its parameters, and collections as fields.
+    elsewhere = {_plain(_bare(path, saved_wrappers)[0]): path for path in left}
+    for path in list(missing) if len(elsewhere) == len(left) else ():
+        key = _plain(_bare(path, wrappers)[0])
+        if key in elsewhere:
+            sources[path] = elsewhere.pop(key)
+            missing.remove(path)
+            left.remove(sources[path])
     if missing or left:
         faults = [f"lacks {_names(missing)}"] if missing else []
         faults += [f"has {_names(left)}, for which the state has no place"] * bool(left)
@@ -89,6 +98,12 @@ def _bare(path: Path, wrappers: Collection[Path]) -> tuple[Path, bool]:
         if not (name == "inner_state" and path[:i] in wrappers)
     ]
     return tuple(bare), path[:-1] in wrappers and path[-1] in LOSS_SCALING
+
+
+def _plain(path: Path) -> Path:
+    """A path as it is in a ``TrainState`` of Flax."""
+    named = path[:1] if path[:1] == ("params",) else ()
+    return named + tuple(name for name in path if name not in ("params", "collections"))
 
 
 def _names(paths: list[Path]) -> str:

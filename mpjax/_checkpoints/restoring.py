@@ -40,7 +40,8 @@ def restore(
     * copies of weights in 8 bits (`mpjax.keep_weights`) are made of the restored
       parameters where the checkpoint has none that fits.
 
-    Everything else is the same in both, or nothing is restored.
+    Everything else is the same in both, or nothing is restored. The checkpoint of a
+    ``TrainState`` of Flax, which orbax has saved, is one of a `mpjax.TrainState`.
 
     Args:
       store: as of `save`.

@@ -1,6 +1,7 @@
 """A checkpoint goes on under another policy or recipe, or on other devices."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from checkpointed_runs import (
     rule,
     shard,
 )
+from flax.training import train_state
 from jax.sharding import PartitionSpec
 
 import mpjax
@@ -93,6 +95,50 @@ def test_float32_into_fp8_with_loss_scaling_and_back(new_run, tmp_path):
     new = narrow.step(new, BATCHES[1])
     back = stored(tmp_path / "back", new, wide.new(seed=2))
     assert_same_but_added(new, back)
+
+
+class FlaxState(train_state.TrainState):
+    batch_stats: Any
+    ema: Any
+    key: Any
+
+
+def test_a_train_state_of_flax(tmp_path):
+    wide = LinenRun(rule(None, "float32"), optimizer(False, microbatches=1))
+    state = wide.new(seed=3)
+    flax_state = FlaxState.create(
+        apply_fn=state.apply_fn,
+        params=state.params,
+        tx=state.tx,
+        batch_stats=state.batch_stats,
+        ema=state.ema,
+        key=state.key,
+    )
+    seven = jax.tree.map(lambda x: x + 7, flax_state.opt_state)
+    flax_state = flax_state.replace(opt_state=seven, step=9)
+    with ocp.CheckpointManager(tmp_path) as manager:
+        manager.save(0, args=ocp.args.StandardSave(flax_state))
+        restored = restore(manager, LinenRun(RULE, TX).new())
+    assert restored.step == 9 and restored.step.dtype == jnp.int32
+    assert_same_but_added(
+        restored, state.replace(step=restored.step, opt_state=restored.opt_state)
+    )
+    inner = restored.opt_state.inner_state[0]
+    assert inner.count == 7
+    for x in jax.tree.leaves((inner.mu, inner.nu)):
+        assert np.all(x == 7)
+
+
+def test_a_layer_that_had_no_recipe(tmp_path):
+    one = mpjax.Rule("Dense_0", "mixed_bfloat16", BARE)
+    some, both = LinenRun((one, "mixed_bfloat16"), TX), LinenRun(rule(BARE), TX)
+    state = some.new()
+    filled = jax.tree.map(jnp.ones_like, state.scaling)
+    state = state.replace(scaling=filled)
+    restored = stored(tmp_path, state, both.new(seed=1))
+    old, new = restored.scaling["Dense_0"], restored.scaling["Dense_1"]
+    assert np.all(old["kernel_scaling"].scale == 1)
+    assert not np.any(new["kernel_scaling"].scale)
 
 
 def test_copies_of_weights_are_those_of_the_restored_weights(tmp_path):
