@@ -168,7 +168,7 @@ def start(job: Job) -> list[subprocess.Popen]:
     env = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": flags,
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}",
         "JAX_COMPILATION_CACHE_DIR": job.cache,  # what is begun again compiles nothing
     }
     command = [sys.executable, __file__, "--job", json.dumps(dataclasses.asdict(job))]
