@@ -169,7 +169,9 @@ def start(job: Job) -> list[subprocess.Popen]:
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}",
-        "JAX_COMPILATION_CACHE_DIR": job.cache,  # what is begun again compiles nothing
+        # A process that is started again compiles nothing.
+        "JAX_COMPILATION_CACHE_DIR": job.cache,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     command = [sys.executable, __file__, "--job", json.dumps(dataclasses.asdict(job))]
     return [
