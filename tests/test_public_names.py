@@ -9,10 +9,12 @@ import pytest
 
 DOORS = [
     "mpjax",
-    *[
-        f"mpjax.{name}"
-        for name in ("linen", "nnx", "numerics", "lowering", "optimizers")
-    ],
+    "mpjax.checkpoints",
+    "mpjax.linen",
+    "mpjax.lowering",
+    "mpjax.nnx",
+    "mpjax.numerics",
+    "mpjax.optimizers",
 ]
 NAMES = [
     (door, name) for door in DOORS for name in importlib.import_module(door).__all__
