@@ -4,9 +4,11 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 from flax import nnx
 
 from mpjax._loss_scaling.microbatches import Microbatches, check_like
+from mpjax._nnx.before import is_node
 
 
 def accumulated(
@@ -14,8 +16,8 @@ def accumulated(
 ) -> Callable:
     """The gradient of all microbatches, from that of one.
 
-    What the models write, batch statistics and counts of random keys, goes on from one
-    microbatch to the next.
+    Modules among the arguments are the same for all. What is written in them, batch
+    statistics and counts of random keys, goes on from one microbatch to the next.
 
     Args:
       microbatches: what `mpjax.accumulate_gradients` has made.
@@ -26,34 +28,58 @@ def accumulated(
     """
 
     def gradient(*args):
-        split = [nnx.split(args[place], wrt, ...) for place in places]
+        nodes = [i for i, arg in enumerate(args) if i in places or _has_nodes(arg)]
+        filters = [wrt if i in places else nnx.Nothing() for i in nodes]
+        split = [
+            nnx.split(args[i], one, ...) for i, one in zip(nodes, filters, strict=True)
+        ]
         graphs, trained, rests = zip(*split, strict=True)
         own = microbatches.carry_argnum
         given = [*args]
-        for place, state in zip(places, trained, strict=True):
-            given[place] = state
+        for i, state in zip(nodes, trained, strict=True):
+            given[i] = state
         handed = None if own is None else given[own]
+        written: list[list[tuple]] = []
 
         def of_one(*args):
             *args, (rests, handed) = args
-            models = []
-            for graph, place, rest in zip(graphs, places, rests, strict=True):
-                args[place] = nnx.merge(graph, args[place], rest, copy=True)
-                models.append(args[place])
+            merged = []
+            for graph, i, rest in zip(graphs, nodes, rests, strict=True):
+                args[i] = nnx.merge(graph, args[i], rest, copy=True)
+                merged.append(args[i])
             if own is not None:
                 args[own] = handed
             grads, (loss, aux) = grad_fn(*args)
             handed, aux = microbatches.handed_on(handed, aux)
-            new = tuple(nnx.split(model, wrt, ...)[2] for model in models)
+            new = tuple(
+                nnx.split(node, one, ...)[2]
+                for node, one in zip(merged, filters, strict=True)
+            )
             check_like(rests, new, "a model from one microbatch to the next")
+            written[:] = map(_written, rests, new)
             return grads, (loss, ((new, handed), aux))
 
         of_all = dataclasses.replace(microbatches, carry_argnum=len(args))
         grads, (loss, ((new, handed), aux)) = of_all.gradient(of_one, places)(
             *given, (rests, handed)
         )
-        for place, state in zip(places, new, strict=True):
-            nnx.update(args[place], state)
+        for i, state, paths in zip(nodes, new, written, strict=True):
+            flat = dict(nnx.to_flat_state(state))
+            nnx.update(args[i], nnx.from_flat_state({p: flat[p] for p in paths}))
         return grads, (loss, aux if own is None else (handed, aux))
 
     return gradient
+
+
+def _has_nodes(arg: Any) -> bool:
+    return any(map(is_node, jax.tree.leaves(arg, is_leaf=is_node)))
+
+
+def _written(old: nnx.State, new: nnx.State) -> list[tuple]:
+    """Paths of the variables that a microbatch has given other values."""
+    before = dict(nnx.to_flat_state(old))
+    return [
+        path
+        for path, variable in nnx.to_flat_state(new)
+        if variable.get_value() is not before[path].get_value()
+    ]

@@ -34,7 +34,7 @@ from mpjax._loss_scaling.state import (
     loss_scale,
     skipped_steps,
 )
-from mpjax._nnx.before import remember, restore_unless, values_of, write_unless
+from mpjax._nnx.before import remembered, restore_unless, values_of, write_unless
 from mpjax._nnx.microbatches import accumulated
 from mpjax._nnx.scaling import (
     ScalingStat,
@@ -114,9 +114,9 @@ class Optimizer(nnx.Optimizer):
     ) -> Any:
         """Updates parameters, scaling states and the state of the optimizer, in place.
 
-        A step that loss scaling skips changes nothing of the model: batch statistics,
-        counts of random keys and all else that the loss has written since
-        `mpjax.nnx.value_and_grad` was called are again as they were before.
+        A step that loss scaling skips changes nothing: batch statistics, counts of
+        random keys and all else that the loss has written, in the model and in other
+        modules among its arguments, is as it was before `mpjax.nnx.value_and_grad`.
 
         Args:
           model: as it was when the gradients were taken.
@@ -145,7 +145,7 @@ class Optimizer(nnx.Optimizer):
         if scales_loss:
             made = last_step_finite(opt_state)
             self.step[...] = jnp.where(made, self.step[...], before)
-            restore_unless(made, self, model)
+            restore_unless(made, self)
         if scaling_stats(model):
             update_scaling(model, grads, step_of_optimizer(opt_state))
         return updates
@@ -183,11 +183,10 @@ class Optimizer(nnx.Optimizer):
         """
         for module in modules:
             check_holds("A module", module, nnx.Module, "pass those that are changed")
-        before = [values_of(module) for module in modules]
+        before = values_of(modules)
         yield
         if self.scales_loss:
-            for module, old in zip(modules, before, strict=True):
-                write_unless(self.last_step_finite, module, old)
+            write_unless(self.last_step_finite, before)
 
     @property
     def scales_loss(self) -> bool:
@@ -302,9 +301,8 @@ def value_and_grad(
         grad_fn = nnx.grad(scaled, argnums=states, has_aux=True, allow_int=allow_int)
         if isinstance(loss_fn, Microbatches):
             grad_fn = accumulated(loss_fn, grad_fn, places, wrt)
-        if scale is not None:
-            remember(optimizer, [args[place] for place in places], wrt)
-        grads, (loss, aux) = grad_fn(*args)
+        with contextlib.nullcontext() if scale is None else remembered(optimizer, args):
+            grads, (loss, aux) = grad_fn(*args)
         if scale is not None:
             grads = with_loss_scale(grads, scale)
             grads = tuple(mark_bad_loss(tree, loss) for tree in grads)
