@@ -171,7 +171,7 @@ class Multiplier:
         if state.weight is not None and weight is not None:
             copy = checked_copy(self.path, weight, state.weight.values)
         # A rule or a state may promise that scales are known.
-        recipe = self.recipe if self.recipe.calibrated else state.recipe
+        recipe = self.recipe if self.recipe.promises_scales else state.recipe
         now, later = split_scales(state.scale)
         self.write(name, later)
         return product(recipe, now, copy)

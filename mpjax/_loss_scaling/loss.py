@@ -14,6 +14,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from mpjax._checks import check_argnums, check_callable, check_flag
+from mpjax._loss_scaling.known import promising_when_known
 from mpjax._loss_scaling.marks import mark_bad_loss
 from mpjax._loss_scaling.microbatches import Microbatches, loss_and_part
 from mpjax._loss_scaling.state import find_state
@@ -147,7 +148,7 @@ def value_and_grad(
     is_scaled = scales_loss(opt_state)
     loss_fn, part_of = loss_and_part(fun)
 
-    def gradient(scale):
+    def loss_and_grads(scale, args, kwargs):
         @functools.wraps(loss_fn)
         def scaled(*args, **kwargs):
             loss, aux = loss_and_aux(loss_fn(*args, **kwargs), has_aux)
@@ -158,18 +159,21 @@ def value_and_grad(
             return part_of(scaled_loss), (loss, aux)
 
         grad_fn = jax.grad(scaled, argnums, has_aux=True, allow_int=allow_int)
-        several = isinstance(fun, Microbatches)
-        return fun.gradient(grad_fn, argnums) if several else grad_fn
+        if isinstance(fun, Microbatches):
+            grad_fn = fun.gradient(grad_fn, argnums)
+        return promising_when_known(
+            lambda given: grad_fn(*given[0], **given[1]), (args, kwargs)
+        )
 
     @functools.wraps(loss_fn)
     def loss_and_scaled_grads(*args, **kwargs):
         if not is_scaled:
-            grads, (loss, aux) = gradient(None)(*args, **kwargs)
+            grads, (loss, aux) = loss_and_grads(None, args, kwargs)
             return ((loss, aux) if has_aux else loss), grads
         scale = present_scale(opt_state)
         args = [rescale_states(arg, scale) for arg in args]
         kwargs = {key: rescale_states(arg, scale) for key, arg in kwargs.items()}
-        grads, (loss, aux) = gradient(scale)(*args, **kwargs)
+        grads, (loss, aux) = loss_and_grads(scale, args, kwargs)
         grads = with_loss_scale(grads, scale)
         if isinstance(argnums, int):
             grads = mark_bad_loss(grads, loss)

@@ -4,11 +4,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-from flax import nnx
-
-from mpjax._loss_scaling.microbatches import Microbatches, check_like
-from mpjax._nnx.before import is_node
+from mpjax._loss_scaling.microbatches import Microbatches
+from mpjax._nnx.pure import Pure
 
 
 def accumulated(
@@ -26,60 +23,29 @@ def accumulated(
       places: positions of the models.
       wrt: a filter of what is differentiated.
     """
+    own = microbatches.carry_argnum
 
     def gradient(*args):
-        nodes = [i for i, arg in enumerate(args) if i in places or _has_nodes(arg)]
-        filters = [wrt if i in places else nnx.Nothing() for i in nodes]
-        split = [
-            nnx.split(args[i], one, ...) for i, one in zip(nodes, filters, strict=True)
-        ]
-        graphs, trained, rests = zip(*split, strict=True)
-        own = microbatches.carry_argnum
-        given = [*args]
-        for i, state in zip(nodes, trained, strict=True):
-            given[i] = state
-        handed = None if own is None else given[own]
-        written: list[list[tuple]] = []
+        pure = Pure(grad_fn, args, places, wrt)
 
         def of_one(*args):
             *args, (rests, handed) = args
-            merged = []
-            for graph, i, rest in zip(graphs, nodes, rests, strict=True):
-                args[i] = nnx.merge(graph, args[i], rest, copy=True)
-                merged.append(args[i])
+            trained = [args[place] for place in pure.places]
             if own is not None:
                 args[own] = handed
-            grads, (loss, aux) = grad_fn(*args)
+            (grads, (loss, aux)), new = pure(trained, rests, args)
             handed, aux = microbatches.handed_on(handed, aux)
-            new = tuple(
-                nnx.split(node, one, ...)[2]
-                for node, one in zip(merged, filters, strict=True)
-            )
-            check_like(rests, new, "a model from one microbatch to the next")
-            written[:] = map(_written, rests, new)
             return grads, (loss, ((new, handed), aux))
 
+        given = [*args]
+        for place, state in zip(pure.places, pure.trained, strict=True):
+            given[place] = state  # of other modules there is none
+        handed = None if own is None else given[own]
         of_all = dataclasses.replace(microbatches, carry_argnum=len(args))
         grads, (loss, ((new, handed), aux)) = of_all.gradient(of_one, places)(
-            *given, (rests, handed)
+            *given, (pure.rests, handed)
         )
-        for i, state, paths in zip(nodes, new, written, strict=True):
-            flat = dict(nnx.to_flat_state(state))
-            nnx.update(args[i], nnx.from_flat_state({p: flat[p] for p in paths}))
+        pure.write(new)
         return grads, (loss, aux if own is None else (handed, aux))
 
     return gradient
-
-
-def _has_nodes(arg: Any) -> bool:
-    return any(map(is_node, jax.tree.leaves(arg, is_leaf=is_node)))
-
-
-def _written(old: nnx.State, new: nnx.State) -> list[tuple]:
-    """Paths of the variables that a microbatch has given other values."""
-    before = dict(nnx.to_flat_state(old))
-    return [
-        path
-        for path, variable in nnx.to_flat_state(new)
-        if variable.get_value() is not before[path].get_value()
-    ]

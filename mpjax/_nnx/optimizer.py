@@ -36,6 +36,7 @@ from mpjax._loss_scaling.state import (
 )
 from mpjax._nnx.before import remembered, restore_unless, values_of, write_unless
 from mpjax._nnx.microbatches import accumulated
+from mpjax._nnx.pure import when_known
 from mpjax._nnx.scaling import (
     ScalingStat,
     check_holds,
@@ -302,7 +303,7 @@ def value_and_grad(
         if isinstance(loss_fn, Microbatches):
             grad_fn = accumulated(loss_fn, grad_fn, places, wrt)
         with contextlib.nullcontext() if scale is None else remembered(optimizer, args):
-            grads, (loss, aux) = grad_fn(*args)
+            grads, (loss, aux) = when_known(grad_fn, args, places, wrt)
         if scale is not None:
             grads = with_loss_scale(grads, scale)
             grads = tuple(mark_bad_loss(tree, loss) for tree in grads)

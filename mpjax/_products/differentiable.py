@@ -80,7 +80,7 @@ class ScaledProduct(abc.ABC):
         ]
         scale = None if scales is None else scales[TENSORS.index(tensor)]
         scaling = self.recipe.scalings[tensor]
-        return quantize_operand(scaling, x, uses, scale, self.recipe.calibrated)
+        return quantize_operand(scaling, x, uses, scale, self.recipe.promises_scales)
 
     def quantize_rhs(
         self,

@@ -105,6 +105,7 @@ def delayed_scaling(
     margin: float = 0.0,
     rounding: Rounding = "up",
     keep_weights: bool = False,
+    calibrated: bool | Literal["when_known"] = False,
 ) -> Recipe:
     """One scale per tensor, from the amaxes of earlier steps.
 
@@ -132,6 +133,10 @@ def delayed_scaling(
         the optimizer has just computed them, in the same pass over memory. A step then
         reads a byte per element. Dense layers and projections of attention multiply
         with these copies; see `keep_weights`.
+      calibrated: ``"when_known"``: the program of a step holds the loss and its
+        gradient twice, and `value_and_grad` runs the one that waits for no amax as soon
+        as all scales are known. It is the same training, bit for bit; it takes twice as
+        long to compile. `calibrate` on a batch before training needs one of the two.
 
     Returns:
       A recipe.
@@ -161,7 +166,9 @@ def delayed_scaling(
         DelayedScaling(dtype, *options),
         DelayedScaling(grad_dtype, *options),
     )
-    return Recipe(operand, operand, grad, keep_weights=keep_weights)
+    return Recipe(
+        operand, operand, grad, calibrated=calibrated, keep_weights=keep_weights
+    )
 
 
 def per_channel_scaling(

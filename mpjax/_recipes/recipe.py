@@ -44,6 +44,8 @@ class Recipe:
       calibrated: of delayed scaling: a promise that ``update`` has been called, so that
         no product has to wait for the current amax; see `calibrate`. A scale that is
         still unknown, of a tensor that was all zeros, is then 1 for a step.
+        ``"when_known"``: `value_and_grad` makes the promise in each step in which all
+        scales are known, see `delayed_scaling`.
       keep_weights: whether the states of layers hold their weights in 8 bits, written
         where the optimizer writes the weights; see `keep_weights`.
 
@@ -67,7 +69,7 @@ class Recipe:
     rhs: Scaling
     grad: Scaling
     quantized: tuple[ProductName, ...] = PRODUCTS
-    calibrated: bool = False
+    calibrated: bool | Literal["when_known"] = False
     keep_weights: bool = False
 
     def __post_init__(self):
@@ -78,7 +80,10 @@ class Recipe:
                     f"got {scaling!r}."
                 )
         for name in ("calibrated", "keep_weights"):
-            object.__setattr__(self, name, check_flag(name, getattr(self, name)))
+            value = getattr(self, name)
+            is_word = name == "calibrated" and isinstance(value, str)
+            if not is_word or value != "when_known":
+                object.__setattr__(self, name, check_flag(name, value))
         names = self.quantized
         several = isinstance(names, tuple | list | set | frozenset)
         if not several or not all(name in PRODUCTS for name in map(str, names)):
@@ -255,6 +260,11 @@ class Recipe:
         return dataclasses.replace(
             state, scale=jnp.where(state.scale > 0, scale, 0.0), loss_scale=coming
         )
+
+    @property
+    def promises_scales(self) -> bool:
+        """Whether all scales are known, so that no product waits for an amax."""
+        return self.calibrated is True
 
     def agrees_with(self, other: "Recipe") -> bool:
         """Whether states of one serve the other: all but ``calibrated`` is equal."""

@@ -160,7 +160,7 @@ def refreshed_copy(state: ScalingState, kernel: Array) -> ScalingState:
         block = (-1,) * kernel.ndim
         scale = round_scale_up(scale) if scaling.rounding != "exact" else scale
         unknown = 1.0
-        if not state.recipe.calibrated:
+        if not state.recipe.promises_scales:
             unknown = scaling.scale(amax_of(kernel, block, scale))
         scale = jnp.where(scale > 0, scale, unknown)
         values = quantize_with_scale(kernel, scale, scaling.dtype, block)
