@@ -35,6 +35,7 @@ from mpjax._loss_scaling.state import (
     skipped_steps,
 )
 from mpjax._nnx.before import remembered, restore_unless, values_of, write_unless
+from mpjax._nnx.classes import decision_of
 from mpjax._nnx.microbatches import accumulated
 from mpjax._nnx.pure import when_known
 from mpjax._nnx.scaling import (
@@ -45,6 +46,7 @@ from mpjax._nnx.scaling import (
     values,
     write_states,
 )
+from mpjax._policies.policy import check_loss_is_scaled
 from mpjax._recipes.recipe import Recipe
 from mpjax._scaling_states.update import found_states, step_of_optimizer
 from mpjax._typing import Array, ArrayTree
@@ -65,7 +67,8 @@ class Optimizer(nnx.Optimizer):
       **kwargs: as of ``nnx.Optimizer``.
 
     Raises:
-      ValueError: ``wrt`` has states of the model.
+      ValueError: ``wrt`` has states of the model, or a module computes in float16 and
+        ``tx`` scales no loss.
 
     Example:
       >>> from flax import nnx
@@ -103,6 +106,9 @@ class Optimizer(nnx.Optimizer):
                 "mpjax.nnx.ScalingStat out of it."
             )
         super().__init__(model, tx, wrt=wrt, **kwargs)
+        if not self.scales_loss:
+            decisions = (decision_of(node) for _, node in nnx.iter_modules(model))
+            check_loss_is_scaled(d.policy for d in decisions if d is not None)
 
     def update(
         self,

@@ -18,7 +18,7 @@ from mpjax._loss_scaling.state import (
     loss_scale,
     skipped_steps,
 )
-from mpjax._policies.policy import get_policy
+from mpjax._policies.policy import check_loss_is_scaled, get_policy
 from mpjax._recipes.recipe import Recipe
 from mpjax._recipes.state import ScalingState
 from mpjax._scaling_states.optimizer import apply_updates
@@ -307,14 +307,12 @@ def _check_loss_scale(apply_fn: Callable[..., Any], state: TrainState) -> None:
 
     What a model computes in is known of the ``apply`` of one under rules.
     """
-    rules = getattr(getattr(apply_fn, "__self__", None), "rules", ())
-    if state.scales_loss or not isinstance(rules, tuple):
-        return
-    for rule in rules:
-        policy = None if rule.policy is None else get_policy(rule.policy)
-        if policy is not None and policy.compute_dtype == jnp.float16:
-            raise ValueError(
-                f"The model computes in float16 ({policy}), where gradients below 6e-8 "
-                "are zero, and its optimizer scales no loss: pass "
-                "tx=mpjax.dynamic_loss_scaling(tx)."
-            )
+    while not hasattr(apply_fn, "__self__"):  # of jax.jit, functools.partial
+        inside = getattr(apply_fn, "__wrapped__", getattr(apply_fn, "func", None))
+        if inside is None:
+            return
+        apply_fn = inside
+    rules = getattr(apply_fn.__self__, "rules", ())
+    if not state.scales_loss and isinstance(rules, tuple):
+        policies = [getattr(rule, "policy", rule) for rule in rules]
+        check_loss_is_scaled(get_policy(p) for p in policies if p is not None)
