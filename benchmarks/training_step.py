@@ -2,17 +2,19 @@
 
     python benchmarks/training_step.py                  # CPU and tpu7x
     python benchmarks/training_step.py --targets cpu --rounds 60
+    python benchmarks/training_step.py --targets tpu7x --only NNX
 
 Three loops in Linen: Flax's `TrainState` in float32, README's three lines, and
-`mpjax.TrainState`. Three more, of a model with batch statistics whose parameters are
-averaged; by hand these are kept by `select_tree`. In NNX, Flax's optimizer in float32
-and mpjax's. Lines are those of the loop, without those of the loss. On the CPU steps
-are timed in turn, and a figure is the median over rounds of the ratio to the base;
-other targets compile ahead of time (see _aot.py). "check_training" is a call of it
-between steps.
+`mpjax.TrainState`. Two more, of a model with batch statistics whose parameters are
+averaged; by hand these are kept by `select_tree`. In NNX, `value_and_grad` of what
+`nnx.split` returns, `mpjax.nnx.Optimizer`, and Flax's optimizer in float32. Lines are
+those of the loop, without those of the loss. On the CPU steps are timed in turn, and a
+figure is the median over rounds of the ratio to the base; other targets compile ahead
+of time (see _aot.py). "check_training" is a call of it between steps.
 """
 
 import argparse
+import functools
 import inspect
 import statistics
 import time
@@ -84,6 +86,10 @@ def of_variables(variables, x):
     return loss_of(MIXED.apply(variables, x))
 
 
+def of_model(model, x):
+    return loss_of(model(x))
+
+
 def with_statistics(params, stats, x):
     variables = {"params": params, "batch_stats": stats}
     y, new = WITH_STATISTICS.apply(variables, x, mutable=["batch_stats"])
@@ -130,23 +136,22 @@ def mpjax_statistics_step(state, x):
 
 
 def flax_nnx_step(model, optimizer, x):
-    loss, grads = nnx.value_and_grad(lambda model: loss_of(model(x)))(model)
+    loss, grads = nnx.value_and_grad(of_model)(model, x)
     optimizer.update(model, grads)
     return loss
 
 
 def mpjax_nnx_step(model, optimizer, x):
-    loss_fn = mpjax.nnx.value_and_grad(lambda model: loss_of(model(x)), optimizer)
-    loss, grads = loss_fn(model)
+    loss, grads = mpjax.nnx.value_and_grad(of_model, optimizer)(model, x)
     optimizer.update(model, grads)
     return loss
 
 
-def nnx_by_hand_step(model, optimizer, x):
-    opt_state = nnx.as_pure(optimizer.opt_state)
-    grad_fn = nnx.grad(lambda model: mpjax.scale_loss(loss_of(model(x)), opt_state))
-    optimizer.update(model, grad_fn(model))
-    return jnp.float32(0)
+def nnx_by_hand_step(graph, params, opt_state, x):
+    loss_fn = lambda params, x: loss_of(nnx.merge(graph, params)(x))  # noqa: E731
+    loss, grads = mpjax.value_and_grad(loss_fn, opt_state)(params, x)
+    updates, opt_state = TX.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state, loss
 
 
 def lines(function):
@@ -176,7 +181,8 @@ def cases():
     def mixed():
         return mpjax.nnx.mixed_precision(NnxMlp(), POLICY)
 
-    net, other, bare = mixed(), mixed(), NnxMlp()
+    graph, arrays = nnx.split(mixed())
+    arrays, other, bare = nnx.as_pure(arrays), mixed(), NnxMlp()
     flax = train_state.TrainState.create(apply_fn=PLAIN.apply, params=params, tx=INNER)
     state = create(apply_fn=MIXED.apply, params=params, tx=TX)
     with_all = create(
@@ -199,11 +205,10 @@ def cases():
             ),
         },
         "NNX": {
-            "scale_loss": (
+            "value_and_grad, of nnx.split": (
                 nnx_by_hand_step,
-                *functional(
-                    nnx_by_hand_step, net, nnx.Optimizer(net, TX, wrt=nnx.Param)
-                ),
+                functools.partial(nnx_by_hand_step, graph),
+                (arrays, TX.init(arrays), X),
             ),
             "mpjax.nnx.Optimizer": (
                 mpjax_nnx_step,
@@ -246,10 +251,13 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--targets", nargs="*", default=["cpu", "tpu7x"])
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--only", default="", help="words of a group of loops")
     args = parser.parse_args()
     print("| loop | | lines | " + " | ".join(args.targets) + " |")
     print("|---|---|---" + "|---" * len(args.targets) + "|")
     for title, group in cases().items():
+        if args.only not in title:
+            continue
         columns = []
         for target in args.targets:
             if target == "cpu":
