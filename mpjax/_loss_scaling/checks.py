@@ -11,7 +11,7 @@ from jax.tree_util import keystr
 
 from mpjax._checks import whole_number
 from mpjax._loss_scaling.state import find_state, states_of_loss_scaling
-from mpjax._recipes.state import GRAD, TENSORS, ScalingState
+from mpjax._recipes.state import GRAD, TENSORS, ScalingState, TensorName
 from mpjax._typing import Array, ArrayTree
 
 _SHOWN = 5
@@ -138,11 +138,11 @@ def _check_states(params: ArrayTree, steps: int) -> None:
         )
 
 
-def _tensors(state: ScalingState) -> list[str]:
+def _tensors(state: ScalingState) -> list[TensorName]:
     return [name for name in TENSORS if state.recipe.scalings[name].is_delayed]
 
 
-def _is_changed(state: ScalingState, name: str) -> bool:
+def _is_changed(state: ScalingState, name: TensorName) -> bool:
     """Whether an optimizer has changed a scale.
 
     Of the gradient it may be no power of two, if the loss scale is none.

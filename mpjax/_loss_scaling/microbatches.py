@@ -191,11 +191,10 @@ class Microbatches:
           argnums: of ``grad_fn``.
         """
         several = not isinstance(argnums, int)
+        positions = [argnums] if isinstance(argnums, int) else argnums
 
         def accumulated(*args, **kwargs):
-            places = [
-                place % len(args) for place in (argnums if several else [argnums])
-            ]
+            places = [place % len(args) for place in positions]
             if self.carry_argnum in places:
                 raise ValueError(
                     f"carry_argnum={self.carry_argnum} is an argument to differentiate "

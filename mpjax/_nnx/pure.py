@@ -48,10 +48,8 @@ class Pure:
             args[place] = nnx.merge(graph, arrays, rest, copy=True)
             nodes.append(args[place])
         result = self.grad_fn(*args)
-        new = tuple(
-            nnx.split(node, trained, ...)[2]
-            for node, trained in zip(nodes, self.filters, strict=True)
-        )
+        split: Any = map(nnx.split, nodes, self.filters, [...] * len(nodes))
+        new = tuple(rest for _, _, rest in split)
         check_like(rests, new, "a loss that is compiled within a loop")
         for written, old, state in zip(self._written, rests, new, strict=True):
             written |= _changed(old, state)
@@ -75,7 +73,7 @@ def when_known(grad_fn: Callable, args: Sequence, places: Sequence, wrt: Any) ->
         return grad_fn(*args)
     pure = Pure(grad_fn, args, places, wrt)
     result, new = promising_when_known(
-        lambda tree: pure(*tree, args), (pure.trained, pure.rests)
+        lambda tree: pure(tree[0], tree[1], args), (pure.trained, pure.rests)
     )
     pure.write(new)
     return result

@@ -24,13 +24,13 @@ def of_variables(
     """
     tx = optax.with_extra_args_support(tx)
 
-    def init(variables):
-        return tx.init(_trained(variables["params"]))
+    def init(params):
+        return tx.init(_trained(params["params"]))
 
-    def update(updates, state, variables=None, **extra_args):
+    def update(updates, state, params=None, **extra_args):
         whole = updates["params"]
-        params = None if variables is None else _trained(variables["params"])
-        new, state = tx.update(_trained(whole), state, params, **extra_args)
+        trained = None if params is None else _trained(params["params"])
+        new, state = tx.update(_trained(whole), state, trained, **extra_args)
         if _overwrites(whole):
             no_update = jax.tree.map(_no_update, whole[OVERWRITE_WITH_GRADIENT])
             new = {"params": new, OVERWRITE_WITH_GRADIENT: no_update}

@@ -82,7 +82,7 @@ class TrainState(train_state.TrainState):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.replace = _replace  # in place of that which flax.struct makes
+        setattr(cls, "replace", _replace)  # noqa: B010 - that of flax.struct
 
     @classmethod
     def create(
@@ -307,12 +307,11 @@ def _check_loss_scale(apply_fn: Callable[..., Any], state: TrainState) -> None:
 
     What a model computes in is known of the ``apply`` of one under rules.
     """
-    while not hasattr(apply_fn, "__self__"):  # of jax.jit, functools.partial
-        inside = getattr(apply_fn, "__wrapped__", getattr(apply_fn, "func", None))
-        if inside is None:
-            return
-        apply_fn = inside
-    rules = getattr(apply_fn.__self__, "rules", ())
+    inside: Any = apply_fn
+    while inside is not None and not hasattr(inside, "__self__"):
+        # Of jax.jit, or of functools.partial.
+        inside = getattr(inside, "__wrapped__", getattr(inside, "func", None))
+    rules = getattr(getattr(inside, "__self__", None), "rules", ())
     if not state.scales_loss and isinstance(rules, tuple):
         policies = [getattr(rule, "policy", rule) for rule in rules]
         check_loss_is_scaled(get_policy(p) for p in policies if p is not None)
