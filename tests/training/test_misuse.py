@@ -149,7 +149,7 @@ def test_gradients_without_those_of_the_states():
         take_step(create())
     model, optimizer = make_nnx(SGD, "mixed_bfloat16")
     with pytest.raises(ValueError, match=r"lack that of 'kernel_scaling'"):
-        optimizer.update(model, nnx.grad(nnx_loss)(model))
+        optimizer.update(model, nnx.jit(nnx.grad(nnx_loss))(model))
 
 
 def test_a_loss_that_has_its_states_from_elsewhere():
@@ -175,12 +175,17 @@ def test_states_of_nnx_that_no_step_enters():
     model, optimizer = make_nnx(SGD, "mixed_bfloat16")
     mpjax.check_training((model, optimizer))
     flax = nnx.Optimizer(model, SGD, wrt=nnx.Param)
-    flax.update(model, nnx.grad(nnx_loss)(model))
+    flax.update(model, nnx.jit(nnx.grad(nnx_loss))(model))
     for run in (((model, flax),), (model, flax)):
         with pytest.raises(ValueError, match=r"1 steps were made, and no scaling"):
             mpjax.check_training(*run)
-    _, grads = mpjax.nnx.value_and_grad(nnx_loss, optimizer)(model)
-    optimizer.update(model, grads)
+
+    @nnx.jit
+    def nnx_step(model, optimizer):
+        _, grads = mpjax.nnx.value_and_grad(nnx_loss, optimizer)(model)
+        optimizer.update(model, grads)
+
+    nnx_step(model, optimizer)
     mpjax.check_training((model, optimizer))
     mpjax.check_training(model, optimizer)
 
