@@ -44,8 +44,9 @@ def accumulate_gradients(
     All arguments that are not differentiated are split: arrays along their first axis,
     of which microbatch ``i`` has the rows ``i, i + steps, ...``, so that each device of
     a sharded batch has its part of every microbatch; a typed PRNG key into a key for
-    each. Scalars, and leaves that are no arrays, are the same for all. What is to be
-    whole in every microbatch is closed over.
+    each. Scalars, leaves that are no arrays, and modules of NNX are the same for all;
+    what a module keeps, of batches or keys, goes on from one microbatch to the next.
+    What else is to be whole in every microbatch is closed over.
 
     ``jax.value_and_grad`` of it is right as well, at the cost of a second forward pass;
     an optimizer that scales no loss may be wrapped in `static_loss_scaling`, by 1.

@@ -116,7 +116,7 @@ def skipped_steps(opt_state: ArrayTree) -> Array:
 
 
 def find_state(opt_state: ArrayTree) -> LossScalingState:
-    found = list(_loss_scaling_states(opt_state))
+    found = list(states_of_loss_scaling(opt_state))
     if not found:
         raise ValueError(
             "There is no loss scale in this optimizer state. Wrap the optimizer in "
@@ -133,14 +133,14 @@ def find_state(opt_state: ArrayTree) -> LossScalingState:
     return found[0]
 
 
-def _loss_scaling_states(tree: ArrayTree) -> Iterator[LossScalingState]:
+def states_of_loss_scaling(tree: ArrayTree) -> Iterator[LossScalingState]:
     types = (LossScalingState, optax.MultiStepsState, optax.ApplyIfFiniteState)
     for node in jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, types)):
         if isinstance(node, LossScalingState):
             yield node
-            yield from _loss_scaling_states(node.inner_state)
+            yield from states_of_loss_scaling(node.inner_state)
         elif isinstance(node, optax.MultiStepsState):
-            if list(_loss_scaling_states(node.inner_opt_state)):
+            if list(states_of_loss_scaling(node.inner_opt_state)):
                 # optax resets its accumulator by 0 * sum, which is NaN from there on.
                 raise ValueError(
                     "Loss scaling inside optax.MultiSteps never recovers from an "
@@ -148,7 +148,7 @@ def _loss_scaling_states(tree: ArrayTree) -> Iterator[LossScalingState]:
                     "mpjax.dynamic_loss_scaling(optax.MultiSteps(...))."
                 )
         elif isinstance(node, optax.ApplyIfFiniteState):
-            if list(_loss_scaling_states(node.inner_state)):
+            if list(states_of_loss_scaling(node.inner_state)):
                 raise ValueError(
                     "Loss scaling inside optax.apply_if_finite never sees an "
                     "overflow, so that it never backs off. It skips such steps by "

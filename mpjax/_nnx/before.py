@@ -1,57 +1,83 @@
-"""What was in a model before its loss was computed, for steps that are skipped.
+"""What was in modules before a loss was computed, for steps that are skipped.
 
-A loss changes a model in place: batch statistics, counts of random keys. Whether the
+A loss changes modules in place: batch statistics, counts of random keys. Whether the
 step is made is known after it, in ``Optimizer.update``. In between the old values are
 kept here, beside the optimizer, until then or until the optimizer is gone.
 """
 
+import contextlib
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
+import jax
 from flax import nnx
 
 from mpjax._tree import select_tree
 from mpjax._typing import Array
 
-_Values = dict[tuple[Any, ...], Any]
-_before: dict[int, list[tuple[nnx.Module, _Values]]] = {}
+_Values = list[tuple[nnx.Variable, Any]]
+# By the id of an optimizer, in the order in which the losses were computed.
+_before: dict[int, _Values] = {}
 
 
-def remember(optimizer: nnx.Optimizer, models: list[nnx.Module], wrt: Any) -> None:
-    """Keeps what models have now, but for what is differentiated."""
+@contextlib.contextmanager
+def remembered(optimizer: nnx.Optimizer, nodes: Any) -> Iterator[None]:
+    """Keeps the old values of what its block changes in modules.
+
+    Args:
+      optimizer: whose step decides on them.
+      nodes: modules, or a tree with some: the arguments of a loss.
+    """
+    old = values_of(nodes)
+    yield
     if id(optimizer) not in _before:
         weakref.finalize(optimizer, _before.pop, id(optimizer), None)
-    rest = nnx.Not(nnx.filterlib.to_predicate(wrt))
-    _before[id(optimizer)] = [(model, values_of(model, rest)) for model in models]
+    _before.pop(id(optimizer), None)  # to be the last
+    _before[id(optimizer)] = [(v, x) for v, x in old if v.get_value() is not x]
 
 
-def restore_unless(made: Array, optimizer: nnx.Optimizer, model: nnx.Module) -> None:
-    """Gives a model back what was kept of it, if a step was not made."""
-    for other, old in _before.pop(id(optimizer), []):
-        if other is model:
-            write_unless(made, model, old)
+def restore_unless(made: Array, optimizer: nnx.Optimizer) -> None:
+    """Gives modules back what they had, if a step was not made."""
+    order = [*_before]
+    old = _before.pop(id(optimizer), [])
+    write_unless(made, old)
+    # Losses computed since, of another optimizer, began with what was undone.
+    undone = {id(variable): value for variable, value in old}
+    later = order[order.index(id(optimizer)) + 1 :] if old else []
+    for other in later:
+        _before[other] = [
+            (v, _kept(made, x, undone[id(v)]) if id(v) in undone else x)
+            for v, x in _before[other]
+        ]
 
 
-def values_of(module: nnx.Module, filter: Any = ...) -> _Values:
-    """The values of variables by path."""
-    state = nnx.to_flat_state(nnx.state(module, filter))
-    return {path: variable.get_value() for path, variable in state}
+def values_of(nodes: Any) -> _Values:
+    """The variables of modules, each of them once, and what they have now."""
+    leaves = jax.tree.leaves(nodes, is_leaf=is_node)
+    found = [v for leaf in leaves if is_node(leaf) for _, v in nnx.iter_graph(leaf)]
+    variables = {id(v): v for v in found if isinstance(v, nnx.Variable)}
+    return [(v, v.get_value()) for v in variables.values()]
 
 
-def write_unless(made: Array, module: nnx.Module, old: _Values) -> None:
-    """Writes old values into a module, where ``made`` is False.
+def write_unless(made: Array, old: _Values) -> None:
+    """Writes old values into variables, where ``made`` is False.
 
-    Variables that are new, or whose shapes and dtypes are others now, stay.
+    Those whose structures, shapes or dtypes are others now stay.
     """
-    changed = []
-    for path, variable in nnx.to_flat_state(nnx.state(module)):
+    for variable, before in old:
         now = variable.get_value()
-        before = old.get(path, now)
-        if before is now:
-            continue
-        try:
-            kept = select_tree(made, now, before)
-        except (TypeError, ValueError):
-            continue
-        changed.append((path, variable.copy(kept)))
-    nnx.update(module, nnx.from_flat_state(changed))
+        if now is not before:
+            variable.set_value(_kept(made, now, before))
+
+
+def is_node(value: Any) -> bool:
+    """Whether it is a module, or something else that is changed in place."""
+    return isinstance(value, nnx.Pytree | nnx.Variable)
+
+
+def _kept(made: Array, now: Any, before: Any) -> Any:
+    try:
+        return select_tree(made, now, before)
+    except (TypeError, ValueError):
+        return now

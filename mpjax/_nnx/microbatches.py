@@ -13,8 +13,8 @@ def accumulated(
 ) -> Callable:
     """The gradient of all microbatches, from that of one.
 
-    What the models write, batch statistics and counts of random keys, goes on from one
-    microbatch to the next.
+    Modules among the arguments are the same for all. What is written in them, batch
+    statistics and counts of random keys, goes on from one microbatch to the next.
 
     Args:
       microbatches: what `mpjax.accumulate_gradients` has made.
@@ -30,16 +30,16 @@ def accumulated(
 
         def of_one(*args):
             *args, (rests, handed) = args
+            trained = [args[place] for place in pure.places]
             if own is not None:
                 args[own] = handed
-            trained = [args[place] for place in places]
             (grads, (loss, aux)), new = pure(trained, rests, args)
             handed, aux = microbatches.handed_on(handed, aux)
             return grads, (loss, ((new, handed), aux))
 
         given = [*args]
-        for place, state in zip(places, pure.trained, strict=True):
-            given[place] = state
+        for place, state in zip(pure.places, pure.trained, strict=True):
+            given[place] = state  # of other modules there is none
         handed = None if own is None else given[own]
         of_all = dataclasses.replace(microbatches, carry_argnum=len(args))
         grads, (loss, ((new, handed), aux)) = of_all.gradient(of_one, places)(

@@ -35,7 +35,8 @@ from mpjax._loss_scaling.state import (
     loss_scale,
     skipped_steps,
 )
-from mpjax._nnx.before import remember, restore_unless, values_of, write_unless
+from mpjax._nnx.before import remembered, restore_unless, values_of, write_unless
+from mpjax._nnx.classes import decision_of
 from mpjax._nnx.microbatches import accumulated
 from mpjax._nnx.pure import when_known
 from mpjax._nnx.scaling import (
@@ -46,6 +47,7 @@ from mpjax._nnx.scaling import (
     values,
     write_states,
 )
+from mpjax._policies.policy import check_loss_is_scaled
 from mpjax._recipes.recipe import Recipe
 from mpjax._scaling_states.update import found_states, step_of_optimizer
 from mpjax._typing import Array, ArrayTree, AxisName
@@ -67,7 +69,8 @@ class Optimizer(nnx.Optimizer):
       **kwargs: as of ``nnx.Optimizer``.
 
     Raises:
-      ValueError: ``wrt`` has states of the model.
+      ValueError: ``wrt`` has states of the model, or a module computes in float16 and
+        ``tx`` scales no loss.
 
     Example:
       >>> from flax import nnx
@@ -105,6 +108,9 @@ class Optimizer(nnx.Optimizer):
                 "mpjax.nnx.ScalingStat out of it."
             )
         super().__init__(model, tx, wrt=wrt, **kwargs)
+        if not self.scales_loss:
+            decisions = (decision_of(node) for _, node in nnx.iter_modules(model))
+            check_loss_is_scaled(d.policy for d in decisions if d is not None)
 
     def update(
         self,
@@ -117,9 +123,9 @@ class Optimizer(nnx.Optimizer):
     ) -> Any:
         """Updates parameters, scaling states and the state of the optimizer, in place.
 
-        A step that loss scaling skips changes nothing of the model: batch statistics,
-        counts of random keys and all else that the loss has written since
-        `mpjax.nnx.value_and_grad` was called are again as they were before.
+        A step that loss scaling skips changes nothing: batch statistics, counts of
+        random keys and all else that the loss has written, in the model and in other
+        modules among its arguments, is as it was before `mpjax.nnx.value_and_grad`.
 
         Args:
           model: as it was when the gradients were taken.
@@ -156,7 +162,7 @@ class Optimizer(nnx.Optimizer):
         if scales_loss:
             made = last_step_finite(opt_state)
             self.step[...] = jnp.where(made, self.step[...], before)
-            restore_unless(made, self, model)
+            restore_unless(made, self)
         if scaling_stats(model):
             update_scaling(model, grads, step_of_optimizer(opt_state))
         return updates
@@ -194,11 +200,10 @@ class Optimizer(nnx.Optimizer):
         """
         for module in modules:
             check_holds("A module", module, nnx.Module, "pass those that are changed")
-        before = [values_of(module) for module in modules]
+        before = values_of(modules)
         yield
         if self.scales_loss:
-            for module, old in zip(modules, before, strict=True):
-                write_unless(self.last_step_finite, module, old)
+            write_unless(self.last_step_finite, before)
 
     @property
     def scales_loss(self) -> bool:
@@ -319,9 +324,8 @@ def value_and_grad(
         grad_fn = nnx.grad(scaled, argnums=states, has_aux=True, allow_int=allow_int)
         if isinstance(loss_fn, Microbatches):
             grad_fn = accumulated(loss_fn, grad_fn, places, wrt)
-        if scale is not None:
-            remember(optimizer, [args[place] for place in places], wrt)
-        grads, (loss, aux) = when_known(grad_fn, args, places, wrt)
+        with contextlib.nullcontext() if scale is None else remembered(optimizer, args):
+            grads, (loss, aux) = when_known(grad_fn, args, places, wrt)
         devices.check(loss, lambda: [scale, *(nnx.state(args[i], wrt) for i in places)])
         grads, loss = devices.gathered(grads, loss)
         if scale is not None:

@@ -1,6 +1,7 @@
 """Which dtype parameters, computation and outputs have."""
 
 import dataclasses
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -121,6 +122,21 @@ class Policy:
             for dtype in (self.param_dtype, self.compute_dtype, self.output_dtype)
         )
         return f"p={p},c={c},o={o}"
+
+
+def check_loss_is_scaled(policies: Iterable[Policy | None]) -> None:
+    """Raises a ValueError if float16 gradients would flush to zero.
+
+    Args:
+      policies: of a model whose optimizer scales no loss.
+    """
+    for policy in policies:
+        if policy is not None and policy.compute_dtype == jnp.float16:
+            raise ValueError(
+                f"The model computes in float16 ({policy}), where gradients below 6e-8 "
+                "are zero, and its optimizer scales no loss: pass "
+                "tx=mpjax.dynamic_loss_scaling(tx)."
+            )
 
 
 def get_policy(policy: str | Policy | DType) -> Policy:

@@ -18,11 +18,12 @@ from mpjax._loss_scaling.state import (
     loss_scale,
     skipped_steps,
 )
-from mpjax._policies.policy import get_policy
+from mpjax._policies.policy import check_loss_is_scaled, get_policy
 from mpjax._recipes.recipe import Recipe
 from mpjax._recipes.state import ScalingState
-from mpjax._scaling_states.optimizer import apply_updates, scaled
+from mpjax._scaling_states.optimizer import apply_updates
 from mpjax._scaling_states.update import found_states, is_state
+from mpjax._training.optimizer import of_variables, overwritten
 from mpjax._tree import select_tree
 from mpjax._typing import Array, ArrayTree
 
@@ -81,7 +82,7 @@ class TrainState(train_state.TrainState):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.replace = _replace  # in place of that which flax.struct makes
+        setattr(cls, "replace", _replace)  # noqa: B010 - that of flax.struct
 
     @classmethod
     def create(
@@ -126,7 +127,7 @@ class TrainState(train_state.TrainState):
             apply_fn=apply_fn,
             params=params,
             tx=tx,
-            opt_state=scaled(tx).init(trained),
+            opt_state=of_variables(tx).init(trained),
             collections=collections,
             **own,
         )
@@ -171,9 +172,11 @@ class TrainState(train_state.TrainState):
         elif scales:
             grads = unscaled(grads, loss_scale / self.loss_scale)
         variables = self.variables
-        updates, opt_state = scaled(self.tx).update(grads, self.opt_state, variables)
+        tx = of_variables(self.tx)
+        updates, opt_state = tx.update(grads, self.opt_state, variables)
         variables = apply_updates(variables, updates)
-        params = variables.pop("params")
+        made = last_step_finite(opt_state) if scales else None
+        params = overwritten(variables.pop("params"), grads["params"], made)
         new = {
             name: value(params) if callable(value) else value
             for name, value in kwargs.items()
@@ -185,8 +188,7 @@ class TrainState(train_state.TrainState):
                     "replace to set it."
                 )
         step = jnp.asarray(self.step) + 1
-        if scales:
-            made = last_step_finite(opt_state)
+        if made is not None:
             step = jnp.where(made, step, self.step)
             new = {name: self._kept(made, name, value) for name, value in new.items()}
         return self.replace(
@@ -250,7 +252,7 @@ class TrainState(train_state.TrainState):
             )
         old = getattr(self, name)
         try:
-            return select_tree(made, new, old)
+            return select_tree(made, _as(old, new), old)
         except (TypeError, ValueError) as error:
             message = f"The new {name!r} cannot stand for the old: {error}"
             raise type(error)(message) from error
@@ -285,6 +287,17 @@ def _with_states(collections: Mapping[str, Any]) -> dict[str, Any]:
     return {name: tree for name, tree in collections.items() if has_only_states(tree)}
 
 
+def _as(old: ArrayTree, new: ArrayTree) -> ArrayTree:
+    """The new tree with mappings of the types of the old: frozen, or not."""
+    if jax.tree.structure(new) == jax.tree.structure(old):
+        return new
+    by_path = dict(jax.tree_util.tree_leaves_with_path(new))
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(old)]
+    if by_path.keys() != {*paths}:
+        return new
+    return jax.tree.structure(old).unflatten(by_path[path] for path in paths)
+
+
 def _structure(tree: ArrayTree) -> Any:
     return jax.tree.structure(tree, is_leaf=is_state)
 
@@ -294,14 +307,11 @@ def _check_loss_scale(apply_fn: Callable[..., Any], state: TrainState) -> None:
 
     What a model computes in is known of the ``apply`` of one under rules.
     """
-    rules = getattr(getattr(apply_fn, "__self__", None), "rules", ())
-    if state.scales_loss or not isinstance(rules, tuple):
-        return
-    for rule in rules:
-        policy = None if rule.policy is None else get_policy(rule.policy)
-        if policy is not None and policy.compute_dtype == jnp.float16:
-            raise ValueError(
-                f"The model computes in float16 ({policy}), where gradients below 6e-8 "
-                "are zero, and its optimizer scales no loss: pass "
-                "tx=mpjax.dynamic_loss_scaling(tx)."
-            )
+    inside: Any = apply_fn
+    while inside is not None and not hasattr(inside, "__self__"):
+        # Of jax.jit, or of functools.partial.
+        inside = getattr(inside, "__wrapped__", getattr(inside, "func", None))
+    rules = getattr(getattr(inside, "__self__", None), "rules", ())
+    if not state.scales_loss and isinstance(rules, tuple):
+        policies = [getattr(rule, "policy", rule) for rule in rules]
+        check_loss_is_scaled(get_policy(p) for p in policies if p is not None)

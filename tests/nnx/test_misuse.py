@@ -51,7 +51,7 @@ def test_what_has_no_states_is_refused(model):
 
 
 def test_an_optimizer_takes_a_model_and_gradients(model):
-    tx = optax.sgd(0.1)
+    tx = mpjax.static_loss_scaling(optax.sgd(0.1), 1.0)
     for node in (nnx.state(model), None, {"a": 1}):
         with pytest.raises(TypeError, match=r"model is an nnx\.Module, got"):
             mpjax.nnx.Optimizer(node, tx)

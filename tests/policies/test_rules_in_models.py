@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from front_ends import BF16
 from helpers import normal
@@ -14,6 +15,7 @@ from mpjax._policies.presets import PRESETS, Preset, Protected
 
 F16, F32 = np.dtype(np.float16), np.dtype(np.float32)
 X = normal(7, 2, 6, 8)
+TX = mpjax.static_loss_scaling(optax.sgd(0.0), 1.0)  # as float16 needs one
 
 
 def operands(trainer):
@@ -29,7 +31,7 @@ def test_the_first_rule_that_matches_decides(front_end):
         mpjax.Rule(".*", "c=f32", module_type="Head"),
         mpjax.Rule("body", "c=bf16"),
     ]
-    assert operands(front_end("head", rules, X)) == [{BF16}, {F16}]
+    assert operands(front_end("head", rules, X, tx=TX)) == [{BF16}, {F16}]
 
 
 @jax.numpy_dtype_promotion("standard")  # bfloat16 meets the head's own float32
@@ -74,12 +76,12 @@ def test_a_rule_that_decides_nothing_raises(front_end, rules, match):
 
 def test_optional_rules_may_match_nothing(front_end):
     rules = [mpjax.Rule("haed", "f32", optional=True), "mixed_float16"]
-    assert operands(front_end("head", rules, X)) == [{F16}, {F16}]
+    assert operands(front_end("head", rules, X, tx=TX)) == [{F16}, {F16}]
 
 
 def test_a_preset_added_to_the_table_is_a_name_like_the_others(front_end, monkeypatch):
     head = (Protected("head", compute_dtype="float32"),)
     monkeypatch.setitem(PRESETS, "mixed_mine", Preset("p=f32,c=f16,o=f32", head))
-    assert operands(front_end("head", "mixed_mine", X)) == [{F16}, {F32}]
+    assert operands(front_end("head", "mixed_mine", X, tx=TX)) == [{F16}, {F32}]
     rules = [mpjax.Rule("head", "mixed_mine"), "c=bf16"]
     assert operands(front_end("head", rules, X)) == [{BF16}, {F32}]
