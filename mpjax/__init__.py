@@ -16,6 +16,9 @@ from mpjax._loss_scaling.state import (
 )
 from mpjax._loss_scaling.transform import dynamic_loss_scaling, static_loss_scaling
 from mpjax._numerics.qarray import QArray, dequantize, quantize
+from mpjax._optimizers.low_precision import low_precision_state
+from mpjax._optimizers.parameters import low_precision_params
+from mpjax._optimizers.rules import StateRule
 from mpjax._policies.expand import preset
 from mpjax._policies.policy import Policy, get_policy
 from mpjax._policies.rule import Rule
@@ -60,6 +63,7 @@ __all__ = [
     "Recipe",
     "Rule",
     "ScalingState",
+    "StateRule",
     "TrainState",
     "accumulate_gradients",
     "apply_updates",
@@ -78,6 +82,8 @@ __all__ = [
     "keep_weights",
     "last_step_finite",
     "loss_scale",
+    "low_precision_params",
+    "low_precision_state",
     "mx_scaling",
     "per_channel_scaling",
     "preset",

@@ -1,5 +1,7 @@
 """What differs between devices, in a `jax.shard_map` and on an explicit mesh."""
 
+import math
+
 import jax
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
@@ -43,12 +45,40 @@ def unchecked_axes() -> tuple[AxisName, ...]:
     )
 
 
+def bound_axis(name: AxisName) -> Array:
+    """int32[], where a device is along a mapped axis.
+
+    Raises:
+      ValueError: the function that is traced is mapped over no such axis.
+    """
+    try:
+        return lax.axis_index(name)
+    except NameError:
+        mesh = jax.sharding.get_abstract_mesh()
+        known = f", whose axes are {mesh.manual_axes}" if mesh.manual_axes else ""
+        raise ValueError(
+            f"axis_name names a mapped axis, got {name!r}, which no shard_map, pmap or "
+            f"vmap around has{known}. Under jax.jit alone no axis is mapped, and none "
+            "is to be named: leave axis_name out."
+        ) from None
+
+
 def explicit_sharding(*arrays: Array) -> NamedSharding | None:
     """The sharding of the first array that is on a mesh of explicit axes, if any is."""
     shardings = (jax.typeof(x).sharding for x in arrays)
     return next(
         (s for s in shardings if not s.mesh.empty and s.mesh.explicit_axes), None
     )
+
+
+def first_axis_parts(x: Array) -> int:
+    """Over how many devices the first axis is split, on a mesh of explicit axes."""
+    sharding = explicit_sharding(x)
+    names = None if sharding is None or not sharding.spec else sharding.spec[0]
+    if sharding is None or names is None:
+        return 1
+    several = names if isinstance(names, tuple) else (names,)
+    return math.prod(sharding.mesh.shape[name] for name in several)
 
 
 def sharded_like(x: Array, other: Array) -> Array:

@@ -13,18 +13,26 @@ ROOT = pathlib.Path(mpjax.__file__).parent
 LADDER = [
     ["_typing", "_hardware", "_checks"],
     ["_numerics", "_tree", "_mesh"],
-    ["_recipes", "_printing", "numerics"],
+    ["_recipes", "_printing", "_updates", "numerics"],
     ["_products", "_policies", "_loss_scaling"],
-    ["_scaling_states"],
-    ["_layers", "_training"],
-    ["_linen", "_nnx", "__init__"],
+    ["_scaling_states", "_optimizers"],
+    ["_layers", "_training", "_checkpoints", "optimizers"],
+    ["_linen", "_nnx", "__init__", "checkpoints"],
     ["_inspection", "linen", "nnx"],
     ["_lowering"],
     ["lowering", "__main__"],
 ]
 LEVEL = {name: level for level, names in enumerate(LADDER) for name in names}
-MAY_IMPORT_FLAX = ("_layers", "_linen", "_nnx", "_training")
-DOORS = ("__init__", "linen", "nnx", "lowering", "numerics")
+MAY_IMPORT_FLAX = ("_layers", "_linen", "_nnx", "_training", "_checkpoints")
+DOORS = (
+    "__init__",
+    "checkpoints",
+    "linen",
+    "nnx",
+    "lowering",
+    "numerics",
+    "optimizers",
+)
 PRIVATE = ("jax._src", "jax.interpreters", "flax.core", "optax._src")
 LONGEST = 350  # lines of a file
 FILES = {

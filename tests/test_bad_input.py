@@ -13,6 +13,7 @@ import mpjax
 import mpjax.linen
 import mpjax.lowering
 import mpjax.nnx
+import mpjax.optimizers
 
 ROOT = str(pathlib.Path(mpjax.__file__).parent)
 ARGUMENTS = [
@@ -21,6 +22,8 @@ ARGUMENTS = [
 # What is written by hand, or has no arguments that could be wrong.
 WITHOUT_A_CALL = {
     "LossScalingState",
+    "LowPrecisionParamsState",
+    "LowPrecisionState",
     "QArray",
     "ScalingState",
     "ScalingStat",
@@ -63,7 +66,8 @@ def check(fn, name, kind):
 
 
 def test_every_public_function_has_a_valid_call():
-    for door in (mpjax, mpjax.linen, mpjax.nnx, mpjax.numerics, mpjax.lowering):
+    doors = mpjax.linen, mpjax.nnx, mpjax.numerics, mpjax.lowering, mpjax.optimizers
+    for door in (mpjax, *doors):
         for name in set(door.__all__) - WITHOUT_A_CALL:
             assert getattr(door, name) in CALLS, name
     for fn, valid in CALLS.items():

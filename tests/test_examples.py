@@ -48,6 +48,21 @@ def test_train_lm(tmp_path, capsys):
 
 
 @pytest.mark.long
+def test_train_distributed_goes_on_where_it_was_killed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PYTHONPATH", str(EXAMPLES.parent))
+    plot = tmp_path / "plot.png"
+    arguments = ["--devices", "2", "--steps", "8", "--kill-at", "7"]
+    whole, killed = load("train_distributed").main([*arguments, "--plot", str(plot)])
+    assert [whole.name, killed.name] == ["fsdp", "fsdp, killed"]
+    assert len(whole.losses) == 8 and np.isfinite(whole.losses).all()
+    assert whole.losses[-1] < whole.losses[0] - 0.5
+    assert (killed.losses, killed.scales) == (whole.losses, whole.scales)
+    assert killed.killed_at == 7 and killed.resumed_from in (0, 1, 5)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert "True" in capsys.readouterr().out
+
+
+@pytest.mark.long
 def test_train_digits_survives_a_poisoned_batch(capsys):
     policies = ["mixed_float16", "mixed_bfloat16"]
     runs = load("train_digits").main(["--poison", "--policy", *policies])

@@ -7,7 +7,15 @@ import typing
 
 import pytest
 
-DOORS = ["mpjax", "mpjax.linen", "mpjax.nnx", "mpjax.numerics", "mpjax.lowering"]
+DOORS = [
+    "mpjax",
+    "mpjax.checkpoints",
+    "mpjax.linen",
+    "mpjax.lowering",
+    "mpjax.nnx",
+    "mpjax.numerics",
+    "mpjax.optimizers",
+]
 NAMES = [
     (door, name) for door in DOORS for name in importlib.import_module(door).__all__
 ]

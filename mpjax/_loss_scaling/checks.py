@@ -62,10 +62,7 @@ def check_training(
         )
     everything = (params, opt_state)
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(everything)):
-        raise ValueError(
-            "check_training reads numbers, and got traced arrays, which have none yet: "
-            "call it outside of jax.jit, between steps."
-        )
+        raise _traced("check_training")
     scalings = list(states_of_loss_scaling(params))
     if opt_state is not None and not isinstance(_step_of(opt_state), int):
         scalings.append(find_state(opt_state))
@@ -79,23 +76,11 @@ def check_training(
 
 
 def _check_finite(params: ArrayTree) -> None:
-    floating = {
-        keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-        if _is_inexact(leaf)
-    }
-    counts = jax.device_get(_count_not_finite(list(floating.values())))
-    bad = [
-        f"{path!r} in {count} of {np.size(leaf)} elements"
-        for (path, leaf), count in zip(floating.items(), counts, strict=True)
-        if count
-    ]
+    bad = not_finite(params, "check_training")
     if bad:
-        more = [f"{len(bad) - _SHOWN} more"] if len(bad) > _SHOWN else []
         raise ValueError(
-            f"Parameters are not finite: {', '.join([*bad[:_SHOWN], *more])}. Every "
-            "step from here is skipped or spreads them: go back to a checkpoint "
-            "without."
+            f"Parameters are not finite: {shortened([*bad.values()])}. Every step from "
+            "here is skipped or spreads them: go back to a checkpoint without."
         )
 
 
@@ -107,6 +92,55 @@ def _check_skips(skips: int, scale: float, most: int) -> None:
             "not finite, whatever the scale: look for the first array that is not in "
             "the forward pass, of float16 above 65504 say."
         )
+
+
+def not_finite(tree: ArrayTree, caller: str) -> dict[str, str]:
+    """The leaves that are not finite: by path, the path and how many elements are not.
+
+    Numbers are read once, where they are: nothing leaves its devices but a count.
+
+    Args:
+      tree: any tree; what has no floating-point numbers is passed over.
+      caller: what the error names.
+
+    Raises:
+      ValueError: leaves are traced.
+    """
+    floating = {
+        keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        if _is_inexact(leaf)
+    }
+    if any(isinstance(leaf, Tracer) for leaf in floating.values()):
+        raise _traced(caller)
+    # One program takes arrays of one set of devices.
+    groups: dict[frozenset[Any] | None, list[str]] = {}
+    for path, leaf in floating.items():
+        sharding = getattr(leaf, "sharding", None)
+        devices = None if sharding is None else frozenset(sharding.device_set)
+        groups.setdefault(devices, []).append(path)
+    counts: dict[str, Any] = {}
+    for paths in groups.values():
+        found = _count_not_finite([floating[path] for path in paths])
+        counts.update(zip(paths, jax.device_get(found), strict=True))
+    return {
+        path: f"{path!r} in {counts[path]} of {np.size(leaf)} elements"
+        for path, leaf in floating.items()
+        if counts[path]
+    }
+
+
+def shortened(names: list[str]) -> str:
+    """The first of several names, and how many more there are."""
+    more = [f"{len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
+    return ", ".join([*names[:_SHOWN], *more])
+
+
+def _traced(caller: str) -> ValueError:
+    return ValueError(
+        f"{caller} reads numbers, and got traced arrays, which have none yet: call it "
+        "outside of jax.jit, between steps."
+    )
 
 
 def _check_states(params: ArrayTree, steps: int) -> None:

@@ -19,10 +19,11 @@ from mpjax._checks import (
 )
 from mpjax._loss_scaling.marks import has_bad_loss
 from mpjax._loss_scaling.state import LossScalingState, is_instance
-from mpjax._mesh import unchecked_axes, varying_axes
+from mpjax._mesh import bound_axis, unchecked_axes, varying_axes
 from mpjax._recipes.recipe import Recipe
 from mpjax._recipes.state import ScalingState
 from mpjax._tree import is_numeric, select_tree, widen
+from mpjax._updates import NewValue, OfStoredParams, is_new_value, is_update
 
 FLOAT32 = jnp.finfo(jnp.float32)
 
@@ -42,11 +43,12 @@ def guarded(inner, scale, hysteresis, adjust, axis_name):
     check_transformation(inner, lambda value: isinstance(value, Recipe))
     check_axis_name(axis_name)
     inner = optax.with_extra_args_support(inner)
+    of_inner = (lambda params: params) if isinstance(inner, OfStoredParams) else widen
 
     def init(params):
         _check_no_states(params)
         return LossScalingState(
-            inner_state=inner.init(widen(params)),
+            inner_state=inner.init(of_inner(params)),
             scale=jnp.asarray(scale, jnp.float32),
             growth_tracker=jnp.full((), -1 if adjust is None else 0, jnp.int32),
             hysteresis_tracker=jnp.asarray(hysteresis, jnp.int32),
@@ -71,7 +73,7 @@ def guarded(inner, scale, hysteresis, adjust, axis_name):
 
         def apply(grads, inner_state, params):
             updates, inner_state = inner.update(
-                grads, inner_state, widen(params), **extra_args
+                grads, inner_state, of_inner(params), **extra_args
             )
             like = grads if params is None else params
             updates = _map(_cast_like, updates, like)
@@ -79,7 +81,7 @@ def guarded(inner, scale, hysteresis, adjust, axis_name):
 
         def skip(*args):
             updates, _ = jax.eval_shape(step, *args)  # those of lookahead have more
-            return jax.tree.map(_negative_zeros, updates), args[1]
+            return _no_updates(updates, args[2]), args[1]
 
         given = updates
         if any(is_traced(g) for g in jax.tree.leaves(updates)):
@@ -130,6 +132,8 @@ def _agreed(finite, bad_loss, axis_name, scale):
     """
     differing = varying_axes(finite) | varying_axes(bad_loss)
     axes = [*jax.tree.leaves(axis_name)]  # they may vary over some of them only
+    for axis in axes:
+        bound_axis(axis)
     axes += sorted(differing - varying_axes(scale) - {*axes}, key=str)
     if axis_name is None:
         axes += unchecked_axes()
@@ -154,17 +158,24 @@ def is_traced(x):
     return isinstance(x, Tracer)
 
 
-def _is_none(node):
-    return node is None
-
-
 def _map(fn, tree, like):
     """Maps over a tree of updates and what it is an update of; None has no update."""
     return jax.tree.map(
-        lambda x, y: None if x is None else fn(x, y),
-        tree,
-        like,
-        is_leaf=_is_none,
+        lambda x, y: x if is_update(x) else fn(x, y), tree, like, is_leaf=is_update
+    )
+
+
+def _no_updates(updates, params):
+    """Updates that change nothing, like others."""
+    leaves, structure = jax.tree.flatten(updates, is_leaf=is_update)
+    if not any(map(is_new_value, leaves)):
+        return jax.tree.map(_negative_zeros, updates)
+    values = structure.flatten_up_to(params)
+    return structure.unflatten(
+        NewValue(value)
+        if is_new_value(update)
+        else jax.tree.map(_negative_zeros, update)
+        for update, value in zip(leaves, values, strict=True)
     )
 
 

@@ -14,13 +14,14 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from mpjax._checks import check_argnums, check_callable, check_flag
+from mpjax._loss_scaling.devices import Devices
 from mpjax._loss_scaling.known import promising_when_known
 from mpjax._loss_scaling.marks import mark_bad_loss
 from mpjax._loss_scaling.microbatches import Microbatches, loss_and_part
 from mpjax._loss_scaling.state import find_state
 from mpjax._recipes.state import ScalingState
 from mpjax._tree import is_numeric, widen
-from mpjax._typing import Array, ArrayTree
+from mpjax._typing import Array, ArrayTree, AxisName
 
 _ONE = np.float32(1)
 # Loss scales by which losses were multiplied, by id, as long as there are such objects.
@@ -93,6 +94,8 @@ def value_and_grad(
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
     allow_int: bool = False,
+    *,
+    axis_name: AxisName | Sequence[AxisName] | None = None,
 ) -> Callable[..., tuple[Any, Any]]:
     """``jax.value_and_grad`` of a loss multiplied by the loss scale.
 
@@ -118,6 +121,12 @@ def value_and_grad(
       has_aux: whether ``fun`` returns a pair of a loss and auxiliary data.
       allow_int: whether there may be integers among what is differentiated with respect
         to; their gradients are of ``float0``, which ``tx.update`` passes on.
+      axis_name: within ``shard_map``, ``pmap`` or ``vmap``, the mapped axes over which
+        the batch is split and parameters are not. The loss is then the mean of those of
+        all devices, and its gradient, the same on all, is summed once, whether
+        ``check_vma`` is on or off; ``aux`` stays that of each device. Needed with
+        ``check_vma=False``, and where the loss differs between devices that share
+        parameters; with ``()`` JAX sums as it does, or does not.
 
     Returns:
       A function of the arguments of ``fun`` that returns ``(loss, grads)``, or
@@ -128,7 +137,8 @@ def value_and_grad(
 
     Raises:
       ValueError: the loss is not a scalar, or there is no loss scale in the state, or
-        the state is a constant of a function that is being compiled.
+        the state is a constant of a function that is being compiled; or no function
+        around is mapped over ``axis_name``, or it is needed and not given.
       TypeError: the loss is not real and floating.
 
     Example:
@@ -148,32 +158,38 @@ def value_and_grad(
     is_scaled = scales_loss(opt_state)
     loss_fn, part_of = loss_and_part(fun)
 
-    def loss_and_grads(scale, args, kwargs):
+    def loss_and_grads(scale, devices, args, kwargs):
         @functools.wraps(loss_fn)
         def scaled(*args, **kwargs):
             loss, aux = loss_and_aux(loss_fn(*args, **kwargs), has_aux)
+            loss = devices.mean(loss)
             if scale is None:
-                return part_of(loss), (part_of(loss), aux)
+                return devices.part(part_of(loss)), (part_of(loss), aux)
             scaled_loss = scaled_by(loss, scale)
             loss = part_of(jnp.asarray(loss, scaled_loss.dtype))
-            return part_of(scaled_loss), (loss, aux)
+            return devices.part(part_of(scaled_loss)), (loss, aux)
 
         grad_fn = jax.grad(scaled, argnums, has_aux=True, allow_int=allow_int)
         if isinstance(fun, Microbatches):
             grad_fn = fun.gradient(grad_fn, argnums)
-        return promising_when_known(
+        grads, (loss, aux) = promising_when_known(
             lambda given: grad_fn(*given[0], **given[1]), (args, kwargs)
         )
+        places = [argnums] if isinstance(argnums, int) else argnums
+        devices.check(loss, lambda: (scale, [args[i] for i in places]))
+        grads, loss = devices.gathered(grads, loss)
+        return grads, (loss, aux)
 
     @functools.wraps(loss_fn)
     def loss_and_scaled_grads(*args, **kwargs):
+        devices = Devices.of(axis_name)
         if not is_scaled:
-            grads, (loss, aux) = loss_and_grads(None, args, kwargs)
+            grads, (loss, aux) = loss_and_grads(None, devices, args, kwargs)
             return ((loss, aux) if has_aux else loss), grads
         scale = present_scale(opt_state)
         args = [rescale_states(arg, scale) for arg in args]
         kwargs = {key: rescale_states(arg, scale) for key, arg in kwargs.items()}
-        grads, (loss, aux) = loss_and_grads(scale, args, kwargs)
+        grads, (loss, aux) = loss_and_grads(scale, devices, args, kwargs)
         grads = with_loss_scale(grads, scale)
         if isinstance(argnums, int):
             grads = mark_bad_loss(grads, loss)

@@ -12,6 +12,7 @@ from jax import lax
 
 from mpjax._checks import check_callable, whole_number
 from mpjax._loss_scaling.sums import Sums
+from mpjax._mesh import first_axis_parts, varying_axes
 from mpjax._tree import is_numeric, widen
 from mpjax._typing import Array, ArrayLike, ArrayTree
 
@@ -191,7 +192,7 @@ class Microbatches:
           argnums: of ``grad_fn``.
         """
         several = not isinstance(argnums, int)
-        positions = [argnums] if isinstance(argnums, int) else argnums
+        positions = [argnums] if isinstance(argnums, int) else [*argnums]
 
         def accumulated(*args, **kwargs):
             places = [place % len(args) for place in positions]
@@ -281,12 +282,27 @@ def _rows(leaf: Any, steps: int) -> Any:
             f"{leaf.dtype}{list(leaf.shape)}, whose first axis has {rows} rows: choose "
             f"a divisor of {rows}. Close over what is not to be split."
         )
-    leaf = jnp.asarray(leaf).reshape(rows // steps, steps, *leaf.shape[1:])
+    leaf = jnp.asarray(leaf)
+    parts = first_axis_parts(leaf)
+    if rows // steps % parts:
+        raise ValueError(
+            f"Each device has a part of each of the {steps} microbatches, got an array "
+            f"{leaf.dtype}{list(leaf.shape)}, whose {rows} rows are on {parts} devices "
+            f"of a mesh with explicit axes: choose a divisor of {rows // parts}."
+        )
+    leaf = leaf.reshape(rows // steps, steps, *leaf.shape[1:])
     return jnp.moveaxis(leaf, 1, 0)
 
 
 def check_like(old: ArrayTree, new: ArrayTree, name: str) -> None:
-    """Raises a TypeError unless what is handed on keeps shapes and dtypes."""
+    """Raises a TypeError unless what is handed on keeps shapes and dtypes.
+
+    In a shard_map, also if it was the same on all devices and is no longer.
+    """
+
+    def where(path):
+        return jax.tree_util.keystr(path, simple=True, separator="/")
+
     if jax.tree.structure(old) != jax.tree.structure(new):
         raise TypeError(
             f"What {name} hands on keeps its structure, got "
@@ -296,8 +312,14 @@ def check_like(old: ArrayTree, new: ArrayTree, name: str) -> None:
         jax.tree_util.tree_leaves_with_path(old), jax.tree.leaves(new), strict=True
     ):
         if jnp.shape(a) != jnp.shape(b) or jnp.result_type(a) != jnp.result_type(b):
-            where = jax.tree_util.keystr(path, simple=True, separator="/")
             raise TypeError(
                 f"What {name} hands on keeps shapes and dtypes, got {jax.typeof(b)} "
-                f"for {jax.typeof(a)} at {where!r}: cast it in the loss function."
+                f"for {jax.typeof(a)} at {where(path)!r}: cast it in the loss function."
+            )
+        axes = sorted(varying_axes(b) - varying_axes(a), key=str)
+        if axes:
+            raise TypeError(
+                f"What {name} hands on is the same on all devices of the axes {axes}, "
+                f"got another on each at {where(path)!r}: average it in the loss "
+                "function, by lax.pmean or the axis_name of nn.BatchNorm."
             )

@@ -17,6 +17,7 @@ from mpjax._checks import (
     check_transformation,
     wrong,
 )
+from mpjax._loss_scaling.devices import Devices
 from mpjax._loss_scaling.loss import (
     check_scaled,
     loss_and_aux,
@@ -49,7 +50,8 @@ from mpjax._nnx.scaling import (
 from mpjax._policies.policy import check_loss_is_scaled
 from mpjax._recipes.recipe import Recipe
 from mpjax._scaling_states.update import found_states, step_of_optimizer
-from mpjax._typing import Array, ArrayTree
+from mpjax._typing import Array, ArrayTree, AxisName
+from mpjax._updates import with_updates
 
 
 class Optimizer(nnx.Optimizer):
@@ -147,8 +149,16 @@ class Optimizer(nnx.Optimizer):
             check_scaled(arrays_of(self))
         elif scales_loss:
             grads = unscaled(grads, loss_scale / self.loss_scale)
-        updates = super().update(model, grads, **kwargs)
-        opt_state = arrays_of(self)
+        params, trained = (
+            nnx.as_pure(nnx.state(node, self.wrt, graph=self.graph))
+            for node in (model, grads)
+        )
+        updates, opt_state = self.tx.update(
+            trained, arrays_of(self), params, **nnx.as_pure(kwargs)
+        )
+        nnx.update(model, with_updates(params, updates))
+        nnx.update(self.opt_state, nnx.state(opt_state, graph=self.graph))
+        self.step[...] += 1
         if scales_loss:
             made = last_step_finite(opt_state)
             self.step[...] = jnp.where(made, self.step[...], before)
@@ -226,6 +236,8 @@ def value_and_grad(
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
     allow_int: bool = False,
+    *,
+    axis_name: AxisName | Sequence[AxisName] | None = None,
 ) -> Callable[..., tuple[Any, Any]]:
     """``nnx.value_and_grad`` of what an optimizer trains, and of scaling states.
 
@@ -240,6 +252,8 @@ def value_and_grad(
         to.
       has_aux: whether ``loss_fn`` returns a pair of a loss and auxiliary data.
       allow_int: whether integers may be trained, as of ``nnx.grad``.
+      axis_name: mapped axes over which the batch is split, as of
+        `mpjax.value_and_grad`; what the model writes stays that of each device.
 
     Returns:
       A function of the arguments of ``loss_fn`` that returns ``(loss, grads)``, or
@@ -249,7 +263,8 @@ def value_and_grad(
     Raises:
       TypeError: the optimizer is not a `mpjax.nnx.Optimizer`, or the loss is scaled and
         not real and floating.
-      ValueError: the loss is scaled and not a scalar.
+      ValueError: the loss is scaled and not a scalar; or ``axis_name`` is as for
+        `mpjax.value_and_grad`.
 
     Example:
       >>> from flax import nnx
@@ -290,7 +305,7 @@ def value_and_grad(
                 "argnums are positions of models among the arguments of the loss, each "
                 f"of them once, got {argnums!r} for {len(args)} positional arguments."
             )
-        opt_state = arrays_of(optimizer)
+        devices, opt_state = Devices.of(axis_name), arrays_of(optimizer)
         scales_loss = bool(found_states(opt_state, LossScalingState))
         scale = present_scale(opt_state) if scales_loss else None
         if scale is not None:
@@ -299,17 +314,20 @@ def value_and_grad(
 
         def scaled(*args):
             loss, aux = loss_and_aux(loss_of_one(*args, **kwargs), has_aux)
+            loss = devices.mean(loss)
             if scale is None:
-                return part_of(loss), (part_of(loss), aux)
+                return devices.part(part_of(loss)), (part_of(loss), aux)
             scaled_loss = scaled_by(loss, scale)
             loss = part_of(jnp.asarray(loss, scaled_loss.dtype))
-            return part_of(scaled_loss), (loss, aux)
+            return devices.part(part_of(scaled_loss)), (loss, aux)
 
         grad_fn = nnx.grad(scaled, argnums=states, has_aux=True, allow_int=allow_int)
         if isinstance(loss_fn, Microbatches):
             grad_fn = accumulated(loss_fn, grad_fn, places, wrt)
         with contextlib.nullcontext() if scale is None else remembered(optimizer, args):
             grads, (loss, aux) = when_known(grad_fn, args, places, wrt)
+        devices.check(loss, lambda: [scale, *(nnx.state(args[i], wrt) for i in places)])
+        grads, loss = devices.gathered(grads, loss)
         if scale is not None:
             grads = with_loss_scale(grads, scale)
             grads = tuple(mark_bad_loss(tree, loss) for tree in grads)

@@ -169,10 +169,15 @@ def stochastic_round(x: ArrayLike, dtype: DType, key: Array) -> Array:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _stochastic_round(x: Array, dtype: DType, key: Array) -> Array:
     x = jnp.asarray(x)
+    return round_with_bits(x, dtype, jax.random.bits(key, x.shape, jnp.uint32))
+
+
+def round_with_bits(x: Array, dtype: DType, random_bits: Array) -> Array:
+    """`stochastic_round` with random uint32 of the shape of ``x``."""
     fmt = format_info(dtype)
     y = _saturate(_widen(x), fmt)
     dropped = 23 - fmt.mantissa
-    noise = jax.random.bits(key, y.shape, jnp.uint32) >> jnp.uint32(32 - dropped)
+    noise = random_bits >> jnp.uint32(32 - dropped)
     kept = jnp.uint32(2**32 - 2**dropped)
     if fmt.is_wide:  # its codes are those of float32, cut off; next to zero as well
         bits = lax.bitcast_convert_type(y, jnp.uint32)

@@ -22,8 +22,8 @@ from mpjax._scaling_states.update import (
     step_of_optimizer,
     updated_by_path,
 )
-from mpjax._tree import is_numeric
 from mpjax._typing import ArrayTree
+from mpjax._updates import is_update, with_updates
 
 
 @jax.tree_util.register_dataclass
@@ -117,7 +117,7 @@ def scaled(
         keep_copies = any(state.weight is not None for state in states.values())
         new_params = None
         if keep_copies and bare is not None:
-            new_params = optax.apply_updates(bare, grads)
+            new_params = with_updates(bare, grads)
         new = updated_by_path(states, observed, step, new_params)
         return _with_states(updates, grads, new), new_opt_state
 
@@ -147,8 +147,7 @@ def apply_updates(params: ArrayTree, updates: ArrayTree) -> ArrayTree:
 
     def apply(param, update):
         if not is_state(param):
-            keep = not is_numeric(update)
-            return param if keep else optax.apply_updates(param, update)
+            return with_updates(param, update)
         if isinstance(update, NewState):
             return update.state
         raise ValueError(
@@ -162,7 +161,7 @@ def apply_updates(params: ArrayTree, updates: ArrayTree) -> ArrayTree:
 
 
 def _is_leaf(node: Any) -> bool:
-    return node is None or is_state(node) or isinstance(node, NewState)
+    return is_update(node) or is_state(node) or isinstance(node, NewState)
 
 
 def without_states(tree: ArrayTree) -> ArrayTree:
@@ -201,7 +200,7 @@ def _with_states(
     """The updates of the arrays of a tree, together with the new states."""
 
     def is_leaf(node):
-        return node is None or is_state(node)
+        return is_update(node) or is_state(node)
 
     structure = jax.tree.structure(tree, is_leaf=is_leaf)
     places = jax.tree.leaves(tree, is_leaf=is_leaf)

@@ -12,6 +12,7 @@ import optax
 from jax import lax
 from jax.tree_util import keystr
 
+from mpjax._loss_scaling.devices import is_gathered
 from mpjax._loss_scaling.state import LossScalingState, last_step_finite, loss_scale
 from mpjax._mesh import unchecked_axes
 from mpjax._recipes.state import GRAD, ScalingState
@@ -137,16 +138,14 @@ def updated_by_path(
 def _of_all_devices(seen: dict[Any, ScalingState]) -> dict[Any, ScalingState]:
     """What was observed, within ``shard_map(check_vma=False)`` the largest of devices.
 
-    Elsewhere a product or XLA has merged it.
+    Elsewhere a product or XLA has merged it, or `value_and_grad`.
     """
     axes = unchecked_axes()
-    if not axes or not seen:
+    own = {path: s.scale for path, s in seen.items() if not is_gathered(s.scale)}
+    if not axes or not own:
         return seen
-    scales = lax.pmax([state.scale for state in seen.values()], axes)
-    return {
-        path: replace(state, scale=scale)
-        for (path, state), scale in zip(seen.items(), scales, strict=True)
-    }
+    largest = zip(own, lax.pmax([*own.values()], axes), strict=True)
+    return seen | {path: replace(seen[path], scale=scale) for path, scale in largest}
 
 
 def _updated(state: ScalingState, seen: ScalingState, step: Step) -> ScalingState:

@@ -141,8 +141,10 @@ def test_devices_with_a_bad_batch_of_their_own(check_vma, reduced):
             loss = jnp.mean(params["w"][None] * x)
             return lax.pmean(loss, "d") if reduced else loss
 
-        _, grads = mpjax.value_and_grad(loss_fn, opt_state)(params)
-        if not check_vma and not reduced:
+        by_hand = not check_vma and not reduced
+        axes = () if not reduced else None if check_vma else "d"
+        _, grads = mpjax.value_and_grad(loss_fn, opt_state, axis_name=axes)(params)
+        if by_hand:
             grads = lax.pmean(grads, "d")
         updates, opt_state = tx.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state

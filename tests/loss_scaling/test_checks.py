@@ -32,6 +32,17 @@ def test_parameters_of_any_inexact_dtype(dtype):
         mpjax.check_training(params)
 
 
+def test_parameters_on_several_sets_of_devices():
+    first, second, *_ = jax.devices()
+    params = {
+        "a": jax.device_put(jnp.ones(2), first),
+        "b": jax.device_put(jnp.full(2, jnp.inf), second),
+        "c": np.ones(2),
+    }
+    with pytest.raises(ValueError, match="finite: 'b' in 2 of 2 elements\\. "):
+        mpjax.check_training(params)
+
+
 def test_many_bad_parameters_are_counted():
     params = {f"w{i}": jnp.full(1, jnp.inf) for i in range(9)}
     with pytest.raises(ValueError, match="'w4' in 1 of 1 elements, 4 more"):

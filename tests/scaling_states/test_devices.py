@@ -8,7 +8,6 @@ import optax
 import pytest
 from flax import nnx
 from front_ends import rule
-from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -32,10 +31,6 @@ def on_devices(step, check_vma):
     return jax.jit(jax.shard_map(step, mesh=mesh, check_vma=check_vma, **specs))
 
 
-def loss_of(out):
-    return lax.pmean(jnp.mean(out**2), "d")
-
-
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("front_end", ["linen", "nnx"])
 def test_one_history_on_all_devices(front_end, check_vma):
@@ -50,9 +45,10 @@ def test_one_history_on_all_devices(front_end, check_vma):
             variables, opt_state = arrays
 
             def loss_fn(variables):
-                return loss_of(model.apply(variables, x))
+                return jnp.mean(model.apply(variables, x) ** 2)
 
-            _, grads = mpjax.value_and_grad(loss_fn, opt_state)(variables)
+            grad_fn = mpjax.value_and_grad(loss_fn, opt_state, axis_name="d")
+            _, grads = grad_fn(variables)
             updates, opt_state = tx.update(grads, opt_state, variables)
             state = mpjax.apply_updates(variables, updates)["scaling"]["kernel_scaling"]
             return state.history[None, :, -1], state.scale[None]
@@ -67,9 +63,10 @@ def test_one_history_on_all_devices(front_end, check_vma):
             model, optimizer = nnx.merge(graph, arrays)
 
             def loss_fn(model):
-                return loss_of(model(x))
+                return jnp.mean(model(x) ** 2)
 
-            _, grads = mpjax.nnx.value_and_grad(loss_fn, optimizer)(model)
+            grad_fn = mpjax.nnx.value_and_grad(loss_fn, optimizer, axis_name="d")
+            _, grads = grad_fn(model)
             optimizer.update(model, grads)
             state = model.kernel_scaling.get_value()
             return state.history[None, :, -1], state.scale[None]

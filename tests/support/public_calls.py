@@ -13,6 +13,7 @@ import mpjax
 import mpjax.linen
 import mpjax.lowering
 import mpjax.nnx
+import mpjax.optimizers
 
 E4M3 = jnp.float8_e4m3fn
 DELAYED = mpjax.delayed_scaling(history_length=2)
@@ -24,6 +25,9 @@ NHWC = ("NHWC", "HWIO", "NHWC")
 TX = mpjax.dynamic_loss_scaling(optax.sgd(0.1))
 PARAMS = {"w": np.ones(3, np.float32)}
 OPT_STATE = TX.init(PARAMS)
+MOMENTUM = optax.sgd(0.1, momentum=0.9)
+SHORT = {"w": jnp.ones(3, jnp.bfloat16)}
+SHORT_STATE = mpjax.low_precision_params(MOMENTUM).init(SHORT)
 STATES = {"kernel": DELAYED.init()}
 SEEN = jax.tree.map(jnp.ones_like, STATES)
 VARIABLES = {"params": {"kernel": W}, "scaling": STATES}
@@ -98,6 +102,16 @@ def accumulate(loss_fn, steps, carry_argnum, reduction):
     return mpjax.value_and_grad(loss_fn, OPT_STATE)(PARAMS, X)
 
 
+def train_with_states(inner, formats, seed):
+    tx = mpjax.low_precision_state(inner, formats, seed=seed)
+    return tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+
+
+def train_short(inner, method, seed):
+    tx = mpjax.low_precision_params(inner, method, seed=seed)
+    return tx.update(SHORT, tx.init(SHORT), SHORT)
+
+
 def wrap_linen(module, rules):
     return mpjax.linen.MixedPrecision(module, rules).init(jax.random.key(0), X)
 
@@ -132,6 +146,24 @@ CALLS = {
         "steps": 2,
         "carry_argnum": None,
         "reduction": "mean",
+    },
+    mpjax.StateRule: {
+        "field": "mu",
+        "format": "int8",
+        "path": ".*",
+        "rounding": "nearest",
+        "min_size": 1,
+        "optional": False,
+    },
+    mpjax.low_precision_state: {"inner": MOMENTUM, "formats": "8bit", "seed": 0},
+    mpjax.low_precision_params: {"inner": MOMENTUM, "method": "split", "seed": 0},
+    train_with_states: {"inner": MOMENTUM, "formats": "8bit", "seed": 0},
+    train_short: {"inner": MOMENTUM, "method": "stochastic", "seed": 0},
+    mpjax.optimizers.float32_params: {"params": SHORT, "opt_state": SHORT_STATE},
+    mpjax.optimizers.with_float32_params: {
+        "params": SHORT,
+        "opt_state": SHORT_STATE,
+        "whole": PARAMS,
     },
     mpjax.cast_floating: {"tree": PARAMS, "dtype": jnp.bfloat16},
     mpjax.select_tree: {"pred": np.bool_(True), "on_true": PARAMS, "on_false": PARAMS},

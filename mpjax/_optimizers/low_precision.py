@@ -1,0 +1,189 @@
+"""An optimizer whose state is stored in few bits."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mpjax._checks import check_transformation, whole_number
+from mpjax._optimizers.codes import CODES, LowPrecisionArray
+from mpjax._optimizers.noise import salt_of
+from mpjax._optimizers.rules import (
+    Formats,
+    StateRule,
+    block_of,
+    is_second_moment,
+    places,
+    read_formats,
+    rule_for,
+)
+from mpjax._tree import is_numeric, widen
+from mpjax._typing import Array, ArrayTree
+
+
+class LowPrecisionState(NamedTuple):
+    """State of `low_precision_state`.
+
+    Attributes:
+      inner_state: that of the optimizer, with some arrays stored in few bits.
+      count: uint32[], from which the random bits of the next step are made.
+
+    Example:
+      >>> import jax.numpy as jnp, mpjax, optax
+      >>> tx = mpjax.low_precision_state(optax.sgd(1.0, momentum=0.9))
+      >>> print(tx.init(jnp.ones((64, 64))).count)
+      0
+    """
+
+    inner_state: optax.OptState
+    count: Array
+
+
+def low_precision_state(
+    inner: optax.GradientTransformation,
+    formats: Formats = "8bit",
+    *,
+    seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """Stores the state of an optimizer in few bits, and computes in float32.
+
+    Of each array of the state that is shaped like the parameters, the field's name and
+    the parameter's path decide by rules how it is stored between steps. ``inner`` sees
+    float32: it is initialized with and given float32 copies of parameters and
+    gradients. The presets:
+
+    ==============  ======================  =====================  ==============
+    ``formats``     first moments           second moments         bytes for both
+    ==============  ======================  =====================  ==============
+    (none)          float32                 float32                8
+    ``"bfloat16"``  bfloat16                bfloat16               4
+    ``"8bit"``      float8_e4m3fn, blocks   ``"log8"``, blocks     2.03
+    ==============  ======================  =====================  ==============
+
+    bfloat16 first moments are rounded to nearest, since they change by a tenth in each
+    step; all others stochastically, by bits that are a function of ``seed``, of the
+    step and of the place in the array, so that they are made in the same pass over
+    memory and do not depend on how arrays are sharded. Arrays of fewer than 4096
+    elements, and all others (averages of parameters, accumulated gradients, factored
+    moments, counts), stay as they are. A block lies along one axis and has at most 256
+    elements, a divisor of the part of the axis that one device has.
+
+    It goes inside of loss scaling, ``dynamic_loss_scaling(low_precision_state(tx))``,
+    so that a skipped step leaves every bit as it was.
+
+    Args:
+      inner: an optimizer of optax.
+      formats: a preset, or rules, the first match of which decides.
+      seed: of the random bits.
+
+    Returns:
+      A transformation whose state is a `LowPrecisionState`.
+
+    Raises:
+      TypeError: ``inner`` is no transformation, or ``formats`` are no rules.
+      ValueError: there is no such preset. From ``init``: a rule matches nothing, a
+        format cannot hold what it is to, or no array is stored in few bits. From
+        ``update``: the state is that of another tree.
+
+    Example:
+      >>> import jax.numpy as jnp, mpjax, optax
+      >>> params = {"w": jnp.ones((256, 64))}
+      >>> tx = mpjax.low_precision_state(optax.rmsprop(1e-3))
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update(params, state, params)
+      >>> moments = optax.tree.get(state, "nu")["w"]
+      >>> moments.values.dtype.name, moments.scale.shape
+      ('uint8', (1, 64))
+
+    References:
+      Dettmers et al., 8-bit Optimizers via Block-wise Quantization, arXiv 2110.02861.
+    """
+    check_transformation(inner, lambda value: False)
+    rules = read_formats(formats)
+    seed = whole_number("seed", seed) % 2**32
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params):
+        wide = widen(params)
+        state = inner.init(wide)
+        stored = _stored(state, params, rules)
+        return LowPrecisionState(stored, jnp.array(seed, jnp.uint32))
+
+    def update(updates, state, params=None, **extra_args):
+        if not isinstance(state, LowPrecisionState):
+            raise TypeError(
+                "state is a LowPrecisionState, got "
+                f"{type(state).__name__}; pass what the init or update of this "
+                "optimizer returned."
+            )
+        old, structure = jax.tree.flatten(state.inner_state, is_leaf=_is_stored)
+        before = structure.unflatten(
+            leaf.decode() if _is_stored(leaf) else leaf for leaf in old
+        )
+        out, after = inner.update(widen(updates), before, widen(params), **extra_args)
+        if jax.tree.structure(after) != jax.tree.structure(before):
+            raise ValueError(
+                "The optimizer has returned a state of another structure, which cannot "
+                f"be stored as before: got {jax.tree.structure(after)} for "
+                f"{jax.tree.structure(before)}."
+            )
+        new = [
+            leaf.encode(x, state.count) if _is_stored(leaf) else x
+            for leaf, x in zip(old, jax.tree.leaves(after), strict=True)
+        ]
+        like = updates if params is None else params
+        out = jax.tree.map(_cast_like, out, like, is_leaf=lambda x: x is None)
+        # An odd step: the count runs through all numbers before it comes back.
+        count = state.count + jnp.uint32(0x9E3779B9)
+        return out, LowPrecisionState(structure.unflatten(new), count)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _stored(
+    state: ArrayTree, params: ArrayTree, rules: tuple[StateRule, ...]
+) -> ArrayTree:
+    """A new state with some of its arrays in few bits."""
+    leaves, structure = jax.tree.flatten(state)
+    found = list(places(state, params))
+    if not all(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(params)):
+        return state  # placeholders, of optax.tree.map_params
+    new, matched = [], set()
+    for leaf, place in zip(leaves, found, strict=True):
+        if place is not None:
+            matched |= {rule for rule in rules if rule.matches(place)}
+        rule = None if place is None else rule_for(place, rules)
+        if rule is None or place is None or leaf.dtype != jnp.float32:
+            new.append(leaf)
+            continue
+        code = CODES[rule.format](rule.rounding)
+        block = block_of(place.param) if code.scales_blocks else ()
+        # A parameter that is rounded as well shares the bits of its second moment.
+        salt = salt_of(place.path if is_second_moment(place) else f"{place.path} first")
+        empty = LowPrecisionArray(leaf, None, code, block, salt)
+        new.append(empty.encode(leaf, jnp.zeros((), jnp.uint32)))
+    unused = [rule for rule in rules if rule not in matched and not rule.optional]
+    fields = sorted({place.field for place in found if place is not None})
+    if unused:
+        raise ValueError(
+            f"A rule for the state of the optimizer matches nothing: {unused[0]}. The "
+            f"fields shaped like parameters are {', '.join(fields) or 'none'}."
+        )
+    if not matched:
+        raise ValueError(
+            "No array of the optimizer's state is stored in few bits. The fields "
+            f"shaped like parameters are {', '.join(fields) or 'none'}: name them by "
+            "rules, mpjax.StateRule(field, format), or leave the wrapper out."
+        )
+    return structure.unflatten(new)
+
+
+def _is_stored(node: Any) -> bool:
+    return isinstance(node, LowPrecisionArray)
+
+
+def _cast_like(update: Any, x: Any) -> Any:
+    if update is None or not is_numeric(update):
+        return update
+    return update.astype(jnp.result_type(x))

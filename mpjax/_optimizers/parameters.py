@@ -1,0 +1,339 @@
+"""Parameters in 16 bits whose small updates are not lost."""
+
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from mpjax._checks import (
+    check_arrays,
+    check_same_shapes,
+    check_same_structure,
+    check_transformation,
+    whole_number,
+)
+from mpjax._numerics.casts import round_with_bits
+from mpjax._optimizers.codes import stochastic_bfloat16
+from mpjax._optimizers.noise import random_bits, salt_of
+from mpjax._optimizers.rules import path_name
+from mpjax._tree import widen
+from mpjax._typing import Array, ArrayTree
+from mpjax._updates import NewValue, OfStoredParams, with_updates
+
+Method: TypeAlias = Literal["float32", "split", "kahan", "stochastic"]
+METHODS = "float32", "split", "kahan", "stochastic"
+
+
+class LowPrecisionParamsState(NamedTuple):
+    """State of `low_precision_params`.
+
+    Attributes:
+      inner_state: that of the optimizer, which works in float32.
+      rest: a tree like the parameters, of what a 16-bit parameter lacks: the float32
+        parameter, its lower 16 bits as int16, or the bfloat16 rest; elsewhere
+        ``optax.MaskedNode``.
+      count: uint32[], from which the random bits of the next step are made.
+
+    Example:
+      >>> import jax.numpy as jnp, mpjax, optax
+      >>> tx = mpjax.low_precision_params(optax.sgd(1.0))
+      >>> print(tx.init(jnp.ones(2, jnp.bfloat16)).rest)
+      [0 0]
+    """
+
+    inner_state: optax.OptState
+    rest: ArrayTree
+    count: Array
+
+
+def low_precision_params(
+    inner: optax.GradientTransformation, method: Method = "split", *, seed: int = 0
+) -> optax.GradientTransformationExtraArgs:
+    """Trains 16-bit parameters without losing what is smaller than their last bit.
+
+    A bfloat16 number has 8 bits of significand: adding less than 1/512 of it changes
+    nothing. ``inner`` sees float32 parameters instead, and after its update they are
+    stored by one of these methods:
+
+    ==============  =========  ====================================================
+    ``method``      bytes      what is beside the 16-bit parameter
+    ==============  =========  ====================================================
+    ``"float32"``   2 + 4      the float32 parameter
+    ``"split"``     2 + 2      its other 16 bits: together they are the float32
+                               parameter, bit for bit
+    ``"kahan"``     2 + 2      the rest of the last rounding, in bfloat16
+    ``"stochastic"``  2        nothing: rounded up or down at random, so that the
+                               expected value is right
+    ==============  =========  ====================================================
+
+    The first two train as float32 does, bit for bit. Updates of 16-bit parameters are
+    new values, which `mpjax.apply_updates`, `TrainState` and ``mpjax.nnx.Optimizer``
+    put in their place, and optax refuses to add. Parameters of other dtypes are
+    updated as by ``inner``. It goes around all but loss scaling:
+    ``dynamic_loss_scaling(low_precision_params(low_precision_state(tx)))``.
+
+    Args:
+      inner: an optimizer of optax.
+      method: one of the above; "split" and "kahan" for bfloat16 alone.
+      seed: of the random bits of "stochastic".
+
+    Returns:
+      A transformation whose state is a `LowPrecisionParamsState`, and whose ``update``
+      needs ``params``.
+
+    Raises:
+      TypeError: ``inner`` is no transformation.
+      ValueError: there is no such method. From ``init``: no parameter has 16 bits, or
+        one is of a dtype that the method does not serve. From ``update``: ``params`` is
+        missing.
+
+    Example:
+      >>> import jax.numpy as jnp, mpjax.optimizers, optax
+      >>> params = {"w": jnp.ones(3, jnp.bfloat16)}
+      >>> tx = mpjax.low_precision_params(optax.sgd(1.0))
+      >>> state = tx.init(params)
+      >>> for _ in range(4):
+      ...     updates, state = tx.update({"w": jnp.full(3, -1e-3)}, state, params)
+      ...     params = mpjax.apply_updates(params, updates)
+      >>> print(params["w"], mpjax.optimizers.float32_params(params, state)["w"])
+      [1.00781 1.00781 1.00781] [1.0040002 1.0040002 1.0040002]
+
+    References:
+      Zamirai et al., Revisiting BFloat16 Training, arXiv 2010.06192 (the last two).
+    """
+    check_transformation(inner, lambda value: False)
+    if method not in METHODS:
+        raise ValueError(f"method is one of {', '.join(METHODS)}, got {method!r}.")
+    seed = whole_number("seed", seed) % 2**32
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params):
+        check_dtypes(params, method)
+        rest = jax.tree.map(
+            lambda p: (
+                split(p.astype(jnp.float32), p.dtype, method)[1]
+                if is_short(p)
+                else optax.MaskedNode()
+            ),
+            params,
+        )
+        return LowPrecisionParamsState(
+            inner.init(widen(params)), rest, jnp.array(seed, jnp.uint32)
+        )
+
+    def update(updates, state, params=None, **extra_args):
+        if params is None:
+            raise ValueError(
+                "low_precision_params makes new parameters from the old ones: call "
+                "update(grads, opt_state, params)."
+            )
+        whole = joined(params, state.rest)
+        wide, inner_state = inner.update(
+            widen(updates), state.inner_state, whole, **extra_args
+        )
+        new = with_updates(whole, wide)
+        leaves, structure = jax.tree_util.tree_flatten_with_path(params)
+        out, rests = [], []
+        for (path, p), x, u in zip(
+            leaves,
+            jax.tree.leaves(new),
+            structure.flatten_up_to(wide),
+            strict=True,
+        ):
+            if not is_short(p):
+                out.append(u)
+                rests.append(optax.MaskedNode())
+                continue
+            salt = salt_of(path_name(path))
+            bits = random_bits(x, state.count, salt)
+            value, rest = split(x, p.dtype, method, bits)
+            out.append(NewValue(value))
+            rests.append(rest)
+        return structure.unflatten(out), LowPrecisionParamsState(
+            inner_state,
+            structure.unflatten(rests),
+            state.count + jnp.uint32(0x9E3779B9),
+        )
+
+    return OfStoredParams(init, update)
+
+
+def float32_params(params: ArrayTree, opt_state: ArrayTree) -> ArrayTree:
+    """The parameters that `low_precision_params` trains, in float32.
+
+    For a checkpoint, an evaluation, or to go on in float32.
+
+    Args:
+      params: the 16-bit parameters.
+      opt_state: any tree with one `LowPrecisionParamsState`.
+
+    Returns:
+      A tree like ``params``. By "float32" and "split" exactly what float32 training
+      has; by "kahan" to 16 bits of significand; by "stochastic" the parameters, cast.
+
+    Raises:
+      ValueError: there is no such state, or more than one.
+
+    Example:
+      >>> import jax.numpy as jnp, mpjax.optimizers, optax
+      >>> params = {"w": jnp.ones(3, jnp.bfloat16)}
+      >>> state = mpjax.low_precision_params(optax.sgd(1.0)).init(params)
+      >>> mpjax.optimizers.float32_params(params, state)["w"].dtype.name
+      'float32'
+    """
+    check_arrays("params", params)
+    rest = _find_state(opt_state).rest
+    check_same_structure("params and those of the state", params, rest, _is_leaf)
+    return joined(params, rest)
+
+
+def with_float32_params(
+    params: ArrayTree, opt_state: ArrayTree, whole: ArrayTree
+) -> tuple[ArrayTree, ArrayTree]:
+    """Parameters and a state for float32 parameters, of a checkpoint or an init.
+
+    Args:
+      params: 16-bit parameters, for their dtypes.
+      opt_state: any tree with one `LowPrecisionParamsState`.
+      whole: f32[...], a tree like ``params``.
+
+    Returns:
+      New ``params`` and ``opt_state``. By "float32" and "split" nothing is lost; the
+      parameters are rounded to nearest.
+
+    Raises:
+      ValueError: there is no such state, or more than one.
+
+    Example:
+      >>> import jax.numpy as jnp, mpjax.optimizers, optax
+      >>> params, whole = {"w": jnp.ones(3, jnp.bfloat16)}, {"w": jnp.full(3, 1.001)}
+      >>> state = mpjax.low_precision_params(optax.sgd(1.0)).init(params)
+      >>> params, state = mpjax.optimizers.with_float32_params(params, state, whole)
+      >>> print(mpjax.optimizers.float32_params(params, state)["w"])
+      [1.001 1.001 1.001]
+    """
+    state = _find_state(opt_state)
+    check_arrays("params", params)
+    check_arrays("whole", whole)
+    check_same_shapes("params and whole", params, whole)
+    leaves, structure = jax.tree.flatten(params)
+    values, rests = [], []
+    for p, x, old in zip(
+        leaves,
+        structure.flatten_up_to(whole),
+        structure.flatten_up_to(state.rest),
+        strict=True,
+    ):
+        if not is_short(p):
+            values.append(jnp.asarray(x, p.dtype))
+            rests.append(old)
+            continue
+        value, rest = split(jnp.asarray(x, jnp.float32), p.dtype, _method_of(old))
+        values.append(value)
+        rests.append(rest)
+    new = state._replace(rest=structure.unflatten(rests))
+    opt_state = jax.tree.map(
+        lambda node: new if _is_state(node) else node, opt_state, is_leaf=_is_state
+    )
+    return structure.unflatten(values), opt_state
+
+
+def split(
+    x: Array, dtype: Any, method: Method, bits: Array | None = None
+) -> tuple[Array, Any]:
+    """A float32 parameter as one in 16 bits and the rest of it.
+
+    Args:
+      x: f32[...].
+      dtype: of the parameter.
+      method: how the rest is kept.
+      bits: uint32[...], random; None: rounded to nearest.
+    """
+    if method == "split":
+        whole = lax.bitcast_convert_type(x, jnp.uint32)
+        # To nearest; the lower half, as a signed number, takes away what that added.
+        high = jnp.where(jnp.isnan(x), jnp.uint32(0x7FC00000), whole + 0x8000)
+        low = jnp.where(jnp.isnan(x), jnp.uint32(0), whole)
+        value = lax.bitcast_convert_type((high >> 16).astype(jnp.uint16), dtype)
+        low = lax.bitcast_convert_type(low.astype(jnp.uint16), jnp.int16)
+        return value, low
+    if method == "stochastic" and bits is not None:
+        if dtype == jnp.bfloat16:
+            return stochastic_bfloat16(x, bits >> 16), optax.MaskedNode()
+        return round_with_bits(x, dtype, bits), optax.MaskedNode()
+    value = x.astype(dtype)
+    if method == "float32":
+        return value, x
+    if method == "kahan":
+        rest = x - value.astype(jnp.float32)
+        return value, jnp.where(jnp.isfinite(rest), rest, 0.0).astype(dtype)
+    return value, optax.MaskedNode()
+
+
+def joined(params: ArrayTree, rest: ArrayTree) -> ArrayTree:
+    """Float32 parameters, of 16-bit ones and the rest of them."""
+    leaves, structure = jax.tree.flatten(params)
+    rests = structure.flatten_up_to(rest)
+    return structure.unflatten(map(_join, leaves, rests))
+
+
+def _join(param: Array, rest: Any) -> Array:
+    method = _method_of(rest)
+    if not is_short(param):
+        return param
+    if method == "float32":
+        return rest
+    if method == "split":
+        high = lax.bitcast_convert_type(param, jnp.uint16).astype(jnp.uint32) << 16
+        low = lax.bitcast_convert_type(rest.astype(jnp.int32), jnp.uint32)
+        return lax.bitcast_convert_type(high + low, jnp.float32)
+    whole = param.astype(jnp.float32)
+    return whole if method == "stochastic" else whole + rest.astype(jnp.float32)
+
+
+def _method_of(rest: Any) -> Method:
+    if isinstance(rest, optax.MaskedNode):
+        return "stochastic"
+    names: dict[str, Method] = {"float32": "float32", "int16": "split"}
+    return names.get(rest.dtype.name, "kahan")
+
+
+def is_short(param: Any) -> bool:
+    """Whether a parameter is a float of 16 bits."""
+    dtype = getattr(param, "dtype", None)
+    return dtype in (jnp.bfloat16, jnp.float16)
+
+
+def check_dtypes(params: ArrayTree, method: Method) -> None:
+    found = {leaf.dtype.name for leaf in jax.tree.leaves(params) if is_short(leaf)}
+    if not found:
+        raise ValueError(
+            "low_precision_params trains parameters in bfloat16 or float16, got none: "
+            'give the model a policy such as "p=bf16,c=bf16,o=f32", and put the '
+            "wrapper around all but loss scaling, which stands right around it."
+        )
+    if method in ("split", "kahan") and found != {"bfloat16"}:
+        raise ValueError(
+            f'method="{method}" is for bfloat16, the upper half of a float32, got '
+            f'float16 parameters: take "float32" or "stochastic".'
+        )
+
+
+def _find_state(opt_state: ArrayTree) -> LowPrecisionParamsState:
+    leaves = jax.tree.leaves(opt_state, is_leaf=_is_state)
+    found = [leaf for leaf in leaves if _is_state(leaf)]
+    if len(found) != 1:
+        raise ValueError(
+            f"There is one state of low_precision_params in a state, got {len(found)}."
+        )
+    return found[0]
+
+
+def _is_leaf(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
+
+
+def _is_state(node: Any) -> bool:
+    return isinstance(node, LowPrecisionParamsState)

@@ -1,0 +1,140 @@
+"""Codes of optimizer states, against their definitions in numpy."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from mpjax._optimizers.codes import CODES, Linear, Logarithmic
+from mpjax._optimizers.noise import random_bits, salt_of
+
+BLOCK = (8, 1)
+
+
+def numbers(kind, shape=(16, 6)):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=shape) * np.exp(rng.normal(size=shape) * 4)
+    return np.abs(x).astype(np.float32) if kind == "log8" else x.astype(np.float32)
+
+
+def amaxes(x):
+    return np.abs(x.reshape(2, 8, 6)).max(axis=1)
+
+
+def both(code, x, bits=0):
+    bits = np.full(x.shape, bits, np.uint32)
+    values, scale = jax.jit(code.encode, static_argnums=1)(x, BLOCK, bits)
+    decoded = jax.jit(code.decode, static_argnums=2)(values, scale, BLOCK)
+    return np.asarray(values), scale, np.asarray(decoded)
+
+
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2"])
+def test_linear_floats_are_the_nearest_values_of_the_block(name):
+    x = numbers(name)
+    dtype = getattr(ml_dtypes, name)
+    _, scale, decoded = both(Linear(name, "nearest"), x)
+    expected = np.repeat(amaxes(x) / np.float32(ml_dtypes.finfo(dtype).max), 8, 0)
+    np.testing.assert_allclose(np.repeat(scale, 8, 0), expected, rtol=1e-6)
+    scale = np.repeat(np.asarray(scale), 8, 0)
+    np.testing.assert_array_equal(decoded, (x / scale).astype(dtype) * scale)
+
+
+def test_linear_integers_are_the_nearest_values_of_the_block():
+    x = numbers("int8")
+    values, scale, _ = both(Linear("int8", "nearest"), x)
+    np.testing.assert_allclose(scale, amaxes(x) / 127, rtol=1e-6)
+    np.testing.assert_array_equal(values, np.rint(x / np.repeat(scale, 8, 0)))
+
+
+def test_logarithmic_codes_are_the_nearest_powers_of_the_eighth_root_of_two():
+    x = numbers("log8")
+    values, scale, decoded = both(Logarithmic("nearest"), x)
+    largest = np.repeat(amaxes(x), 8, 0).astype(np.float64)
+    np.testing.assert_array_equal(np.repeat(scale, 8, 0), largest)
+    place = 255 + 8 * np.log2(x / largest)
+    far = np.abs(place - np.floor(place) - 0.5) > 1e-3  # where rounding may differ
+    expected = np.clip(np.rint(place), 1, 255)
+    np.testing.assert_array_equal(values[far], expected[far])
+    exact = largest * 2.0 ** ((values.astype(float) - 255) / 8)
+    np.testing.assert_allclose(decoded, exact, rtol=1e-5)
+
+
+def test_all_codes_come_back():
+    codes = np.arange(256, dtype=np.uint8).reshape(256, 1)
+    code, scale = Logarithmic("nearest"), np.ones((1, 1), np.float32)
+    decoded = code.decode(codes, scale, (-1, 1))
+    values, _ = code.encode(decoded, (-1, 1), np.zeros(codes.shape, np.uint32))
+    np.testing.assert_array_equal(values, codes)
+
+
+def test_a_second_moment_is_zero_only_if_it_is():
+    x = np.zeros((16, 6), np.float32)
+    x[0, 0], x[1, 0], x[2, 0] = 1.0, 1e-30, 1e-37
+    for rounding in ("nearest", "stochastic"):
+        _, _, decoded = both(Logarithmic(rounding), x, 2**32 - 1)
+        assert np.all(decoded[x == 0] == 0)
+        assert decoded[0, 0] == 1
+        np.testing.assert_allclose(decoded[1:3, 0], 2.0**-31.75, rtol=1e-5)
+    _, _, linear = both(Linear("int8", "nearest"), x)
+    assert linear[1, 0] == 0  # what must not happen
+
+
+@pytest.mark.parametrize("name", CODES)
+def test_what_is_not_finite_stays_so(name):
+    x = numbers(name)
+    for bad in (np.nan, np.inf):
+        x[3, 2] = bad
+        _, _, decoded = both(CODES[name]("stochastic"), x)
+        assert not np.isfinite(decoded[3, 2]), bad
+        assert np.isfinite(decoded[8:]).all()
+
+
+@pytest.mark.parametrize("name", CODES)
+def test_zeros_are_stored_as_zeros(name):
+    x = np.zeros((16, 6), np.float32)
+    _, _, decoded = both(CODES[name]("stochastic"), x, 2**32 - 1)
+    np.testing.assert_array_equal(decoded, x)
+
+
+@pytest.mark.parametrize("name", CODES)
+def test_stochastic_rounding_is_right_in_the_mean(name):
+    code, count = CODES[name]("stochastic"), 4096
+    x = np.broadcast_to(numbers(name, (16, 6))[:8, 0], (count, 8)).copy()
+    bits = random_bits(jnp.zeros(x.shape), jnp.uint32(7), 3)
+    values, scale = code.encode(x, (1, 8), bits)
+    decoded = np.asarray(code.decode(values, scale, (1, 8)), np.float64)
+    low, high = decoded.min(0), decoded.max(0)
+    error = np.abs(decoded.mean(0) - x[0])
+    # Within five standard errors of a choice between two neighbours.
+    assert np.all(error <= 5 * (high - low) / 2 / np.sqrt(count) + 1e-6 * np.abs(x[0]))
+    assert np.any(high > low)
+    inside = (low < x[0]) & (x[0] < high)
+    assert np.all(inside | (low == high))
+
+
+def test_random_bits_are_even_and_independent_from_step_to_step():
+    like, steps = jnp.zeros((8, 128)), np.arange(2048, dtype=np.uint32)
+    steps = steps * np.uint32(0x9E3779B9)
+
+    def even(bits):
+        ones = np.array([(bits >> bit & 1).mean() for bit in range(32)])
+        return np.all(np.abs(ones - 0.5) < 5 * 0.5 / np.sqrt(len(bits)))
+
+    one, two = (
+        np.asarray(jax.vmap(lambda step, s=salt: random_bits(like, step, s))(steps))
+        for salt in (salt_of("a/kernel"), salt_of("b/kernel"))
+    )
+    assert len(np.unique(one[0])) == like.size  # another at every place
+    for x, y in ((0, 0), (3, 77), (7, 127)):
+        first, second = one[:, x, y], two[:, x, y]
+        assert even(first) and even(second) and even(first ^ second)
+        assert even(first[:-1] ^ first[1:])
+
+
+def test_random_bits_do_not_depend_on_other_axes_of_size_one():
+    row = random_bits(jnp.zeros(64), jnp.uint32(5), 1)
+    for shape in ((1, 64), (64, 1)):
+        bits = random_bits(jnp.zeros(shape), jnp.uint32(5), 1)
+        np.testing.assert_array_equal(bits.ravel(), row)
+    assert random_bits(jnp.zeros(()), jnp.uint32(5), 1).shape == ()
