@@ -15,7 +15,6 @@ from mpjax._checks import (
     check_callable,
     check_flag,
     check_transformation,
-    wrong,
 )
 from mpjax._loss_scaling.devices import Devices
 from mpjax._loss_scaling.loss import (
@@ -41,6 +40,7 @@ from mpjax._nnx.microbatches import accumulated
 from mpjax._nnx.pure import when_known
 from mpjax._nnx.scaling import (
     ScalingStat,
+    check_filter,
     check_holds,
     scaling_stats,
     update_scaling,
@@ -99,7 +99,7 @@ class Optimizer(nnx.Optimizer):
         **kwargs: Any,
     ):
         check_holds("model", model, nnx.Module, "pass that which is trained")
-        _check_filter(wrt)
+        check_filter(wrt)
         check_transformation(tx, lambda value: isinstance(value, Recipe))
         if scaling_stats(nnx.state(model, wrt)):
             raise ValueError(
@@ -334,15 +334,6 @@ def value_and_grad(
         return ((loss, aux) if has_aux else loss), grads[0] if is_single else grads
 
     return loss_and_grads
-
-
-def _check_filter(wrt: Any) -> None:
-    """Raises a TypeError unless it is a filter of NNX, by its type."""
-    parts = wrt if isinstance(wrt, tuple | list) else (wrt,)
-    for part in parts:
-        is_simple = part is None or part is ... or isinstance(part, type | str | bool)
-        if not is_simple and not callable(part):
-            raise wrong("wrt", "is a filter of NNX", wrt, "pass nnx.Param")
 
 
 def arrays_of(optimizer: nnx.Optimizer) -> ArrayTree:
