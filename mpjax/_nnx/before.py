@@ -6,16 +6,19 @@ kept here, beside the optimizer, until then or until the optimizer is gone.
 """
 
 import contextlib
+import operator
 import weakref
 from collections.abc import Iterator
 from typing import Any
 
 import jax
-from flax import nnx
+from flax import errors, nnx
 
 from mpjax._tree import select_tree
 from mpjax._typing import Array
 
+# Errors of variables of a trace that has ended.
+_ENDED = (errors.TraceContextError, jax.errors.UnexpectedTracerError)
 _Values = list[tuple[nnx.Variable, Any]]
 # By the id of an optimizer, in the order in which the losses were computed.
 _before: dict[int, _Values] = {}
@@ -34,7 +37,7 @@ def remembered(optimizer: nnx.Optimizer, nodes: Any) -> Iterator[None]:
     if id(optimizer) not in _before:
         weakref.finalize(optimizer, _before.pop, id(optimizer), None)
     _before.pop(id(optimizer), None)  # to be the last
-    _before[id(optimizer)] = [(v, x) for v, x in old if v.get_value() is not x]
+    _before[id(optimizer)] = [(v, x) for v, x in old if not _same(v, x)]
 
 
 def restore_unless(made: Array, optimizer: nnx.Optimizer) -> None:
@@ -63,17 +66,25 @@ def values_of(nodes: Any) -> _Values:
 def write_unless(made: Array, old: _Values) -> None:
     """Writes old values into variables, where ``made`` is False.
 
-    Those whose structures, shapes or dtypes are others now stay.
+    Those whose structures, shapes or dtypes are others now stay, and those of a trace
+    that has ended, as of a gradient that was compiled alone.
     """
     for variable, before in old:
-        now = variable.get_value()
-        if now is not before:
-            variable.set_value(_kept(made, now, before))
+        if not _same(variable, before):
+            with contextlib.suppress(*_ENDED):
+                kept = _kept(made, variable.get_value(), before)
+                variable.set_value(kept)
 
 
 def is_node(value: Any) -> bool:
     """Whether it is a module, or something else that is changed in place."""
     return isinstance(value, nnx.Pytree | nnx.Variable)
+
+
+def _same(variable: nnx.Variable, value: Any) -> bool:
+    """Whether a variable has the very arrays of a value."""
+    now, then = jax.tree.leaves(variable.get_value()), jax.tree.leaves(value)
+    return len(now) == len(then) and all(map(operator.is_, now, then))
 
 
 def _kept(made: Array, now: Any, before: Any) -> Any:

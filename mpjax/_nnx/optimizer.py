@@ -10,7 +10,6 @@ from flax import nnx
 
 from mpjax._checks import (
     check_transformation,
-    wrong,
 )
 from mpjax._loss_scaling.loss import (
     check_scaled,
@@ -25,6 +24,7 @@ from mpjax._loss_scaling.state import (
 from mpjax._nnx.before import restore_unless, values_of, write_unless
 from mpjax._nnx.classes import decision_of
 from mpjax._nnx.scaling import (
+    check_filter,
     check_holds,
     scaling_stats,
     update_scaling,
@@ -81,7 +81,7 @@ class Optimizer(nnx.Optimizer):
         **kwargs: Any,
     ):
         check_holds("model", model, nnx.Module, "pass that which is trained")
-        _check_filter(wrt)
+        check_filter(wrt)
         check_transformation(tx, lambda value: isinstance(value, Recipe))
         if scaling_stats(nnx.state(model, wrt)):
             raise ValueError(
@@ -210,15 +210,6 @@ class Optimizer(nnx.Optimizer):
         if self.scales_loss:
             return skipped_steps(arrays_of(self))
         return jnp.zeros((), jnp.int32)
-
-
-def _check_filter(wrt: Any) -> None:
-    """Raises a TypeError unless it is a filter of NNX, by its type."""
-    parts = wrt if isinstance(wrt, tuple | list) else (wrt,)
-    for part in parts:
-        is_simple = part is None or part is ... or isinstance(part, type | str | bool)
-        if not is_simple and not callable(part):
-            raise wrong("wrt", "is a filter of NNX", wrt, "pass nnx.Param")
 
 
 def arrays_of(optimizer: nnx.Optimizer) -> ArrayTree:

@@ -194,6 +194,15 @@ def check_holds(name: str, node: Any, kind: type, remedy: str) -> None:
         raise wrong(name, f"is an nnx.{kind.__name__}", node, remedy)
 
 
+def check_filter(wrt: Any) -> None:
+    """Raises a TypeError unless it is a filter of NNX, by its type."""
+    parts = wrt if isinstance(wrt, tuple | list) else (wrt,)
+    for part in parts:
+        is_simple = part is None or part is ... or isinstance(part, type | str | bool)
+        if not is_simple and not callable(part):
+            raise wrong("wrt", "is a filter of NNX", wrt, "pass nnx.Param")
+
+
 def scaling_stats(model: nnx.Module | nnx.State) -> dict[tuple, nnx.Variable]:
     """The states of a model, by path."""
     return dict(nnx.to_flat_state(nnx.state(model, ScalingStat)))

@@ -107,7 +107,8 @@ def loss_scale_of(state, scale):
 @pytest.mark.parametrize("kind", ["", "loss", "loss multi"])
 @jax.numpy_dtype_promotion("standard")  # optax.MultiSteps mixes dtypes
 def test_training_is_that_of_a_loop_by_hand(kind, keep):
-    ours, hand = make(keep_weights=keep), make(keep_weights=keep)
+    policy = "mixed_float16" if "loss" in kind else "mixed_bfloat16"
+    ours, hand = (make(policy, keep_weights=keep) for _ in range(2))
     optimizer = mpjax.nnx.Optimizer(ours, transformation(kind))
     other = nnx.Optimizer(hand, transformation(kind), wrt=nnx.Param)
     for factor in FACTORS if "loss" in kind else np.ones(STEPS, np.float32):
