@@ -17,6 +17,8 @@ def match_varying(*operands: ArrayTree) -> tuple:
     """
     leaves = jax.tree.leaves(operands)
     axes = frozenset().union(*(varying_axes(leaf) for leaf in leaves))
+    if not axes:
+        return operands
 
     def mark(x: Array) -> Array:
         missing = tuple(sorted(axes - varying_axes(x), key=str))
