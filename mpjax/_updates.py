@@ -4,7 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
+from jax import lax
 
 from mpjax._tree import is_numeric
 from mpjax._typing import Array, ArrayTree
@@ -17,16 +19,39 @@ class OfStoredParams(optax.GradientTransformationExtraArgs):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class NewValue:
-    """The update of a 16-bit parameter: the value that takes its place.
+    """The update of a 16-bit parameter: the bits in which its new value differs.
 
-    A sum in 16 bits could not be told to give that very value. Of a type of its own, so
-    that adding it, as ``optax.apply_updates`` would, is an error.
+    A sum in 16 bits could not be made to give that very value. Of a type of its own, so
+    that adding it, as ``optax.apply_updates`` would, is an error. Zeros change nothing.
 
     Attributes:
-      value: of the dtype and shape of the parameter.
+      bits: uint16[...], those of the new value, exclusive or those of the old one.
     """
 
-    value: Array
+    bits: Array
+
+    @classmethod
+    def of(cls, old: Array, new: Array) -> "NewValue":
+        """The update that makes one parameter another of its dtype."""
+        return cls(_bits(old) ^ _bits(new))
+
+    def applied(self, param: Array) -> Array:
+        """The new value.
+
+        Raises:
+          ValueError: something has changed the update.
+        """
+        if getattr(self.bits, "dtype", None) != jnp.uint16:
+            raise ValueError(
+                "Updates of 16-bit parameters are bits, no numbers, and something has "
+                "computed with them: of what mpjax.low_precision_params wraps nothing "
+                "may stand outside but loss scaling and mpjax.scaled. Put it inside."
+            )
+        return lax.bitcast_convert_type(_bits(param) ^ self.bits, param.dtype)
+
+
+def _bits(x: Array) -> Array:
+    return lax.bitcast_convert_type(x, jnp.uint16)
 
 
 def is_new_value(node: Any) -> bool:
@@ -38,7 +63,7 @@ def with_updates(params: ArrayTree, updates: ArrayTree) -> ArrayTree:
 
     def apply(param, update):
         if is_new_value(update):
-            return update.value
+            return update.applied(param)
         if param is None or not is_numeric(update):
             return param
         return optax.apply_updates(param, update)

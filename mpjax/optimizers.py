@@ -1,5 +1,6 @@
 """What low-precision training state is made of, and conversions to float32."""
 
+from mpjax._optimizers.codes import LowPrecisionArray
 from mpjax._optimizers.low_precision import LowPrecisionState
 from mpjax._optimizers.parameters import (
     LowPrecisionParamsState,
@@ -8,6 +9,7 @@ from mpjax._optimizers.parameters import (
 )
 
 __all__ = [
+    "LowPrecisionArray",
     "LowPrecisionParamsState",
     "LowPrecisionState",
     "float32_params",

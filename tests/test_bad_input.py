@@ -22,6 +22,7 @@ ARGUMENTS = [
 # What is written by hand, or has no arguments that could be wrong.
 WITHOUT_A_CALL = {
     "LossScalingState",
+    "LowPrecisionArray",
     "LowPrecisionParamsState",
     "LowPrecisionState",
     "QArray",

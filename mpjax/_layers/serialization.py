@@ -14,6 +14,7 @@ import numpy as np
 from flax import serialization
 
 from mpjax._numerics.qarray import QArray
+from mpjax._optimizers.codes import LowPrecisionArray
 from mpjax._recipes.state import ScalingState, WeightCopy
 
 _MEANING = "meaning"
@@ -25,6 +26,8 @@ def _meaning(node: Any) -> str | None:
         return node.recipe.signature
     if isinstance(node, QArray):
         return f"{node.dtype.name} {node.rounding} {node.block}"
+    if isinstance(node, LowPrecisionArray):
+        return f"{node.code} {node.block}"
     return None
 
 
@@ -65,10 +68,8 @@ def _from_state_dict(fields: tuple[str, ...], node: Any, state: dict[str, Any]) 
         for name in present
     }
     for name, value in read.items():
-        if (
-            name not in ("weight", "values")
-            and value.shape != getattr(node, name).shape
-        ):
+        is_array = not isinstance(value, QArray | WeightCopy)
+        if is_array and value.shape != getattr(node, name).shape:
             raise ValueError(
                 f"The {name} of a {kind} has shape {getattr(node, name).shape} here "
                 f"and {value.shape} in what is read at {path}: read into a state of "
@@ -84,6 +85,7 @@ def register() -> None:
         (QArray, ("qvalue", "scale")),
         (WeightCopy, ("values", "amax")),
         (ScalingState, ("scale", "history", "loss_scale", "weight")),
+        (LowPrecisionArray, ("values", "scale")),
     ):
         serialization.register_serialization_state(
             kind, partial(_to_state_dict, fields), partial(_from_state_dict, fields)

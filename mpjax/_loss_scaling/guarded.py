@@ -23,7 +23,7 @@ from mpjax._mesh import bound_axis, unchecked_axes, varying_axes
 from mpjax._recipes.recipe import Recipe
 from mpjax._recipes.state import ScalingState
 from mpjax._tree import is_numeric, select_tree, widen
-from mpjax._updates import NewValue, OfStoredParams, is_new_value, is_update
+from mpjax._updates import OfStoredParams, is_update
 
 FLOAT32 = jnp.finfo(jnp.float32)
 
@@ -81,7 +81,7 @@ def guarded(inner, scale, hysteresis, adjust, axis_name):
 
         def skip(*args):
             updates, _ = jax.eval_shape(step, *args)  # those of lookahead have more
-            return _no_updates(updates, args[2]), args[1]
+            return jax.tree.map(_negative_zeros, updates), args[1]
 
         given = updates
         if any(is_traced(g) for g in jax.tree.leaves(updates)):
@@ -162,20 +162,6 @@ def _map(fn, tree, like):
     """Maps over a tree of updates and what it is an update of; None has no update."""
     return jax.tree.map(
         lambda x, y: x if is_update(x) else fn(x, y), tree, like, is_leaf=is_update
-    )
-
-
-def _no_updates(updates, params):
-    """Updates that change nothing, like others."""
-    leaves, structure = jax.tree.flatten(updates, is_leaf=is_update)
-    if not any(map(is_new_value, leaves)):
-        return jax.tree.map(_negative_zeros, updates)
-    values = structure.flatten_up_to(params)
-    return structure.unflatten(
-        NewValue(value)
-        if is_new_value(update)
-        else jax.tree.map(_negative_zeros, update)
-        for update, value in zip(leaves, values, strict=True)
     )
 
 

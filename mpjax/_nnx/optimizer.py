@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
@@ -139,7 +140,12 @@ class Optimizer(nnx.Optimizer):
             trained, arrays_of(self), params, **nnx.as_pure(kwargs)
         )
         nnx.update(model, with_updates(params, updates))
-        nnx.update(self.opt_state, nnx.state(opt_state, graph=self.graph))
+        variables, structure = jax.tree.flatten(
+            self.opt_state, is_leaf=lambda node: isinstance(node, nnx.Variable)
+        )
+        new = structure.flatten_up_to(opt_state)
+        for variable, value in zip(variables, new, strict=True):
+            variable.set_value(value)
         self.step[...] += 1
         if scales_loss:
             made = last_step_finite(opt_state)

@@ -4,7 +4,7 @@ May import: `_numerics`, `_tree`, `_updates`, `_mesh`, `_checks`, `_typing`; opt
 
 `codes.py` is how an array is stored, `rules.py` which array is stored how, `noise.py`
 the random bits of stochastic rounding, and `low_precision.py` the wrapper.
-`parameters.py` is for parameters in 16 bits.
+`parameters.py` is for parameters in 16 bits, and `halves.py` how they are kept.
 
 To add a code: a class in `codes.py` and an entry of its `CODES`.
 """

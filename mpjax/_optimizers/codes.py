@@ -5,6 +5,7 @@ from typing import Any, ClassVar, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from mpjax._numerics.casts import round_with_bits, saturating_cast
@@ -45,7 +46,8 @@ class Linear:
     scales_blocks: ClassVar[bool] = True
 
     def encode(self, x: Array, block: Block, bits: Array) -> tuple[Array, Array]:
-        scale = amax_to_scale(amax_of_blocks(x, block, jnp.float32), self.dtype)
+        amax = amax_of_blocks(x, block, jnp.float32)
+        scale = _up_to_bfloat16(amax_to_scale(amax, self.dtype))
         y = x / expand_scale(scale, x.shape, block)
         return _rounded(y, self.dtype, self.rounding, turned(bits)), scale
 
@@ -59,14 +61,14 @@ class Logarithmic:
 
     ``max * 2^((q - 255) / 8)`` for codes ``q`` of 1 to 255, and 0 for 0. What is
     smaller than 2^-31.75 of the largest is rounded up to that, since 0 in place of a
-    second moment would be divided by.
+    second moment would be divided by. A block with a negative number is NaN.
     """
 
     rounding: Rounding
     scales_blocks: ClassVar[bool] = True
 
     def encode(self, x: Array, block: Block, bits: Array) -> tuple[Array, Array]:
-        scale = amax_of_blocks(x, block, jnp.float32)
+        scale = _up_to_bfloat16(amax_of_blocks(x, block, jnp.float32))
         largest = expand_scale(scale, x.shape, block)
         ratio = x / jnp.where(largest > 0, largest, 1.0)
         place = jnp.log2(jnp.maximum(ratio, 2.0**-60)) * _PER_OCTAVE + _LARGEST
@@ -80,8 +82,8 @@ class Logarithmic:
             up = place - below > 0.5
         code = jnp.clip(below + up.astype(jnp.float32), 1, _LARGEST)
         code = jnp.where(x > 0, code, 0)
-        bad = ~jnp.isfinite(scale)
-        scale = jnp.where(bad, jnp.nan, scale)
+        negative = amax_of_blocks(jnp.minimum(x, 0.0), block, jnp.float32) > 0
+        scale = jnp.where(jnp.isfinite(scale) & ~negative, scale, jnp.bfloat16(np.nan))
         return code.astype(jnp.uint8), scale
 
     def decode(self, values: Array, scale: Any, block: Block) -> Array:
@@ -101,21 +103,26 @@ CODES = {
     "int8": lambda rounding: Linear("int8", rounding),
     "log8": Logarithmic,
 }
-# Those that keep small numbers beside large ones from becoming 0.
-FOR_SECOND_MOMENTS = "bfloat16", "log8"
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LowPrecisionArray:
-    """An array of an optimizer's state as it is stored; a pytree.
+    """An array of an optimizer's state as `low_precision_state` stores it; a pytree.
 
     Attributes:
       values: dtype[...], of the shape of the array, and so sharded as its parameter.
-      scale: f32[...], one for each block, or None.
+      scale: bf16[...], one for each block, or None.
       code: what they mean.
       block: how many elements along each axis share a scale.
       salt: of its random bits; that of its parameter for second moments.
+
+    Example:
+      >>> import jax.numpy as jnp, mpjax, optax
+      >>> tx = mpjax.low_precision_state(optax.sgd(1.0, momentum=0.9))
+      >>> trace = optax.tree.get(tx.init(jnp.ones((64, 64))), "trace")
+      >>> trace.values.dtype.name, trace.decode().dtype.name
+      ('float8_e4m3fn', 'float32')
     """
 
     values: Array
@@ -134,6 +141,13 @@ class LowPrecisionArray:
         bits = random_bits(x, step, self.salt)
         values, scale = self.code.encode(x, self.block, bits)
         return dataclasses.replace(self, values=values, scale=scale)
+
+
+def _up_to_bfloat16(scale: Array) -> Array:
+    """A scale that is no smaller, in 16 bits."""
+    bits = lax.bitcast_convert_type(scale, jnp.uint32) + jnp.uint32(0xFFFF)
+    up = lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32)
+    return up.astype(jnp.bfloat16)
 
 
 def _rounded(x: Array, dtype: str, rounding: Rounding, bits: Array) -> Array:

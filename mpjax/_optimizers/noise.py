@@ -9,7 +9,7 @@ import zlib
 import jax.numpy as jnp
 from jax import lax
 
-from mpjax._mesh import explicit_sharding
+from mpjax._mesh import explicit_sharding, varying_axes
 from mpjax._typing import Array
 
 _GOLDEN = 0x9E3779B9  # 2^32 / golden ratio
@@ -31,6 +31,8 @@ def random_bits(like: Array, step: Array, salt: int) -> Array:
       salt: another for each parameter.
     """
     seed = mixed(step + jnp.uint32(salt % 2**32))
+    for axis in sorted(varying_axes(like), key=str):  # within shard_map
+        seed = mixed(seed + lax.axis_index(axis).astype(jnp.uint32))
     place = None
     stride = 1
     for axis in reversed(range(like.ndim)):

@@ -1,11 +1,11 @@
 """Parameters in 16 bits whose small updates are not lost."""
 
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jax import lax
 
 from mpjax._checks import (
     check_arrays,
@@ -13,17 +13,15 @@ from mpjax._checks import (
     check_same_structure,
     check_transformation,
     whole_number,
+    wrong,
 )
-from mpjax._numerics.casts import round_with_bits
-from mpjax._optimizers.codes import stochastic_bfloat16
+from mpjax._optimizers.halves import METHODS, Method, is_short, joined, method_of, split
 from mpjax._optimizers.noise import random_bits, salt_of
 from mpjax._optimizers.rules import path_name
+from mpjax._optimizers.trees import check_floating_leaves, has_arrays
 from mpjax._tree import widen
 from mpjax._typing import Array, ArrayTree
 from mpjax._updates import NewValue, OfStoredParams, with_updates
-
-Method: TypeAlias = Literal["float32", "split", "kahan", "stochastic"]
-METHODS = "float32", "split", "kahan", "stochastic"
 
 
 class LowPrecisionParamsState(NamedTuple):
@@ -109,16 +107,19 @@ def low_precision_params(
     seed = whole_number("seed", seed) % 2**32
     inner = optax.with_extra_args_support(inner)
 
+    def rest_of(p):
+        if not is_short(p):
+            return optax.MaskedNode()
+        if isinstance(p, jax.ShapeDtypeStruct):
+            p = jnp.zeros(p.shape, p.dtype)
+        return split(p.astype(jnp.float32), p.dtype, method)[1]
+
     def init(params):
-        check_dtypes(params, method)
-        rest = jax.tree.map(
-            lambda p: (
-                split(p.astype(jnp.float32), p.dtype, method)[1]
-                if is_short(p)
-                else optax.MaskedNode()
-            ),
-            params,
-        )
+        rest = params  # of placeholders, for optax.tree.map_params
+        if has_arrays(params):
+            check_floating_leaves(params)
+            check_dtypes(params, method)
+            rest = jax.tree.map(rest_of, params)
         return LowPrecisionParamsState(
             inner.init(widen(params)), rest, jnp.array(seed, jnp.uint32)
         )
@@ -129,6 +130,15 @@ def low_precision_params(
                 "low_precision_params makes new parameters from the old ones: call "
                 "update(grads, opt_state, params)."
             )
+        if not _is_state(state):
+            raise wrong(
+                "state",
+                "is a LowPrecisionParamsState",
+                state,
+                "pass what the init or update of this optimizer returned",
+            )
+        check_same_shapes("updates and params", updates, params)
+        _check_same_tree(params, state.rest)
         whole = joined(params, state.rest)
         wide, inner_state = inner.update(
             widen(updates), state.inner_state, whole, **extra_args
@@ -149,7 +159,7 @@ def low_precision_params(
             salt = salt_of(path_name(path))
             bits = random_bits(x, state.count, salt)
             value, rest = split(x, p.dtype, method, bits)
-            out.append(NewValue(value))
+            out.append(NewValue.of(p, value))
             rests.append(rest)
         return structure.unflatten(out), LowPrecisionParamsState(
             inner_state,
@@ -185,7 +195,7 @@ def float32_params(params: ArrayTree, opt_state: ArrayTree) -> ArrayTree:
     """
     check_arrays("params", params)
     rest = _find_state(opt_state).rest
-    check_same_structure("params and those of the state", params, rest, _is_leaf)
+    _check_same_tree(params, rest)
     return joined(params, rest)
 
 
@@ -230,7 +240,7 @@ def with_float32_params(
             values.append(jnp.asarray(x, p.dtype))
             rests.append(old)
             continue
-        value, rest = split(jnp.asarray(x, jnp.float32), p.dtype, _method_of(old))
+        value, rest = split(jnp.asarray(x, jnp.float32), p.dtype, method_of(old))
         values.append(value)
         rests.append(rest)
     new = state._replace(rest=structure.unflatten(rests))
@@ -240,79 +250,14 @@ def with_float32_params(
     return structure.unflatten(values), opt_state
 
 
-def split(
-    x: Array, dtype: Any, method: Method, bits: Array | None = None
-) -> tuple[Array, Any]:
-    """A float32 parameter as one in 16 bits and the rest of it.
-
-    Args:
-      x: f32[...].
-      dtype: of the parameter.
-      method: how the rest is kept.
-      bits: uint32[...], random; None: rounded to nearest.
-    """
-    if method == "split":
-        whole = lax.bitcast_convert_type(x, jnp.uint32)
-        # To nearest; the lower half, as a signed number, takes away what that added.
-        high = jnp.where(jnp.isnan(x), jnp.uint32(0x7FC00000), whole + 0x8000)
-        low = jnp.where(jnp.isnan(x), jnp.uint32(0), whole)
-        value = lax.bitcast_convert_type((high >> 16).astype(jnp.uint16), dtype)
-        low = lax.bitcast_convert_type(low.astype(jnp.uint16), jnp.int16)
-        return value, low
-    if method == "stochastic" and bits is not None:
-        if dtype == jnp.bfloat16:
-            return stochastic_bfloat16(x, bits >> 16), optax.MaskedNode()
-        return round_with_bits(x, dtype, bits), optax.MaskedNode()
-    value = x.astype(dtype)
-    if method == "float32":
-        return value, x
-    if method == "kahan":
-        rest = x - value.astype(jnp.float32)
-        return value, jnp.where(jnp.isfinite(rest), rest, 0.0).astype(dtype)
-    return value, optax.MaskedNode()
-
-
-def joined(params: ArrayTree, rest: ArrayTree) -> ArrayTree:
-    """Float32 parameters, of 16-bit ones and the rest of them."""
-    leaves, structure = jax.tree.flatten(params)
-    rests = structure.flatten_up_to(rest)
-    return structure.unflatten(map(_join, leaves, rests))
-
-
-def _join(param: Array, rest: Any) -> Array:
-    method = _method_of(rest)
-    if not is_short(param):
-        return param
-    if method == "float32":
-        return rest
-    if method == "split":
-        high = lax.bitcast_convert_type(param, jnp.uint16).astype(jnp.uint32) << 16
-        low = lax.bitcast_convert_type(rest.astype(jnp.int32), jnp.uint32)
-        return lax.bitcast_convert_type(high + low, jnp.float32)
-    whole = param.astype(jnp.float32)
-    return whole if method == "stochastic" else whole + rest.astype(jnp.float32)
-
-
-def _method_of(rest: Any) -> Method:
-    if isinstance(rest, optax.MaskedNode):
-        return "stochastic"
-    names: dict[str, Method] = {"float32": "float32", "int16": "split"}
-    return names.get(rest.dtype.name, "kahan")
-
-
-def is_short(param: Any) -> bool:
-    """Whether a parameter is a float of 16 bits."""
-    dtype = getattr(param, "dtype", None)
-    return dtype in (jnp.bfloat16, jnp.float16)
-
-
 def check_dtypes(params: ArrayTree, method: Method) -> None:
     found = {leaf.dtype.name for leaf in jax.tree.leaves(params) if is_short(leaf)}
     if not found:
         raise ValueError(
             "low_precision_params trains parameters in bfloat16 or float16, got none: "
             'give the model a policy such as "p=bf16,c=bf16,o=f32", and put the '
-            "wrapper around all but loss scaling, which stands right around it."
+            "wrapper around all but loss scaling. That stands right around it: where "
+            "something is in between, it gives float32 copies."
         )
     if method in ("split", "kahan") and found != {"bfloat16"}:
         raise ValueError(
@@ -329,6 +274,19 @@ def _find_state(opt_state: ArrayTree) -> LowPrecisionParamsState:
             f"There is one state of low_precision_params in a state, got {len(found)}."
         )
     return found[0]
+
+
+def _check_same_tree(params: ArrayTree, rest: ArrayTree) -> None:
+    """Raises a ValueError unless a state is that of parameters."""
+    check_same_structure("params and those of the state", params, rest, _is_leaf)
+    for p, r in zip(
+        jax.tree.leaves(params), jax.tree.leaves(rest, is_leaf=_is_leaf), strict=True
+    ):
+        if not _is_leaf(r) and (not is_short(p) or np.shape(p) != np.shape(r)):
+            raise ValueError(
+                f"The state was made for a 16-bit parameter of shape {np.shape(r)}, "
+                f"got {jax.typeof(p)}: begin with the state of a new init."
+            )
 
 
 def _is_leaf(node: Any) -> bool:

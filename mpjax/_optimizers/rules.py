@@ -3,21 +3,49 @@
 import dataclasses
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
 
 from mpjax._checks import check_flag, whole_number, wrong
 from mpjax._numerics.scales import Block
-from mpjax._optimizers.codes import CODES, FOR_SECOND_MOMENTS, Rounding
+from mpjax._optimizers.codes import CODES, Rounding
 from mpjax._typing import ArrayTree
 
-_BLOCK = 256
-_SECOND_MOMENTS = "nu|nu_max|exp_avg_sq|sum_of_squares|v"
-_FIRST_MOMENTS = "mu|trace|exp_avg|m"
+_PARTS = 8  # of an axis: there are as many blocks, or more
+Kind: TypeAlias = Literal["first", "second"]
+# What the fields of the states of optimizers are, by the state's class and the field:
+# averages of gradients, or averages of squares that are divided by. Averages of which
+# an optimizer takes differences (of centered RMSprop), and all that is not here, are
+# neither.
+KINDS: dict[tuple[str, str], Kind] = {
+    ("ScaleByAdamState", "mu"): "first",
+    ("ScaleByAdamState", "nu"): "second",
+    ("ScaleByAmsgradState", "mu"): "first",
+    ("ScaleByAmsgradState", "nu"): "second",
+    ("ScaleByBeliefState", "mu"): "first",
+    ("ScaleByBeliefState", "nu"): "second",
+    ("ScaleByAdemamixState", "m1"): "first",
+    ("ScaleByAdemamixState", "m2"): "first",
+    ("ScaleByAdemamixState", "nu"): "second",
+    ("ScaleByAdanState", "m"): "first",
+    ("ScaleByAdanState", "v"): "first",  # of differences of gradients
+    ("ScaleByAdanState", "n"): "second",
+    ("ScaleByLionState", "mu"): "first",
+    ("ScaleBySM3State", "nu"): "first",
+    ("ScaleByNovogradState", "mu"): "first",
+    ("MuonState", "mu"): "first",
+    ("SophiaState", "mu"): "first",
+    ("TraceState", "trace"): "first",
+    ("ScaleByRmsState", "nu"): "second",
+    ("ScaleByRmsWithCountState", "nu"): "second",
+    ("ScaleByRssState", "sum_of_squares"): "second",
+    ("ScaleByAdaDeltaState", "e_g"): "second",
+    ("ScaleByAdaDeltaState", "e_x"): "second",
+    ("FactoredState", "v"): "second",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,21 +55,27 @@ class StateRule:
     Attributes:
       field: regular expression that the name of the field in the state must match:
         ``"mu"`` and ``"nu"`` of Adam, ``"trace"`` of momentum.
-      format: ``"bfloat16"``, ``"float16"``; in blocks of at most 256 elements that
-        share a scale ``"float8_e4m3fn"``, ``"float8_e5m2"``, ``"int8"``, and
-        ``"log8"``, a logarithmic code for numbers that are not negative. None: as the
+      format: ``"bfloat16"``; for averages of gradients ``"float16"``, and in blocks
+        that share a scale ``"float8_e4m3fn"``, ``"float8_e5m2"`` and ``"int8"``; for
+        averages of squares ``"log8"``, a logarithmic code in blocks. None: as the
         optimizer has them.
+      kind: ``"first"``, averages of gradients, or ``"second"``, averages of squares,
+        which an optimizer divides by; known of optax's optimizers. None: any array that
+        is shaped like the parameters.
       path: regular expression that the path of the parameter must match, names joined
         by "/".
       rounding: ``"stochastic"``, or to ``"nearest"``, under which an average that
         changes by less than half a step, as second moments do, never changes.
       min_size: arrays of fewer elements stay as the optimizer has them.
+      block: the most elements that share a scale. They are smaller where an
+        axis would have fewer than 8 blocks, so that none crosses a shard of an axis in
+        8 parts; for more parts give fewer.
       optional: allow the rule to match nothing.
 
     Raises:
       TypeError: an argument is of the wrong type.
-      ValueError: a regular expression, the format or the rounding is none; or the
-        format cannot hold the second moments that the field names.
+      ValueError: a regular expression, the format, the kind or the rounding is none,
+        or ``block`` no power of two.
 
     Example:
       >>> import mpjax
@@ -51,9 +85,11 @@ class StateRule:
 
     field: str
     format: str | None
+    kind: Kind | None = dataclasses.field(default=None, kw_only=True)
     path: str = dataclasses.field(default=".*", kw_only=True)
     rounding: Rounding = dataclasses.field(default="stochastic", kw_only=True)
     min_size: int = dataclasses.field(default=4096, kw_only=True)
+    block: int = dataclasses.field(default=128, kw_only=True)
     optional: bool = dataclasses.field(default=False, kw_only=True)
 
     def __post_init__(self):
@@ -76,32 +112,41 @@ class StateRule:
             raise ValueError(
                 f'rounding is "nearest" or "stochastic", got {self.rounding!r}.'
             )
+        if self.kind not in (None, "first", "second"):
+            raise ValueError(f'kind is "first", "second" or None, got {self.kind!r}.')
+        block = whole_number("block", self.block)
+        if block < 1 or block & (block - 1):
+            raise ValueError(f"block is a power of two, got {block}.")
+        object.__setattr__(self, "block", block)
         object.__setattr__(self, "min_size", whole_number("min_size", self.min_size))
         object.__setattr__(self, "optional", check_flag("optional", self.optional))
 
     def matches(self, place: "Place") -> bool:
         """Whether it says how an array is stored."""
-        return bool(
-            re.fullmatch(self.field, place.field)
-            and re.fullmatch(self.path, place.path)
+        of_kind = self.kind is None or self.kind == place.kind
+        field, path = (
+            re.fullmatch(pattern, name)
+            for pattern, name in ((self.field, place.field), (self.path, place.path))
         )
+        return of_kind and field is not None and path is not None
 
 
 Formats: TypeAlias = str | StateRule | Sequence[StateRule]
 
 
-def _moments(first: str, second: str) -> tuple[StateRule, ...]:
-    rounding = "nearest" if first == "bfloat16" else "stochastic"
+def _moments(first: StateRule, second: StateRule) -> tuple[StateRule, ...]:
     return (
-        StateRule(_SECOND_MOMENTS, second, optional=True),
-        StateRule(_FIRST_MOMENTS, first, rounding=rounding, optional=True),
+        dataclasses.replace(second, kind="second", optional=True),
+        dataclasses.replace(first, kind="first", optional=True),
     )
 
 
 # What the name of a set of rules stands for.
 PRESETS = {
-    "bfloat16": _moments("bfloat16", "bfloat16"),
-    "8bit": _moments("float8_e4m3fn", "log8"),
+    "bfloat16": _moments(
+        StateRule(".*", "bfloat16", rounding="nearest"), StateRule(".*", "bfloat16")
+    ),
+    "8bit": _moments(StateRule(".*", "float8_e4m3fn"), StateRule(".*", "log8")),
 }
 
 
@@ -137,11 +182,13 @@ class Place:
 
     Attributes:
       field: the name of the field, as "mu".
+      kind: what is in the field, if it is known.
       path: that of the parameter, names joined by "/".
       param: the parameter that it is shaped like.
     """
 
     field: str
+    kind: Kind | None
     path: str
     param: Any
 
@@ -156,76 +203,84 @@ def places(state: ArrayTree, params: ArrayTree) -> Iterator[Place | None]:
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        yield _place(tuple(map(_name, path)), path, leaf, own)
+        yield _place(state, path, leaf, own)
 
 
-def _place(names: tuple, path: tuple, leaf: Any, own: dict) -> Place | None:
+def _place(state: ArrayTree, path: tuple, leaf: Any, own: dict) -> Place | None:
+    names = tuple(map(_name, path))
     for start in range(len(names) + 1):
         param = own.get(names[start:])
         if param is None or not _is_float(leaf) or not _is_float(param):
             continue
         if np.shape(leaf) != np.shape(param):
             continue
-        fields = [n for n, k in zip(names[:start], path, strict=False) if _is_field(k)]
-        field = str(fields[-1]) if fields else ""
-        return Place(field, path_name(path[start:]), param)
+        owner, field = _field(state, path[:start])
+        return Place(field, KINDS.get((owner, field)), path_name(path[start:]), param)
     return None
+
+
+def _field(state: ArrayTree, path: tuple) -> tuple[str, str]:
+    """The class of the last state on a path, and the name of its field."""
+    found, node = ("", ""), state
+    for key in path:
+        if isinstance(key, jax.tree_util.GetAttrKey):
+            found = type(node).__name__, key.name
+            node = getattr(node, key.name)
+        else:
+            if isinstance(key, jax.tree_util.DictKey) and not found[1]:
+                found = "", str(key.key)
+            node = node[_name(key)]
+    return found
 
 
 def rule_for(place: Place, rules: Sequence[StateRule]) -> StateRule | None:
     """The first rule that matches, unless it leaves the array alone.
 
     Raises:
-      ValueError: its format would make second moments zero.
+      ValueError: its format cannot hold what the array has.
     """
     rule = next((rule for rule in rules if rule.matches(place)), None)
     if rule is None or rule.format is None or np.size(place.param) < rule.min_size:
         return None
-    if is_second_moment(place) and rule.format not in FOR_SECOND_MOMENTS:
+    if place.kind == "second" and rule.format not in ("bfloat16", "log8"):
         raise ValueError(
             f"{rule.format} cannot hold the second moments {place.field!r}: those of "
-            "small gradients would be 0, and are divided by. Take one of "
-            f"{', '.join(FOR_SECOND_MOMENTS)}."
+            'small gradients would be 0, and are divided by. Take "bfloat16" or "log8".'
+        )
+    if place.kind == "first" and rule.format == "log8":
+        raise ValueError(
+            f"log8 has no negative numbers, and {place.field!r} are averages of "
+            'gradients: take another format, "float8_e4m3fn" say.'
+        )
+    if place.kind is None and rule.format != "bfloat16":
+        raise ValueError(
+            f"What an optimizer does with {place.field!r} is not known, and "
+            f"{rule.format} may lose signs or small numbers: take "
+            '"bfloat16", or None to leave it as it is.'
         )
     return rule
 
 
-def is_second_moment(place: Place) -> bool:
-    """Whether an array is one that an optimizer divides by."""
-    return re.fullmatch(_SECOND_MOMENTS, place.field) is not None
-
-
-def block_of(param: Any) -> Block:
-    """Blocks of at most 256 elements along one axis, none across a shard.
+def block_of(shape: tuple[int, ...], most: int) -> Block:
+    """Blocks along one axis, the same however an array is sharded.
 
     Along the last axis but one, where there is room, since a reduction over lanes is
     the most expensive one on a TPU.
     """
-    shape = np.shape(param)
     if not shape:
         return ()
     order = [*reversed(range(len(shape) - 1)), len(shape) - 1]
-    sizes = {axis: _block_size(param, axis) for axis in order}
-    axis = next((a for a in order if sizes[a] >= 64), max(order, key=sizes.__getitem__))
+    sizes = {axis: _block_size(shape[axis], most) for axis in order}
+    axis = next((a for a in order if sizes[a] >= 32), max(order, key=sizes.__getitem__))
     return tuple(sizes[axis] if i == axis else 1 for i in range(len(shape)))
 
 
-def _block_size(param: Any, axis: int) -> int:
-    """The largest divisor of the part of an axis that a device has, up to 256."""
-    size = np.shape(param)[axis]
-    size //= _shards(param, axis)
-    return next(block for block in range(min(size, _BLOCK), 0, -1) if size % block == 0)
-
-
-def _shards(param: Any, axis: int) -> int:
-    sharding = getattr(param, "sharding", None)
-    if isinstance(param, jax.core.Tracer):
-        sharding = jax.typeof(param).sharding
-    if not isinstance(sharding, NamedSharding) or axis >= len(sharding.spec):
-        return 1
-    names = sharding.spec[axis]
-    names = names if isinstance(names, tuple) else () if names is None else (names,)
-    return int(np.prod([sharding.mesh.shape[name] for name in names], dtype=int))
+def _block_size(size: int, most: int) -> int:
+    """The largest power of two that divides an axis into 8 blocks or more."""
+    block = most
+    while block > 1 and (size % block or size // block < _PARTS):
+        block //= 2
+    return block
 
 
 def _is_float(leaf: Any) -> bool:
@@ -233,12 +288,10 @@ def _is_float(leaf: Any) -> bool:
     return dtype is not None and jnp.issubdtype(dtype, jnp.floating)
 
 
-def _is_field(key: Any) -> bool:
-    return isinstance(key, jax.tree_util.GetAttrKey | jax.tree_util.DictKey)
-
-
 def path_name(path: tuple) -> str:
-    """The names of a path, joined by "/"."""
+    """The names of a path, joined by "/", without the insides of boxes."""
+    if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value"):
+        path = path[:-1]  # of a variable of NNX, or of metadata of Linen
     return "/".join(str(_name(key)) for key in path)
 
 

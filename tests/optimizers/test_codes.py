@@ -22,10 +22,18 @@ def amaxes(x):
     return np.abs(x.reshape(2, 8, 6)).max(axis=1)
 
 
+def up_to_bfloat16(x):
+    bits = np.asarray(x, np.float32).view(np.uint32)
+    return ((bits + 0xFFFF) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+
+
 def both(code, x, bits=0):
     bits = np.full(x.shape, bits, np.uint32)
     values, scale = jax.jit(code.encode, static_argnums=1)(x, BLOCK, bits)
+    assert scale is None or scale.dtype == jnp.bfloat16
     decoded = jax.jit(code.decode, static_argnums=2)(values, scale, BLOCK)
+    if scale is not None:
+        scale = np.asarray(scale, np.float32)
     return np.asarray(values), scale, np.asarray(decoded)
 
 
@@ -34,23 +42,24 @@ def test_linear_floats_are_the_nearest_values_of_the_block(name):
     x = numbers(name)
     dtype = getattr(ml_dtypes, name)
     _, scale, decoded = both(Linear(name, "nearest"), x)
-    expected = np.repeat(amaxes(x) / np.float32(ml_dtypes.finfo(dtype).max), 8, 0)
-    np.testing.assert_allclose(np.repeat(scale, 8, 0), expected, rtol=1e-6)
-    scale = np.repeat(np.asarray(scale), 8, 0)
+    exact = amaxes(x) / np.float32(ml_dtypes.finfo(dtype).max)
+    np.testing.assert_allclose(scale, up_to_bfloat16(exact), rtol=2.0**-7)
+    assert np.all(scale >= exact)
+    scale = np.repeat(scale, 8, 0)
     np.testing.assert_array_equal(decoded, (x / scale).astype(dtype) * scale)
 
 
 def test_linear_integers_are_the_nearest_values_of_the_block():
     x = numbers("int8")
     values, scale, _ = both(Linear("int8", "nearest"), x)
-    np.testing.assert_allclose(scale, amaxes(x) / 127, rtol=1e-6)
+    np.testing.assert_allclose(scale, up_to_bfloat16(amaxes(x) / 127), rtol=2.0**-7)
     np.testing.assert_array_equal(values, np.rint(x / np.repeat(scale, 8, 0)))
 
 
 def test_logarithmic_codes_are_the_nearest_powers_of_the_eighth_root_of_two():
     x = numbers("log8")
     values, scale, decoded = both(Logarithmic("nearest"), x)
-    largest = np.repeat(amaxes(x), 8, 0).astype(np.float64)
+    largest = np.repeat(up_to_bfloat16(amaxes(x)), 8, 0).astype(np.float64)
     np.testing.assert_array_equal(np.repeat(scale, 8, 0), largest)
     place = 255 + 8 * np.log2(x / largest)
     far = np.abs(place - np.floor(place) - 0.5) > 1e-3  # where rounding may differ
@@ -88,6 +97,14 @@ def test_what_is_not_finite_stays_so(name):
         _, _, decoded = both(CODES[name]("stochastic"), x)
         assert not np.isfinite(decoded[3, 2]), bad
         assert np.isfinite(decoded[8:]).all()
+
+
+def test_negative_numbers_are_refused_by_a_code_without_signs():
+    x = numbers("log8")
+    x[2, 3] *= -1
+    _, _, decoded = both(Logarithmic("nearest"), x)
+    assert np.isnan(decoded[:8, 3]).all() and np.isfinite(decoded[8:]).all()
+    assert np.isfinite(decoded[:, :3]).all()
 
 
 @pytest.mark.parametrize("name", CODES)

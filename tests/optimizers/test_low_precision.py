@@ -1,16 +1,21 @@
 """`low_precision_state` of the optimizers of optax."""
 
 import functools
+import sys
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx, serialization
 from jax.sharding import NamedSharding, PartitionSpec
 
 import mpjax
+import mpjax.nnx
 from mpjax._optimizers.codes import LowPrecisionArray
+from mpjax._optimizers.rules import KINDS, block_of
 
 OPTIMIZERS = {
     "adam": lambda: optax.adam(1e-2),
@@ -89,7 +94,7 @@ def test_fields_and_paths_choose_the_format():
     assert mu["skip"]["w"].dtype == jnp.float32 and mu["b"].dtype == jnp.float32
     assert mu["w"].values.dtype == jnp.int8 and mu["w"].values.shape == SHAPE
     assert {nu["b"].values.dtype, nu["w"].values.dtype} == {jnp.dtype("uint8")}
-    assert nu["w"].scale.shape == (1, 96) and nu["b"].scale.shape == (1,)
+    assert nu["w"].scale.shape == (8, 96) and nu["b"].scale.shape == (12,)
 
 
 @jax.numpy_dtype_promotion("standard")
@@ -104,7 +109,7 @@ def test_a_linear_code_of_the_second_moment_loses_small_ones():
     values, scale = code.encode(moment, (256, 1), np.zeros(moment.shape, np.uint32))
     update = gradients / (np.sqrt(code.decode(values, scale, (256, 1))) + 1e-8)
     assert np.max(update) > 1e3  # and is 1 in float32
-    for name in ("int8", "float8_e4m3fn", "float16"):
+    for name in ("int8", "float8_e4m3fn", "float16"):  # and so of other names for it
         rule = mpjax.StateRule("nu", name, min_size=0)
         with pytest.raises(ValueError, match=f"{name} cannot hold the second moments"):
             mpjax.low_precision_state(optax.adam(1e-2), rule).init(PARAMS)
@@ -176,15 +181,111 @@ def test_bits_do_not_depend_on_how_arrays_are_sharded(spec):
 
 
 @jax.numpy_dtype_promotion("standard")
-def test_no_block_crosses_a_shard():
+def test_states_are_the_same_on_many_devices_and_no_block_crosses_a_shard():
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     sharding = NamedSharding(mesh, PartitionSpec("x", None))
-    params = {"w": jax.device_put(jnp.ones((512, 32)), sharding)}
-    state = mpjax.low_precision_state(optax.adam(1e-2)).init(params)
-    mu = optax.tree.get(state, "mu")["w"]
-    assert mu.block == (64, 1) and mu.scale.shape == (8, 32)
-    whole = mpjax.low_precision_state(optax.adam(1e-2)).init({"w": jnp.ones((512, 32))})
-    assert optax.tree.get(whole, "mu")["w"].block == (256, 1)
+    tx = mpjax.low_precision_state(optax.adam(1e-2))
+    one = {"w": jnp.ones((512, 32))}
+    many = jax.device_put(one, sharding)
+    states = tx.init(one), tx.init(many), jax.jit(tx.init)(many)
+    for state in states:
+        mu = optax.tree.get(state, "mu")["w"]
+        assert mu.block == (64, 1) and mu.scale.shape == (8, 32)
+        assert jax.tree.structure(state) == jax.tree.structure(states[0])
+    # What holds for the parameter holds for both arrays of a code.
+    made = jax.jit(tx.init, out_shardings=sharding_like(states[0], sharding))(many)
+    mu = optax.tree.get(made, "mu")["w"]
+    assert mu.values.sharding == sharding and mu.scale.sharding == sharding
+    for size in (1024, 768, 64, 100, 7, 1):
+        block = block_of((size,), 128)[0]
+        assert size % block == 0 and (block == 1 or size // block >= 8)
+    assert block_of((1024, 256), 128) == (128, 1)
+    assert block_of((3, 3, 16, 4096), 128) == (1, 1, 1, 128)
+
+
+def sharding_like(state, sharding):
+    everywhere = NamedSharding(sharding.mesh, PartitionSpec())
+    return jax.tree.map(lambda x: sharding if np.ndim(x) == 2 else everywhere, state)
+
+
+@jax.numpy_dtype_promotion("standard")
+def test_arrays_are_told_by_the_state_they_are_in_and_not_by_name():
+    """``nu`` of SM3 and ``v`` of Adan have signs, and centered RMSprop subtracts."""
+    shape = {"w": jnp.zeros((64, 64))}
+    for tx, fields in (
+        (optax.sm3(1e-2), {"nu": "float8_e4m3fn"}),
+        (optax.adan(1e-2), {"m": "float8_e4m3fn", "v": "float8_e4m3fn", "n": "uint8"}),
+        (optax.adadelta(1.0), {"e_g": "uint8", "e_x": "uint8"}),
+        (optax.contrib.ademamix(1e-2), {"m1": "float8_e4m3fn", "nu": "uint8"}),
+    ):
+        state = mpjax.low_precision_state(tx).init(shape)
+        for name, dtype in fields.items():
+            assert optax.tree.get(state, name)["w"].values.dtype == dtype, name
+    centered = optax.rmsprop(1e-3, centered=True)
+    with pytest.raises(ValueError, match="No array of the optimizer's state"):
+        mpjax.low_precision_state(centered).init(shape)
+    for tx, rule in (
+        (optax.adadelta(1.0), mpjax.StateRule("e_g", "int8")),
+        (centered, mpjax.StateRule("nu", "log8")),
+        (optax.sgd(0.1, momentum=0.9), mpjax.StateRule("trace", "log8")),
+    ):
+        with pytest.raises(ValueError, match=r"cannot hold|is not known|no negative"):
+            mpjax.low_precision_state(tx, rule).init(shape)
+
+
+def test_the_states_in_the_table_are_those_of_optax():
+    modules = [m for name, m in sys.modules.items() if name.startswith("optax")]
+    states = {name: value for m in modules for name, value in vars(m).items()}
+    for name, field in KINDS:
+        assert field in states[name]._fields, name
+
+
+@jax.numpy_dtype_promotion("standard")
+def test_nnx_and_boxes_train_as_arrays_do():
+    rules = [
+        mpjax.StateRule("mu", "bfloat16", path=".*kernel", min_size=0),
+        mpjax.StateRule("nu", "log8", path=".*kernel", min_size=0),
+    ]
+    tx = mpjax.low_precision_state(optax.adam(1e-2), rules)
+    kernel = jax.random.normal(KEY, (16, 32))
+    net = nnx.Linear(16, 32, use_bias=False, rngs=nnx.Rngs(0))
+    net.kernel.set_value(kernel)
+    optimizer = mpjax.nnx.Optimizer(net, tx)
+    boxed = {"kernel": nn.Partitioned(kernel, (None, None))}
+    plain = {"kernel": kernel}
+    states = [tx.init(boxed), tx.init(plain)]
+
+    @nnx.jit
+    def step(net, optimizer):
+        grads = nnx.grad(lambda net: jnp.sum(jnp.sin(net.kernel[...])))(net)
+        optimizer.update(net, grads)
+
+    def update(params, state):
+        grads = jax.grad(lambda p: jnp.sum(jnp.sin(jax.tree.leaves(p)[0])))(params)
+        updates, state = tx.update(grads, state, params)
+        return mpjax.apply_updates(params, updates), state
+
+    for _ in range(3):
+        step(net, optimizer)
+        boxed, states[0] = jax.jit(update)(boxed, states[0])
+        plain, states[1] = jax.jit(update)(plain, states[1])
+    np.testing.assert_array_equal(net.kernel[...], plain["kernel"])
+    np.testing.assert_array_equal(boxed["kernel"].unbox(), plain["kernel"])
+    assert len(stored(optimizer.opt_state)) == 2
+
+
+def test_flax_writes_states_and_optax_maps_over_them():
+    tx = mpjax.low_precision_state(optax.sgd(0.1, momentum=0.9))
+    state = tx.init(PARAMS)
+    read = serialization.from_bytes(state, serialization.to_bytes(state))
+    jax.tree.map(np.testing.assert_array_equal, read, state)
+    other = mpjax.low_precision_state(
+        optax.sgd(0.1, momentum=0.9), mpjax.StateRule("trace", "int8")
+    )
+    with pytest.raises(ValueError, match="was written as"):
+        serialization.from_bytes(other.init(PARAMS), serialization.to_bytes(state))
+    mapped = optax.tree.map_params(tx, lambda x: x, state)
+    jax.tree.map(np.testing.assert_array_equal, mapped, state)
 
 
 def test_bytes_of_a_parameter():
@@ -204,7 +305,7 @@ def test_what_is_wrong_raises():
         mpjax.low_precision_state(optax.adam(1e-3), "4bit")
     with pytest.raises(ValueError, match=r"format of a state is one of .*'int4'"):
         mpjax.StateRule("mu", "int4")
-    with pytest.raises(ValueError, match=r"matches nothing: .*fields .* are mu, nu"):
+    with pytest.raises(ValueError, match=r"matches nothing: .* are mu of b, mu of w"):
         rule = mpjax.StateRule("momentum", "int8")
         mpjax.low_precision_state(optax.adam(1e-3), rule).init(PARAMS)
     with pytest.raises(ValueError, match="No array of the optimizer's state is stored"):

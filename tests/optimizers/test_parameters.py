@@ -5,13 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import mpjax
+import mpjax.nnx
 import mpjax.optimizers
-from mpjax._optimizers.parameters import joined, split
+from mpjax._optimizers.halves import joined, split
 
 KEY = jax.random.key(0)
 SHAPE = 8, 32
@@ -153,6 +155,56 @@ def test_bytes_of_training_state():
     assert held["float32"] < 8.1
 
 
+def test_what_stands_outside_changes_nothing_or_raises():
+    params = short(WHOLE)
+    inner = mpjax.low_precision_params(optax.sgd(0.5))
+
+    def stepped(tx):
+        updates, _ = tx.update(WHOLE, tx.init(params), params)
+        return mpjax.apply_updates(params, updates)
+
+    expected = stepped(inner)
+    jax.tree.map(np.testing.assert_array_equal, stepped(mpjax.scaled(inner)), expected)
+    assert np.any(expected["w"] != params["w"])
+    with jax.numpy_dtype_promotion("standard"):
+        for outer in (optax.scale(0.5), optax.clip(1e-3), optax.ema(0.9)):
+            with pytest.raises(ValueError, match=r"(?s)are bits.*Put it inside"):
+                stepped(optax.chain(inner, outer))
+        zero = stepped(optax.chain(inner, optax.set_to_zero()))
+    np.testing.assert_array_equal(zero["w"], params["w"])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_parameters_that_are_replaced_are_trained_on(method):
+    params = {"w": jnp.ones(4, jnp.bfloat16)}
+    tx = mpjax.low_precision_params(optax.sgd(2.0**-3), method)
+    state = tx.init(params)
+    params = {"w": jnp.full(4, 5.0, jnp.bfloat16)}
+    updates, state = tx.update({"w": jnp.ones(4)}, state, params)
+    new = mpjax.apply_updates(params, updates)
+    np.testing.assert_array_equal(new["w"], jnp.full(4, 4.875, jnp.bfloat16))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_train_state_and_nnx_take_new_values(method):
+    tx = mpjax.low_precision_params(optax.sgd(2.0**-3), method)
+    params = {"w": jnp.ones(4, jnp.bfloat16)}
+    state = mpjax.TrainState.create(apply_fn=abs, params=params, tx=tx)
+    state = state.apply_gradients(grads={"w": jnp.ones(4)})
+    np.testing.assert_array_equal(state.params["w"], jnp.full(4, 0.875, jnp.bfloat16))
+    net = nnx.Linear(4, 1, use_bias=False, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    net.kernel.set_value(jnp.ones((4, 1), jnp.bfloat16))
+    optimizer = mpjax.nnx.Optimizer(net, tx)
+    for _ in range(2):
+        grads = nnx.grad(lambda net: net.kernel[...].sum())(net)
+        optimizer.update(net, grads)
+    np.testing.assert_array_equal(net.kernel[...], jnp.full((4, 1), 0.75, jnp.bfloat16))
+    whole = mpjax.optimizers.float32_params(
+        nnx.as_pure(nnx.state(net, nnx.Param)), nnx.as_pure(optimizer.opt_state)
+    )
+    assert jax.tree.leaves(whole)[0].dtype == jnp.float32
+
+
 def test_what_is_wrong_raises():
     tx = mpjax.low_precision_params(optax.sgd(0.1))
     with pytest.raises(ValueError, match="method is one of"):
@@ -170,3 +222,11 @@ def test_what_is_wrong_raises():
     updates, _ = tx.update(WHOLE, state, params)
     with pytest.raises(TypeError):
         optax.apply_updates(params, updates)
+    with pytest.raises(TypeError, match="state is a LowPrecisionParamsState"):
+        tx.update(WHOLE, optax.sgd(0.1).init(params), params)
+    with pytest.raises(ValueError, match="one structure"):
+        tx.update({"w": WHOLE["w"]}, state, {"w": params["w"]})
+    with pytest.raises(ValueError, match="made for a 16-bit parameter"):
+        tx.update(WHOLE, state, WHOLE)
+    with pytest.raises(ValueError, match="floating parameters, got int32 at 'n'"):
+        tx.init({"w": params["w"], "n": jnp.ones(3, jnp.int32)})

@@ -1,0 +1,82 @@
+"""A float32 parameter as one in 16 bits and the rest of it."""
+
+from typing import Any, Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from mpjax._numerics.casts import round_with_bits
+from mpjax._optimizers.codes import stochastic_bfloat16
+from mpjax._typing import Array, ArrayTree
+
+Method: TypeAlias = Literal["float32", "split", "kahan", "stochastic"]
+METHODS = "float32", "split", "kahan", "stochastic"
+_F32 = jnp.float32
+
+
+def split(
+    x: Array, dtype: Any, method: Method, bits: Array | None = None
+) -> tuple[Array, Any]:
+    """A float32 parameter as one in 16 bits and the rest of it.
+
+    Args:
+      x: f32[...].
+      dtype: of the parameter.
+      method: how the rest is kept.
+      bits: uint32[...], random; None: rounded to nearest.
+    """
+    if method == "split":
+        whole = lax.bitcast_convert_type(x, jnp.uint32)
+        # To nearest; the lower half, as a signed number, takes away what that added.
+        high = jnp.where(jnp.isnan(x), jnp.uint32(0x7FC00000), whole + 0x8000)
+        low = jnp.where(jnp.isnan(x), jnp.uint32(0), whole)
+        value = lax.bitcast_convert_type((high >> 16).astype(jnp.uint16), dtype)
+        low = lax.bitcast_convert_type(low.astype(jnp.uint16), jnp.int16)
+        return value, low
+    if method == "stochastic" and bits is not None:
+        if dtype == jnp.bfloat16:
+            return stochastic_bfloat16(x, bits >> 16), optax.MaskedNode()
+        return round_with_bits(x, dtype, bits), optax.MaskedNode()
+    value = x.astype(dtype)
+    if method == "float32":
+        return value, x
+    if method == "kahan":
+        rest = x - value.astype(jnp.float32)
+        return value, jnp.where(jnp.isfinite(rest), rest, 0.0).astype(dtype)
+    return value, optax.MaskedNode()
+
+
+def joined(params: ArrayTree, rest: ArrayTree) -> ArrayTree:
+    """Float32 parameters, of 16-bit ones and the rest of them."""
+    leaves, structure = jax.tree.flatten(params)
+    rests = structure.flatten_up_to(rest)
+    return structure.unflatten(map(_join, leaves, rests))
+
+
+def _join(param: Array, rest: Any) -> Array:
+    method = method_of(rest)
+    if not is_short(param):
+        return param
+    if method == "float32":  # unless the parameter was replaced
+        return jnp.where(rest.astype(param.dtype) == param, rest, param.astype(_F32))
+    if method == "split":
+        high = lax.bitcast_convert_type(param, jnp.uint16).astype(jnp.uint32) << 16
+        low = lax.bitcast_convert_type(rest.astype(jnp.int32), jnp.uint32)
+        return lax.bitcast_convert_type(high + low, jnp.float32)
+    whole = param.astype(jnp.float32)
+    return whole if method == "stochastic" else whole + rest.astype(jnp.float32)
+
+
+def method_of(rest: Any) -> Method:
+    if isinstance(rest, optax.MaskedNode):
+        return "stochastic"
+    names: dict[str, Method] = {"float32": "float32", "int16": "split"}
+    return names.get(rest.dtype.name, "kahan")
+
+
+def is_short(param: Any) -> bool:
+    """Whether a parameter is a float of 16 bits."""
+    dtype = getattr(param, "dtype", None)
+    return dtype in (jnp.bfloat16, jnp.float16)
