@@ -21,11 +21,13 @@ class OfStoredParams(optax.GradientTransformationExtraArgs):
 class NewValue:
     """The update of a 16-bit parameter: the bits in which its new value differs.
 
+    They are those of float32, since compilers write 16-bit integers out.
+
     A sum in 16 bits could not be made to give that very value. Of a type of its own, so
     that adding it, as ``optax.apply_updates`` would, is an error. Zeros change nothing.
 
     Attributes:
-      bits: uint16[...], those of the new value, exclusive or those of the old one.
+      bits: uint32[...], those of the new value, exclusive or those of the old one.
     """
 
     bits: Array
@@ -41,17 +43,18 @@ class NewValue:
         Raises:
           ValueError: something has changed the update.
         """
-        if getattr(self.bits, "dtype", None) != jnp.uint16:
+        if getattr(self.bits, "dtype", None) != jnp.uint32:
             raise ValueError(
                 "Updates of 16-bit parameters are bits, no numbers, and something has "
                 "computed with them: of what mpjax.low_precision_params wraps nothing "
                 "may stand outside but loss scaling and mpjax.scaled. Put it inside."
             )
-        return lax.bitcast_convert_type(_bits(param) ^ self.bits, param.dtype)
+        new = lax.bitcast_convert_type(_bits(param) ^ self.bits, jnp.float32)
+        return new.astype(param.dtype)
 
 
 def _bits(x: Array) -> Array:
-    return lax.bitcast_convert_type(x, jnp.uint16)
+    return lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
 
 
 def is_new_value(node: Any) -> bool:

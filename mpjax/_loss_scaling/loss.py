@@ -13,7 +13,7 @@ from jax import lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from mpjax._checks import check_argnums, check_callable, check_flag
+from mpjax._checks import check_amount, check_argnums, check_callable, check_flag
 from mpjax._loss_scaling.devices import Devices
 from mpjax._loss_scaling.known import promising_when_known
 from mpjax._loss_scaling.marks import mark_bad_loss
@@ -246,16 +246,28 @@ def check_scaled(opt_state: ArrayTree) -> None:
         )
 
 
-def unscaled(grads: ArrayTree, scale: Array) -> ArrayTree:
-    """Gradients divided by a scale, in float32; scaling states are left alone."""
+def rescaled(grads: ArrayTree, given: ArrayLike, wanted: Array) -> ArrayTree:
+    """Gradients of a loss that another scale has multiplied, in float32.
 
-    def unscale(g):
+    Args:
+      grads: a tree of gradients; scaling states are left alone.
+      given: f32[], what the loss was multiplied by.
+      wanted: f32[], what it is to have been multiplied by.
+
+    Raises:
+      TypeError: ``given`` is no floating number.
+      ValueError: it is negative or not finite.
+    """
+    check_amount("loss_scale", given, ())
+    factor = wanted / jnp.asarray(given, jnp.float32)
+
+    def rescale(g):
         if _is_state(g) or not is_numeric(g):
             return g
         wide = widen(jnp.asarray(g))
-        return wide / jnp.asarray(scale, jnp.finfo(wide.dtype).dtype)
+        return wide * jnp.asarray(factor, jnp.finfo(wide.dtype).dtype)
 
-    return jax.tree.map(unscale, grads, is_leaf=_is_state)
+    return jax.tree.map(rescale, grads, is_leaf=_is_state)
 
 
 def loss_and_aux(out: Any, has_aux: bool) -> tuple[Any, Any]:

@@ -14,7 +14,7 @@ from mpjax._checks import (
 )
 from mpjax._loss_scaling.loss import (
     check_scaled,
-    unscaled,
+    rescaled,
 )
 from mpjax._loss_scaling.state import (
     LossScalingState,
@@ -131,7 +131,7 @@ class Optimizer(nnx.Optimizer):
         if scales_loss and loss_scale is None:
             check_scaled(arrays_of(self))
         elif scales_loss:
-            grads = unscaled(grads, loss_scale / self.loss_scale)
+            grads = rescaled(grads, loss_scale, self.loss_scale)
         params, trained = (
             nnx.as_pure(nnx.state(node, self.wrt, graph=self.graph))
             for node in (model, grads)

@@ -11,7 +11,7 @@ from flax import struct
 from flax.training import train_state
 
 from mpjax._checks import check_callable, check_same_structure, check_transformation
-from mpjax._loss_scaling.loss import check_scaled, unscaled
+from mpjax._loss_scaling.loss import check_scaled, rescaled
 from mpjax._loss_scaling.state import (
     LossScalingState,
     last_step_finite,
@@ -170,7 +170,7 @@ class TrainState(train_state.TrainState):
         if scales and loss_scale is None:
             check_scaled(self.opt_state)
         elif scales:
-            grads = unscaled(grads, loss_scale / self.loss_scale)
+            grads = rescaled(grads, loss_scale, self.loss_scale)
         variables = self.variables
         tx = of_variables(self.tx)
         updates, opt_state = tx.update(grads, self.opt_state, variables)

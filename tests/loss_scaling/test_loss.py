@@ -335,7 +335,8 @@ def test_flax_lets_devices_disagree_on_the_scale():
 
     def step(x):
         opt_state = tx.init(jnp.float32(1.0))
-        grads = mpjax.value_and_grad(loss_fn, opt_state)(jnp.float32(1.0), x)[1]
+        grad_fn = mpjax.value_and_grad(loss_fn, opt_state, axis_name=())
+        grads = grad_fn(jnp.float32(1.0), x)[1]
         return mpjax.loss_scale(tx.update(grads, opt_state)[1])
 
     np.testing.assert_array_equal(jax.pmap(step, axis_name="i")(x), 2.0**15)
