@@ -48,17 +48,23 @@ def split(
     return value, optax.MaskedNode()
 
 
-def joined(params: ArrayTree, rest: ArrayTree) -> ArrayTree:
-    """Float32 parameters, of 16-bit ones and the rest of them."""
+def joined(params: ArrayTree, rest: dict[Method, ArrayTree]) -> ArrayTree:
+    """Float32 parameters, of 16-bit ones and the rest of them.
+
+    Args:
+      params: a tree of parameters.
+      rest: the rest of each, by the method.
+    """
+    (method, tree), *_ = rest.items()
     leaves, structure = jax.tree.flatten(params)
-    rests = structure.flatten_up_to(rest)
-    return structure.unflatten(map(_join, leaves, rests))
+    rests = structure.flatten_up_to(tree)
+    return structure.unflatten(
+        _join(p, r, method) if is_short(p) else p
+        for p, r in zip(leaves, rests, strict=True)
+    )
 
 
-def _join(param: Array, rest: Any) -> Array:
-    method = method_of(rest)
-    if not is_short(param):
-        return param
+def _join(param: Array, rest: Any, method: Method) -> Array:
     if method == "float32":  # unless the parameter was replaced
         return jnp.where(rest.astype(param.dtype) == param, rest, param.astype(_F32))
     if method == "split":
@@ -67,13 +73,6 @@ def _join(param: Array, rest: Any) -> Array:
         return lax.bitcast_convert_type(high + low, jnp.float32)
     whole = param.astype(jnp.float32)
     return whole if method == "stochastic" else whole + rest.astype(jnp.float32)
-
-
-def method_of(rest: Any) -> Method:
-    if isinstance(rest, optax.MaskedNode):
-        return "stochastic"
-    names: dict[str, Method] = {"float32": "float32", "int16": "split"}
-    return names.get(rest.dtype.name, "kahan")
 
 
 def is_short(param: Any) -> bool:

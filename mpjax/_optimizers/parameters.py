@@ -15,7 +15,7 @@ from mpjax._checks import (
     whole_number,
     wrong,
 )
-from mpjax._optimizers.halves import METHODS, Method, is_short, joined, method_of, split
+from mpjax._optimizers.halves import METHODS, Method, is_short, joined, split
 from mpjax._optimizers.noise import random_bits, salt_of
 from mpjax._optimizers.rules import path_name
 from mpjax._optimizers.trees import check_floating_leaves, has_arrays
@@ -29,20 +29,20 @@ class LowPrecisionParamsState(NamedTuple):
 
     Attributes:
       inner_state: that of the optimizer, which works in float32.
-      rest: a tree like the parameters, of what a 16-bit parameter lacks: the float32
-        parameter, its lower 16 bits as int16, or the bfloat16 rest; elsewhere
-        ``optax.MaskedNode``.
+      rest: what 16-bit parameters lack, by the method: a tree like the parameters, of
+        the float32 parameter, its lower 16 bits as int16, or the bfloat16 rest;
+        elsewhere ``optax.MaskedNode``.
       count: uint32[], from which the random bits of the next step are made.
 
     Example:
       >>> import jax.numpy as jnp, mpjax, optax
       >>> tx = mpjax.low_precision_params(optax.sgd(1.0))
       >>> print(tx.init(jnp.ones(2, jnp.bfloat16)).rest)
-      [0 0]
+      {'split': Array([0, 0], dtype=int16)}
     """
 
     inner_state: optax.OptState
-    rest: ArrayTree
+    rest: dict[Method, ArrayTree]
     count: Array
 
 
@@ -121,7 +121,7 @@ def low_precision_params(
             check_dtypes(params, method)
             rest = jax.tree.map(rest_of, params)
         return LowPrecisionParamsState(
-            inner.init(widen(params)), rest, jnp.array(seed, jnp.uint32)
+            inner.init(widen(params)), {method: rest}, jnp.array(seed, jnp.uint32)
         )
 
     def update(updates, state, params=None, **extra_args):
@@ -138,7 +138,7 @@ def low_precision_params(
                 "pass what the init or update of this optimizer returned",
             )
         check_same_shapes("updates and params", updates, params)
-        _check_same_tree(params, state.rest)
+        _check_same_tree(params, state, method)
         whole = joined(params, state.rest)
         wide, inner_state = inner.update(
             widen(updates), state.inner_state, whole, **extra_args
@@ -163,7 +163,7 @@ def low_precision_params(
             rests.append(rest)
         return structure.unflatten(out), LowPrecisionParamsState(
             inner_state,
-            structure.unflatten(rests),
+            {method: structure.unflatten(rests)},
             state.count + jnp.uint32(0x9E3779B9),
         )
 
@@ -194,9 +194,9 @@ def float32_params(params: ArrayTree, opt_state: ArrayTree) -> ArrayTree:
       'float32'
     """
     check_arrays("params", params)
-    rest = _find_state(opt_state).rest
-    _check_same_tree(params, rest)
-    return joined(params, rest)
+    state = _find_state(opt_state)
+    _check_same_tree(params, state)
+    return joined(params, state.rest)
 
 
 def with_float32_params(
@@ -228,22 +228,21 @@ def with_float32_params(
     check_arrays("params", params)
     check_arrays("whole", whole)
     check_same_shapes("params and whole", params, whole)
+    (method, old), *_ = state.rest.items()
     leaves, structure = jax.tree.flatten(params)
-    values, rests = [], []
-    for p, x, old in zip(
-        leaves,
-        structure.flatten_up_to(whole),
-        structure.flatten_up_to(state.rest),
-        strict=True,
-    ):
-        if not is_short(p):
-            values.append(jnp.asarray(x, p.dtype))
-            rests.append(old)
-            continue
-        value, rest = split(jnp.asarray(x, jnp.float32), p.dtype, method_of(old))
-        values.append(value)
-        rests.append(rest)
-    new = state._replace(rest=structure.unflatten(rests))
+    halves = [
+        split(jnp.asarray(x, jnp.float32), p.dtype, method)
+        if is_short(p)
+        else (jnp.asarray(x, p.dtype), r)
+        for p, x, r in zip(
+            leaves,
+            structure.flatten_up_to(whole),
+            structure.flatten_up_to(old),
+            strict=True,
+        )
+    ]
+    values, rests = zip(*halves, strict=True)
+    new = state._replace(rest={method: structure.unflatten(rests)})
     opt_state = jax.tree.map(
         lambda node: new if _is_state(node) else node, opt_state, is_leaf=_is_state
     )
@@ -276,8 +275,16 @@ def _find_state(opt_state: ArrayTree) -> LowPrecisionParamsState:
     return found[0]
 
 
-def _check_same_tree(params: ArrayTree, rest: ArrayTree) -> None:
-    """Raises a ValueError unless a state is that of parameters."""
+def _check_same_tree(
+    params: ArrayTree, state: LowPrecisionParamsState, wanted: Method | None = None
+) -> None:
+    """Raises a ValueError unless a state is that of parameters, and of a method."""
+    (method, rest), *_ = state.rest.items()
+    if wanted not in (None, method):
+        raise ValueError(
+            f'The state was made with method="{method}", and this is "{wanted}": '
+            "convert it by mpjax.optimizers.float32_params and with_float32_params."
+        )
     check_same_structure("params and those of the state", params, rest, _is_leaf)
     for p, r in zip(
         jax.tree.leaves(params), jax.tree.leaves(rest, is_leaf=_is_leaf), strict=True

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from hypothesis import given, settings
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import mpjax
+import mpjax.checkpoints
 import mpjax.nnx
 import mpjax.optimizers
 from mpjax._optimizers.halves import joined, split
@@ -37,7 +39,7 @@ def gradient(step):
 def test_both_halves_are_the_float32_parameter(bits):
     x = bits.view(np.float32)
     value, rest = split(x, jnp.bfloat16, "split")
-    whole = np.asarray(joined({"w": value}, {"w": rest})["w"])
+    whole = np.asarray(joined({"w": value}, {"split": {"w": rest}})["w"])
     number = ~np.isnan(x)
     np.testing.assert_array_equal(whole.view(np.uint32)[number], bits[number])
     assert np.isnan(whole[~number]).all()
@@ -205,6 +207,23 @@ def test_train_state_and_nnx_take_new_values(method):
     assert jax.tree.leaves(whole)[0].dtype == jnp.float32
 
 
+def test_a_checkpoint_of_another_method_is_refused(tmp_path):
+    states = {
+        method: mpjax.TrainState.create(
+            apply_fn=abs,
+            params={"w": jnp.ones(4, jnp.bfloat16)},
+            tx=mpjax.low_precision_params(optax.sgd(0.1), method),
+        )
+        for method in METHODS
+    }
+    with ocp.StandardCheckpointer() as saver:
+        mpjax.checkpoints.save(saver, tmp_path / "kahan", states["kahan"])
+        saver.wait_until_finished()
+        for method in ("float32", "split"):
+            with pytest.raises(ValueError, match="another model or optimizer"):
+                mpjax.checkpoints.restore(saver, states[method], tmp_path / "kahan")
+
+
 def test_what_is_wrong_raises():
     tx = mpjax.low_precision_params(optax.sgd(0.1))
     with pytest.raises(ValueError, match="method is one of"):
@@ -222,6 +241,9 @@ def test_what_is_wrong_raises():
     updates, _ = tx.update(WHOLE, state, params)
     with pytest.raises(TypeError):
         optax.apply_updates(params, updates)
+    other = mpjax.low_precision_params(optax.sgd(0.1), "kahan").init(params)
+    with pytest.raises(ValueError, match=r'made with method="kahan", and this is "spl'):
+        tx.update(WHOLE, other, params)
     with pytest.raises(TypeError, match="state is a LowPrecisionParamsState"):
         tx.update(WHOLE, optax.sgd(0.1).init(params), params)
     with pytest.raises(ValueError, match="one structure"):
