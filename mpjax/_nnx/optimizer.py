@@ -126,7 +126,7 @@ class Optimizer(nnx.Optimizer):
         """
         check_holds("model", model, nnx.Module, "pass that which is trained")
         check_holds("grads", grads, nnx.State, "pass those of mpjax.nnx.value_and_grad")
-        before, scales_loss = self.step[...], self.scales_loss
+        before, scales_loss = self.step.get_value(), self.scales_loss
         if scales_loss and loss_scale is None:
             check_scaled(arrays_of(self))
         elif scales_loss:
@@ -144,7 +144,7 @@ class Optimizer(nnx.Optimizer):
         if scales_loss:
             made = last_step_finite(opt_state)
             self.step[...] = jnp.where(made, self.step[...], before)
-            restore_unless(made, self)
+            restore_unless(made, self, before)
         if scaling_stats(model):
             update_scaling(model, grads, step_of_optimizer(opt_state))
         return updates
