@@ -17,7 +17,7 @@ from mpjax._loss_scaling.loss import (
 )
 from mpjax._loss_scaling.state import (
     LossScalingState,
-    last_step_finite,
+    check_skips_are_known,
     loss_scale,
     skipped_steps,
 )
@@ -31,7 +31,11 @@ from mpjax._nnx.scaling import (
 )
 from mpjax._policies.policy import check_loss_is_scaled
 from mpjax._recipes.recipe import Recipe
-from mpjax._scaling_states.update import found_states, step_of_optimizer
+from mpjax._scaling_states.update import (
+    found_states,
+    last_step_applied,
+    step_of_optimizer,
+)
 from mpjax._typing import Array, ArrayTree
 from mpjax._updates import with_updates
 
@@ -52,7 +56,8 @@ class Optimizer(nnx.Optimizer):
 
     Raises:
       ValueError: ``wrt`` has states of the model, or a module computes in float16 and
-        ``tx`` scales no loss.
+        ``tx`` scales no loss, or ``tx`` is ``optax.apply_if_finite``, which does not
+        tell what it skips.
 
     Example:
       >>> from flax import nnx
@@ -90,6 +95,7 @@ class Optimizer(nnx.Optimizer):
                 "mpjax.nnx.ScalingStat out of it."
             )
         super().__init__(model, tx, wrt=wrt, **kwargs)
+        check_skips_are_known(arrays_of(self))
         if not self.scales_loss:
             decisions = (decision_of(node) for _, node in nnx.iter_modules(model))
             check_loss_is_scaled(d.policy for d in decisions if d is not None)
@@ -141,8 +147,8 @@ class Optimizer(nnx.Optimizer):
         nnx.update(model, with_updates(params, updates))
         nnx.update(self.opt_state, nnx.state(opt_state, graph=self.graph))
         self.step[...] += 1
-        if scales_loss:
-            made = last_step_finite(opt_state)
+        made = last_step_applied(opt_state)
+        if made is not None:
             self.step[...] = jnp.where(made, self.step[...], before)
             restore_unless(made, self, before)
         if scaling_stats(model):
@@ -184,8 +190,9 @@ class Optimizer(nnx.Optimizer):
             check_holds("A module", module, nnx.Module, "pass those that are changed")
         before = values_of(modules)
         yield
-        if self.scales_loss:
-            write_unless(self.last_step_finite, before)
+        made = last_step_applied(arrays_of(self))
+        if made is not None:
+            write_unless(made, before)
 
     @property
     def scales_loss(self) -> bool:
@@ -200,13 +207,12 @@ class Optimizer(nnx.Optimizer):
     @property
     def last_step_finite(self) -> Array:
         """bool[], whether the last step was applied."""
-        if self.scales_loss:
-            return last_step_finite(arrays_of(self))
-        return jnp.array(True)
+        applied = last_step_applied(arrays_of(self))
+        return jnp.array(True) if applied is None else applied
 
     @property
     def skipped_steps(self) -> Array:
-        """int32[], how many steps were skipped since the start."""
+        """int32[], how many steps loss scaling has skipped since the start."""
         if self.scales_loss:
             return skipped_steps(arrays_of(self))
         return jnp.zeros((), jnp.int32)

@@ -14,15 +14,15 @@ from mpjax._checks import check_callable, check_same_structure, check_transforma
 from mpjax._loss_scaling.loss import check_scaled, unscaled
 from mpjax._loss_scaling.state import (
     LossScalingState,
-    last_step_finite,
+    check_skips_are_known,
     loss_scale,
     skipped_steps,
 )
 from mpjax._policies.policy import check_loss_is_scaled, get_policy
 from mpjax._recipes.recipe import Recipe
-from mpjax._recipes.state import ScalingState
+from mpjax._recipes.state import SCALING, ScalingState
 from mpjax._scaling_states.optimizer import apply_updates
-from mpjax._scaling_states.update import found_states, is_state
+from mpjax._scaling_states.update import found_states, is_state, last_step_applied
 from mpjax._training.collections import check_names, new_value, trained_states
 from mpjax._training.optimizer import of_variables, overwritten
 from mpjax._tree import select_tree
@@ -109,7 +109,9 @@ class TrainState(train_state.TrainState):
 
         Raises:
           TypeError: ``apply_fn`` is no function, or ``tx`` no optimizer.
-          ValueError: the model computes in float16 and ``tx`` scales no loss, or a
+          ValueError: the model computes in float16 and ``tx`` scales no loss; or ``tx``
+            is ``optax.apply_if_finite``, which does not tell what it skips; or there
+            are states of scaling beside ``optax.LookaheadParams``; or a
             collection has the name of an attribute of the state, or of a parameter
             of `apply_gradients`.
         """
@@ -120,6 +122,12 @@ class TrainState(train_state.TrainState):
         collections = {**own.pop("collections", {}), **kwargs}
         check_names(cls, collections)
         trained = {"params": params, **trained_states(collections)}
+        if isinstance(params, optax.LookaheadParams) and len(trained) > 1:
+            raise ValueError(
+                "The parameters of optax.lookahead are two sets, got states of delayed "
+                f"scaling for one of them in {SCALING!r}: give the model a recipe "
+                "without states, as mpjax.current_scaling()."
+            )
         state = cls(
             step=jnp.zeros((), jnp.int32),
             apply_fn=apply_fn,
@@ -129,6 +137,7 @@ class TrainState(train_state.TrainState):
             collections=collections,
             **own,
         )
+        check_skips_are_known(state.opt_state)
         _check_loss_scale(apply_fn, state)
         return state
 
@@ -148,8 +157,8 @@ class TrainState(train_state.TrainState):
 
         Args:
           grads: the gradient with respect to `variables`, or, of a model without states
-            of scaling, to ``params``; of `mpjax.value_and_grad` if the optimizer scales
-            the loss.
+            of scaling, to ``params``, or ``params.fast`` of ``optax.lookahead``; of
+            `mpjax.value_and_grad` if the optimizer scales the loss.
           loss_scale: f32[], what the loss was multiplied by, for gradients that
             `mpjax.value_and_grad` has not taken in the same traced function.
           **kwargs: new values of collections and of fields of a subclass. A function
@@ -173,7 +182,7 @@ class TrainState(train_state.TrainState):
         tx = of_variables(self.tx)
         updates, opt_state = tx.update(grads, self.opt_state, variables)
         variables = apply_updates(variables, updates)
-        made = last_step_finite(opt_state) if scales else None
+        made = last_step_applied(opt_state)
         params = overwritten(variables.pop("params"), grads["params"], made)
         step, new = jnp.asarray(self.step) + 1, {}
         for name, value in kwargs.items():
@@ -202,13 +211,12 @@ class TrainState(train_state.TrainState):
     @property
     def last_step_finite(self) -> Array:
         """bool[], whether the last step was applied."""
-        if self.scales_loss:
-            return last_step_finite(self.opt_state)
-        return jnp.array(True)
+        applied = last_step_applied(self.opt_state)
+        return jnp.array(True) if applied is None else applied
 
     @property
     def skipped_steps(self) -> Array:
-        """int32[], how many steps were skipped since the start."""
+        """int32[], how many steps loss scaling has skipped since the start."""
         if self.scales_loss:
             return skipped_steps(self.opt_state)
         return jnp.zeros((), jnp.int32)
@@ -226,6 +234,14 @@ class TrainState(train_state.TrainState):
     def _of_variables(self, grads: ArrayTree) -> ArrayTree:
         """Gradients with respect to `variables`."""
         variables = self.variables
+        if isinstance(self.params, optax.LookaheadParams):
+            if _structure(grads) != _structure(self.params.fast):
+                raise ValueError(
+                    "The parameters of optax.lookahead are optax.LookaheadParams, of "
+                    "which the fast ones have gradients: differentiate with respect to "
+                    "state.params.fast."
+                )
+            return {"params": grads}
         like_params = _structure(grads) == _structure(self.params)
         if like_params and len(variables) == 1:
             return {"params": grads}
