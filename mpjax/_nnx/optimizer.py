@@ -113,14 +113,18 @@ class Optimizer(nnx.Optimizer):
 
         A step that loss scaling skips changes nothing: batch statistics, counts of
         random keys and all else that the loss has written, in the model and in other
-        modules among its arguments, is as it was before `mpjax.nnx.value_and_grad`.
+        modules among its arguments, is as it was before `mpjax.nnx.value_and_grad`, the
+        first of them since the last update. This holds if both are called in the same
+        traced function, or in none.
 
         Args:
           model: as it was when the gradients were taken.
           grads: of `mpjax.nnx.value_and_grad`, or another gradient with respect to the
             trained variables and the `ScalingStat` of the model.
           loss_scale: f32[], what the loss was multiplied by, for gradients that
-            `mpjax.nnx.value_and_grad` has not taken in the same traced function.
+            `mpjax.nnx.value_and_grad` has not taken in the same traced function. What
+            that loss has written is not known here, and stays if the step is skipped:
+            take the gradients and update within ``with optimizer.if_applied(model):``.
           **kwargs: passed on to ``tx.update``.
 
         Returns:
@@ -165,6 +169,13 @@ class Optimizer(nnx.Optimizer):
             optimizer.update(model, grads)
             with optimizer.if_applied(ema):
                 ema.update(model)
+
+        Or around gradients that are compiled alone, and their `update`::
+
+            with optimizer.if_applied(model):
+                scale = optimizer.loss_scale
+                grads = compiled_gradients(model, optimizer, batch)
+                optimizer.update(model, grads, loss_scale=scale)
 
         Args:
           *modules: that are changed, in the values of their variables.

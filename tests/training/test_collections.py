@@ -159,3 +159,27 @@ def test_states_of_a_teacher_stay_as_they_are(tx, own):
     assert_identical(state.teacher_scaling, teacher["scaling"])
     if own:
         assert np.all(state.scaling["kernel_scaling"].history[..., -2:] > 0)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_an_average_of_16_bit_parameters_moves_in_float32(dtype):
+    """In 16 bits it stands still, as docs/training.md says."""
+    params = {"w": jnp.full(3, 1.0, jnp.bfloat16)}
+    state = mpjax.TrainState.create(
+        apply_fn=jnp.dot, params=params, tx=SGD, ema=mpjax.cast_floating(params, dtype)
+    )
+
+    @jax.jit
+    def step(state, grads):
+        def ema(params):
+            new = mpjax.cast_floating(params, dtype)
+            return optax.incremental_update(new, state.ema, 0.001)
+
+        return state.apply_gradients(grads=grads, ema=ema)
+
+    state = step(state, {"w": jnp.full(3, 1.0, jnp.bfloat16)})
+    np.testing.assert_array_equal(state.params["w"], jnp.bfloat16(0.875))
+    for _ in range(20):
+        state = step(state, {"w": jnp.zeros(3, jnp.bfloat16)})
+    expected = 0.875 + 0.125 * 0.999**21 if dtype == jnp.float32 else 1.0
+    np.testing.assert_allclose(state.ema["w"].astype(jnp.float32), expected, 1e-5)

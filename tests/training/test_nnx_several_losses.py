@@ -110,6 +110,33 @@ def test_what_is_set_after_an_evaluation_stays():
     assert_identical(statistics(model), (jnp.full(4, 0.5), jnp.full(4, 2.0)))
 
 
+@pytest.mark.parametrize("compiled", [True, False], ids=["jit", "eager"])
+def test_gradients_compiled_alone_are_undone_by_a_block_around_both(compiled):
+    """Outside of one, what the loss has written stays, as docs/training.md says."""
+
+    def update(model, optimizer, grads, scale):
+        optimizer.update(model, grads, loss_scale=scale)
+
+    take, apply = nnx.jit(gradient), nnx.jit(update) if compiled else update
+    model, optimizer = make()
+
+    def step(x):
+        scale = optimizer.loss_scale
+        apply(model, optimizer, take(model, optimizer, x), scale)
+
+    step(X)
+    old = statistics(model)
+    with optimizer.if_applied(model):
+        step(BAD)
+    assert optimizer.skipped_steps == 1
+    assert_identical(statistics(model), old)
+    with optimizer.if_applied(model):
+        step(X)
+    assert np.all(model.mean[...] != old[0]) and optimizer.step[...] == 2
+    step(BAD)
+    assert not np.isfinite(model.mean[...]).all()
+
+
 def records():
     gc.collect()
     return [len(record.entries) for record in before._records.values()]
