@@ -42,8 +42,8 @@ def of_variables(
     of_arrays = optax.GradientTransformationExtraArgs(init, update)
     with_states = scaled(of_arrays)
 
-    def update_all(updates, state, params, **extra_args):
-        lookahead = isinstance(params["params"], optax.LookaheadParams)
+    def update_all(updates, state, params=None, **extra_args):
+        lookahead = params is not None and is_lookahead(params["params"])
         used = of_arrays if lookahead else with_states
         return used.update(updates, state, params, **extra_args)
 
@@ -64,6 +64,11 @@ def overwritten(params: ArrayTree, grads: ArrayTree, made: Array | None) -> Arra
     new = new if made is None else select_tree(made, new, old)
     rebuild: Any = type(params)
     return rebuild({**params, OVERWRITE_WITH_GRADIENT: new})
+
+
+def is_lookahead(params: Any) -> bool:
+    """Whether parameters are the two trees of ``optax.lookahead``."""
+    return isinstance(params, optax.LookaheadParams)
 
 
 def _overwrites(params: ArrayTree) -> bool:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from mpjax._recipes.state import SCALING, ScalingState
 from mpjax._scaling_states.optimizer import apply_updates
 from mpjax._scaling_states.update import found_states, is_state, last_step_applied
 from mpjax._training.collections import check_names, new_value, trained_states
-from mpjax._training.optimizer import of_variables, overwritten
+from mpjax._training.optimizer import is_lookahead, of_variables, overwritten
 from mpjax._tree import select_tree
 from mpjax._typing import Array, ArrayTree
 
@@ -122,7 +122,7 @@ class TrainState(train_state.TrainState):
         collections = {**own.pop("collections", {}), **kwargs}
         check_names(cls, collections)
         trained = {"params": params, **trained_states(collections)}
-        if isinstance(params, optax.LookaheadParams) and len(trained) > 1:
+        if is_lookahead(params) and len(trained) > 1:
             raise ValueError(
                 "The parameters of optax.lookahead are two sets, got states of delayed "
                 f"scaling for one of them in {SCALING!r}: give the model a recipe "
@@ -233,16 +233,16 @@ class TrainState(train_state.TrainState):
 
     def _of_variables(self, grads: ArrayTree) -> ArrayTree:
         """Gradients with respect to `variables`."""
-        variables = self.variables
-        if isinstance(self.params, optax.LookaheadParams):
-            if _structure(grads) != _structure(self.params.fast):
+        variables, params = self.variables, cast(Any, self.params)
+        if is_lookahead(params):
+            if _structure(grads) != _structure(params.fast):
                 raise ValueError(
                     "The parameters of optax.lookahead are optax.LookaheadParams, of "
                     "which the fast ones have gradients: differentiate with respect to "
                     "state.params.fast."
                 )
             return {"params": grads}
-        like_params = _structure(grads) == _structure(self.params)
+        like_params = _structure(grads) == _structure(params)
         if like_params and len(variables) == 1:
             return {"params": grads}
         if like_params and not found_states(grads, ScalingState):
