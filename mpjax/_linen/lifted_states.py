@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Any
 
-from mpjax._recipes.state import ScalingState
+from mpjax._recipes.state import SCALING, ScalingState
 
-SCALING, PARAMS = "scaling", "params"
+PARAMS = "params"
 # Whether the variables of the run are those of a wrapper, which takes states out again.
 lifts: ContextVar[bool] = ContextVar("mpjax_lifts", default=False)
 

@@ -12,9 +12,9 @@ import jax
 from jax.extend.core import get_opaque_trace_state
 
 from mpjax._layers.multiplier import state_of_another_recipe
-from mpjax._linen.lifted_states import PARAMS, SCALING, lifts
+from mpjax._linen.lifted_states import PARAMS, lifts
 from mpjax._recipes.recipe import Recipe
-from mpjax._recipes.state import ScalingState
+from mpjax._recipes.state import SCALING, ScalingState
 from mpjax._scaling_states.weights import refreshed_copy, state_name
 from mpjax._typing import Array
 

@@ -19,10 +19,11 @@ import jax
 from flax.traverse_util import flatten_dict
 
 from mpjax._linen.attributes import classes
-from mpjax._linen.lifted_states import PARAMS, SCALING, lifts, put_in, take_out
+from mpjax._linen.lifted_states import PARAMS, lifts, put_in, take_out
 from mpjax._linen.run import Run, recording
 from mpjax._policies.lookup import Matcher, matcher
 from mpjax._policies.rule import Rules, read_rules
+from mpjax._recipes.state import SCALING
 
 _OPTIONS_OF_CLONE = inspect.signature(nn.Module.clone).parameters.keys()
 

@@ -154,3 +154,20 @@ def states_of_loss_scaling(tree: ArrayTree) -> Iterator[LossScalingState]:
                     "overflow, so that it never backs off. It skips such steps by "
                     "itself: leave optax.apply_if_finite out."
                 )
+
+
+def check_skips_are_known(opt_state: ArrayTree) -> None:
+    """Raises a ValueError if optax skips steps and does not tell which.
+
+    Within loss scaling it gets no gradients that it would skip.
+    """
+    list(states_of_loss_scaling(opt_state))  # in an order that cannot be
+    types = (LossScalingState, optax.ApplyIfFiniteState)
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, types))
+    if any(isinstance(node, optax.ApplyIfFiniteState) for node in nodes):
+        raise ValueError(
+            "optax.apply_if_finite does not tell whether a step was made, so that "
+            "batch statistics and the count of steps could not follow: in the end it "
+            "makes steps that are not finite. Leave it out and make the optimizer with "
+            "mpjax.dynamic_loss_scaling(tx), or mpjax.static_loss_scaling(tx, 1.0)."
+        )

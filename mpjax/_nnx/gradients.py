@@ -37,7 +37,7 @@ from mpjax._nnx.scaling import (
     values,
     write_states,
 )
-from mpjax._scaling_states.update import found_states
+from mpjax._scaling_states.update import found_states, may_skip
 from mpjax._typing import AxisName
 
 
@@ -135,7 +135,8 @@ def value_and_grad(
         grad_fn = nnx.grad(scaled, argnums=states, has_aux=True, allow_int=allow_int)
         if isinstance(loss_fn, Microbatches):
             grad_fn = accumulated(loss_fn, grad_fn, places, wrt)
-        with contextlib.nullcontext() if scale is None else remembered(optimizer, args):
+        skips = may_skip(opt_state)
+        with remembered(optimizer, args) if skips else contextlib.nullcontext():
             grads, (loss, aux) = when_known(grad_fn, args, places, wrt)
         devices.check(loss, lambda: [scale, *(nnx.state(args[i], wrt) for i in places)])
         grads, loss = devices.gathered(grads, loss)

@@ -18,7 +18,7 @@ from mpjax._loss_scaling.loss import (
 )
 from mpjax._loss_scaling.state import (
     LossScalingState,
-    last_step_finite,
+    check_skips_are_known,
     loss_scale,
     skipped_steps,
 )
@@ -32,7 +32,11 @@ from mpjax._nnx.scaling import (
 )
 from mpjax._policies.policy import check_loss_is_scaled
 from mpjax._recipes.recipe import Recipe
-from mpjax._scaling_states.update import found_states, step_of_optimizer
+from mpjax._scaling_states.update import (
+    found_states,
+    last_step_applied,
+    step_of_optimizer,
+)
 from mpjax._typing import Array, ArrayTree
 from mpjax._updates import with_updates
 
@@ -53,7 +57,8 @@ class Optimizer(nnx.Optimizer):
 
     Raises:
       ValueError: ``wrt`` has states of the model, or a module computes in float16 and
-        ``tx`` scales no loss.
+        ``tx`` scales no loss, or ``tx`` is ``optax.apply_if_finite``, which does not
+        tell what it skips.
 
     Example:
       >>> from flax import nnx
@@ -91,6 +96,7 @@ class Optimizer(nnx.Optimizer):
                 "mpjax.nnx.ScalingStat out of it."
             )
         super().__init__(model, tx, wrt=wrt, **kwargs)
+        check_skips_are_known(arrays_of(self))
         if not self.scales_loss:
             decisions = (decision_of(node) for _, node in nnx.iter_modules(model))
             check_loss_is_scaled(d.policy for d in decisions if d is not None)
@@ -108,14 +114,18 @@ class Optimizer(nnx.Optimizer):
 
         A step that loss scaling skips changes nothing: batch statistics, counts of
         random keys and all else that the loss has written, in the model and in other
-        modules among its arguments, is as it was before `mpjax.nnx.value_and_grad`.
+        modules among its arguments, is as it was before `mpjax.nnx.value_and_grad`, the
+        first of them since the last update. This holds if both are called in the same
+        traced function, or in none.
 
         Args:
           model: as it was when the gradients were taken.
           grads: of `mpjax.nnx.value_and_grad`, or another gradient with respect to the
             trained variables and the `ScalingStat` of the model.
           loss_scale: f32[], what the loss was multiplied by, for gradients that
-            `mpjax.nnx.value_and_grad` has not taken in the same traced function.
+            `mpjax.nnx.value_and_grad` has not taken in the same traced function. What
+            that loss has written is not known here, and stays if the step is skipped:
+            take the gradients and update within ``with optimizer.if_applied(model):``.
           **kwargs: passed on to ``tx.update``.
 
         Returns:
@@ -127,7 +137,7 @@ class Optimizer(nnx.Optimizer):
         """
         check_holds("model", model, nnx.Module, "pass that which is trained")
         check_holds("grads", grads, nnx.State, "pass those of mpjax.nnx.value_and_grad")
-        before, scales_loss = self.step[...], self.scales_loss
+        before, scales_loss = self.step.get_value(), self.scales_loss
         if scales_loss and loss_scale is None:
             check_scaled(arrays_of(self))
         elif scales_loss:
@@ -147,10 +157,10 @@ class Optimizer(nnx.Optimizer):
         for variable, value in zip(variables, new, strict=True):
             variable.set_value(value)
         self.step[...] += 1
-        if scales_loss:
-            made = last_step_finite(opt_state)
+        made = last_step_applied(opt_state)
+        if made is not None:
             self.step[...] = jnp.where(made, self.step[...], before)
-            restore_unless(made, self)
+            restore_unless(made, self, before)
         if scaling_stats(model):
             update_scaling(model, grads, step_of_optimizer(opt_state))
         return updates
@@ -165,6 +175,13 @@ class Optimizer(nnx.Optimizer):
             optimizer.update(model, grads)
             with optimizer.if_applied(ema):
                 ema.update(model)
+
+        Or around gradients that are compiled alone, and their `update`::
+
+            with optimizer.if_applied(model):
+                scale = optimizer.loss_scale
+                grads = compiled_gradients(model, optimizer, batch)
+                optimizer.update(model, grads, loss_scale=scale)
 
         Args:
           *modules: that are changed, in the values of their variables.
@@ -190,8 +207,9 @@ class Optimizer(nnx.Optimizer):
             check_holds("A module", module, nnx.Module, "pass those that are changed")
         before = values_of(modules)
         yield
-        if self.scales_loss:
-            write_unless(self.last_step_finite, before)
+        made = last_step_applied(arrays_of(self))
+        if made is not None:
+            write_unless(made, before)
 
     @property
     def scales_loss(self) -> bool:
@@ -206,13 +224,12 @@ class Optimizer(nnx.Optimizer):
     @property
     def last_step_finite(self) -> Array:
         """bool[], whether the last step was applied."""
-        if self.scales_loss:
-            return last_step_finite(arrays_of(self))
-        return jnp.array(True)
+        applied = last_step_applied(arrays_of(self))
+        return jnp.array(True) if applied is None else applied
 
     @property
     def skipped_steps(self) -> Array:
-        """int32[], how many steps were skipped since the start."""
+        """int32[], how many steps loss scaling has skipped since the start."""
         if self.scales_loss:
             return skipped_steps(arrays_of(self))
         return jnp.zeros((), jnp.int32)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 TensorName: TypeAlias = Literal["lhs", "rhs", "grad"]
 # The tensors of a product in the order of the last axis of scales and of amaxes.
 TENSORS: tuple[TensorName, ...] = ("lhs", "rhs", "grad")
+SCALING = "scaling"  # the collection of the states of a Linen model
 LHS, RHS, GRAD = range(3)
 
 

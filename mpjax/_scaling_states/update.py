@@ -104,14 +104,9 @@ class Step:
             return cls(None, None, None)
         many = found_states(opt_state, optax.MultiStepsState)
         scales_loss = not many or found_states(opt_state, LossScalingState)
-        applied = [last_step_finite(opt_state)] if scales_loss else []
-        for state in many:  # gradients that should_skip_update_fn has turned away
-            skip = state.skip_state
-            if isinstance(skip, Mapping) and "should_skip" in skip:
-                applied.append(~jnp.asarray(skip["should_skip"]))
         return cls(
             loss_scale(opt_state) if scales_loss else None,
-            _all(applied),
+            last_step_applied(opt_state),
             _all([jnp.asarray(state.mini_step) == 0 for state in many]),
         )
 
@@ -242,6 +237,31 @@ def step_of_optimizer(opt_state: ArrayTree) -> ArrayTree | None:
     """An optimizer's state, if `update_scaling` learns of a step from it, or None."""
     kinds = LossScalingState, optax.MultiStepsState
     return opt_state if any(found_states(opt_state, k) for k in kinds) else None
+
+
+def last_step_applied(opt_state: ArrayTree) -> Array | None:
+    """Whether an optimizer has used the last gradients; None: it always does.
+
+    Loss scaling may skip them, and ``should_skip_update_fn`` of ``optax.MultiSteps``.
+    """
+    scales_loss = found_states(opt_state, LossScalingState)
+    applied = [last_step_finite(opt_state)] if scales_loss else []
+    return _all(applied + [~jnp.asarray(skip) for skip in _turned_away(opt_state)])
+
+
+def may_skip(opt_state: ArrayTree) -> bool:
+    """Whether `last_step_applied` tells anything of an optimizer."""
+    return bool(found_states(opt_state, LossScalingState) or _turned_away(opt_state))
+
+
+def _turned_away(opt_state: ArrayTree) -> list[Any]:
+    """What ``should_skip_update_fn`` has said of the last gradients."""
+    skips = [s.skip_state for s in found_states(opt_state, optax.MultiStepsState)]
+    return [
+        skip["should_skip"]
+        for skip in skips
+        if isinstance(skip, Mapping) and "should_skip" in skip
+    ]
 
 
 def found_states(tree: ArrayTree, kind: type) -> list[Any]:

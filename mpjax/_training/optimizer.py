@@ -20,7 +20,8 @@ def of_variables(
 
     The state is that which ``tx`` has with Flax's ``TrainState``, and labels and masks
     have the structure of ``params``. Parameters that Flax overwrites with their
-    gradients are left out, and are for `overwritten`.
+    gradients are left out, and are for `overwritten`. Of ``optax.LookaheadParams`` the
+    gradients are those of the fast ones alone, and there are no states beside.
     """
     tx = optax.with_extra_args_support(tx)
 
@@ -38,7 +39,15 @@ def of_variables(
             new = rebuild(new)
         return {"params": new}, state
 
-    return scaled(optax.GradientTransformationExtraArgs(init, update))
+    of_arrays = optax.GradientTransformationExtraArgs(init, update)
+    with_states = scaled(of_arrays)
+
+    def update_all(updates, state, params=None, **extra_args):
+        lookahead = params is not None and is_lookahead(params["params"])
+        used = of_arrays if lookahead else with_states
+        return used.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(with_states.init, update_all)
 
 
 def overwritten(params: ArrayTree, grads: ArrayTree, made: Array | None) -> ArrayTree:
@@ -55,6 +64,11 @@ def overwritten(params: ArrayTree, grads: ArrayTree, made: Array | None) -> Arra
     new = new if made is None else select_tree(made, new, old)
     rebuild: Any = type(params)
     return rebuild({**params, OVERWRITE_WITH_GRADIENT: new})
+
+
+def is_lookahead(params: Any) -> bool:
+    """Whether parameters are the two trees of ``optax.lookahead``."""
+    return isinstance(params, optax.LookaheadParams)
 
 
 def _overwrites(params: ArrayTree) -> bool:

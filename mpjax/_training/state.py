@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +14,17 @@ from mpjax._checks import check_callable, check_same_structure, check_transforma
 from mpjax._loss_scaling.loss import check_scaled, rescaled
 from mpjax._loss_scaling.state import (
     LossScalingState,
-    last_step_finite,
+    check_skips_are_known,
     loss_scale,
     skipped_steps,
 )
 from mpjax._policies.policy import check_loss_is_scaled, get_policy
 from mpjax._recipes.recipe import Recipe
-from mpjax._recipes.state import ScalingState
+from mpjax._recipes.state import SCALING, ScalingState
 from mpjax._scaling_states.optimizer import apply_updates
-from mpjax._scaling_states.update import found_states, is_state
-from mpjax._training.optimizer import of_variables, overwritten
+from mpjax._scaling_states.update import found_states, is_state, last_step_applied
+from mpjax._training.collections import check_names, new_value, trained_states
+from mpjax._training.optimizer import is_lookahead, of_variables, overwritten
 from mpjax._tree import select_tree
 from mpjax._typing import Array, ArrayTree
 
@@ -103,25 +104,30 @@ class TrainState(train_state.TrainState):
           params: the parameters.
           tx: the optimizer; `mpjax.dynamic_loss_scaling`, to scale the loss.
           **kwargs: fields of a subclass, and collections, each by its name: the
-            variables of a Linen model, averages of parameters, keys.
+            variables of a Linen model, averages of parameters, keys. States of
+            scaling are trained in the collection "scaling", and kept in others.
 
         Raises:
           TypeError: ``apply_fn`` is no function, or ``tx`` no optimizer.
-          ValueError: the model computes in float16 and ``tx`` scales no loss, or a
-            collection has the name of something else.
+          ValueError: the model computes in float16 and ``tx`` scales no loss; or ``tx``
+            is ``optax.apply_if_finite``, which does not tell what it skips; or there
+            are states of scaling beside ``optax.LookaheadParams``; or a
+            collection has the name of an attribute of the state, or of a parameter
+            of `apply_gradients`.
         """
         check_callable("apply_fn", apply_fn)
         check_transformation(tx, lambda value: isinstance(value, Recipe))
         fields = {field.name for field in dataclasses.fields(cls)}
         own = {name: kwargs.pop(name) for name in kwargs.keys() & fields}
         collections = {**own.pop("collections", {}), **kwargs}
-        for name in collections:
-            if name in fields or hasattr(cls, name):
-                raise ValueError(
-                    f"A collection is an attribute of the state, got one of the name "
-                    f"{name!r}, which a {cls.__name__} has already: give it another."
-                )
-        trained = {"params": params, **_with_states(collections)}
+        check_names(cls, collections)
+        trained = {"params": params, **trained_states(collections)}
+        if is_lookahead(params) and len(trained) > 1:
+            raise ValueError(
+                "The parameters of optax.lookahead are two sets, got states of delayed "
+                f"scaling for one of them in {SCALING!r}: give the model a recipe "
+                "without states, as mpjax.current_scaling()."
+            )
         state = cls(
             step=jnp.zeros((), jnp.int32),
             apply_fn=apply_fn,
@@ -131,6 +137,7 @@ class TrainState(train_state.TrainState):
             collections=collections,
             **own,
         )
+        check_skips_are_known(state.opt_state)
         _check_loss_scale(apply_fn, state)
         return state
 
@@ -138,10 +145,10 @@ class TrainState(train_state.TrainState):
     def variables(self) -> dict[str, Any]:
         """What a loss is differentiated with respect to.
 
-        The parameters, and the collections of `ScalingState` if there are any: a part
-        of the variables of a Linen model, by collection.
+        The parameters, and the collection ``"scaling"`` of `ScalingState` if there is
+        one: a part of the variables of a Linen model, by collection.
         """
-        return {"params": self.params, **_with_states(self.collections)}
+        return {"params": self.params, **trained_states(self.collections)}
 
     def apply_gradients(
         self, *, grads: ArrayTree, loss_scale: Any = None, **kwargs: Any
@@ -150,8 +157,8 @@ class TrainState(train_state.TrainState):
 
         Args:
           grads: the gradient with respect to `variables`, or, of a model without states
-            of scaling, to ``params``; of `mpjax.value_and_grad` if the optimizer scales
-            the loss.
+            of scaling, to ``params``, or ``params.fast`` of ``optax.lookahead``; of
+            `mpjax.value_and_grad` if the optimizer scales the loss.
           loss_scale: f32[], what the loss was multiplied by, for gradients that
             `mpjax.value_and_grad` has not taken in the same traced function.
           **kwargs: new values of collections and of fields of a subclass. A function
@@ -162,8 +169,8 @@ class TrainState(train_state.TrainState):
           ValueError: ``grads`` have another structure, lack what states of scaling have
             observed, or are of a loss that was not scaled by this state; or there is no
             such collection.
-          TypeError: a new value has another structure, shape or dtype than the old one,
-            and the optimizer may skip the step.
+          TypeError: a new value has another structure, shape or dtype than the old one.
+            What is empty may be filled, if the optimizer skips no steps.
         """
         scales = self.scales_loss
         grads = self._of_variables(grads)
@@ -175,22 +182,18 @@ class TrainState(train_state.TrainState):
         tx = of_variables(self.tx)
         updates, opt_state = tx.update(grads, self.opt_state, variables)
         variables = apply_updates(variables, updates)
-        made = last_step_finite(opt_state) if scales else None
+        made = last_step_applied(opt_state)
         params = overwritten(variables.pop("params"), grads["params"], made)
-        new = {
-            name: value(params) if callable(value) else value
-            for name, value in kwargs.items()
-        }
-        for name in new:
+        step, new = jnp.asarray(self.step) + 1, {}
+        for name, value in kwargs.items():
             if name in ("step", "opt_state", "params", *variables):
                 raise ValueError(
                     f"apply_gradients makes {name!r} itself: leave it out, and use "
                     "replace to set it."
                 )
-        step = jnp.asarray(self.step) + 1
+            new[name] = self._after(made, name, value, params)
         if made is not None:
             step = jnp.where(made, step, self.step)
-            new = {name: self._kept(made, name, value) for name, value in new.items()}
         return self.replace(
             step=step, params=params, opt_state=opt_state, **variables, **new
         )
@@ -208,13 +211,12 @@ class TrainState(train_state.TrainState):
     @property
     def last_step_finite(self) -> Array:
         """bool[], whether the last step was applied."""
-        if self.scales_loss:
-            return last_step_finite(self.opt_state)
-        return jnp.array(True)
+        applied = last_step_applied(self.opt_state)
+        return jnp.array(True) if applied is None else applied
 
     @property
     def skipped_steps(self) -> Array:
-        """int32[], how many steps were skipped since the start."""
+        """int32[], how many steps loss scaling has skipped since the start."""
         if self.scales_loss:
             return skipped_steps(self.opt_state)
         return jnp.zeros((), jnp.int32)
@@ -231,8 +233,16 @@ class TrainState(train_state.TrainState):
 
     def _of_variables(self, grads: ArrayTree) -> ArrayTree:
         """Gradients with respect to `variables`."""
-        variables = self.variables
-        like_params = _structure(grads) == _structure(self.params)
+        variables, params = self.variables, cast(Any, self.params)
+        if is_lookahead(params):
+            if _structure(grads) != _structure(params.fast):
+                raise ValueError(
+                    "The parameters of optax.lookahead are optax.LookaheadParams, of "
+                    "which the fast ones have gradients: differentiate with respect to "
+                    "state.params.fast."
+                )
+            return {"params": grads}
+        like_params = _structure(grads) == _structure(params)
         if like_params and len(variables) == 1:
             return {"params": grads}
         if like_params and not found_states(grads, ScalingState):
@@ -244,18 +254,31 @@ class TrainState(train_state.TrainState):
         check_same_structure("grads and state.variables", grads, variables, is_state)
         return grads
 
-    def _kept(self, made: Array, name: str, new: ArrayTree) -> ArrayTree:
+    def _after(
+        self, made: Array | None, name: str, new: Any, params: ArrayTree
+    ) -> ArrayTree:
+        """What a collection or a field is after a step."""
         if not (name in self.collections or name in vars(self)):
             raise ValueError(
-                f"A skipped step keeps the old {name!r}, and there is none; begin with "
-                f"one: TrainState.create(..., {name}=...)."
+                f"apply_gradients gives a new value to what is there, and there is no "
+                f"{name!r}; begin with one: TrainState.create(..., {name}=...)."
             )
         old = getattr(self, name)
-        try:
-            return select_tree(made, _as(old, new), old)
-        except (TypeError, ValueError) as error:
-            message = f"The new {name!r} cannot stand for the old: {error}"
-            raise type(error)(message) from error
+        if name in _static_fields(self):
+            if made is not None and new is not old:
+                raise ValueError(
+                    f"A skipped step keeps the old {name!r}, and no static field "
+                    "depends on that: set it with replace."
+                )
+            return new
+        new = new(params) if callable(new) else new
+        new = new_value(name, new, old, may_fill=made is None)
+        return new if made is None else select_tree(made, new, old)
+
+
+def _static_fields(state: TrainState) -> set[str]:
+    fields = dataclasses.fields(state)
+    return {x.name for x in fields if not x.metadata.get("pytree_node", True)}
 
 
 def _replace(self: TrainState, **updates: Any) -> TrainState:
@@ -275,27 +298,6 @@ def _replace(self: TrainState, **updates: Any) -> TrainState:
 
 
 setattr(TrainState, "replace", _replace)  # noqa: B010
-
-
-def _with_states(collections: Mapping[str, Any]) -> dict[str, Any]:
-    """The collections that hold nothing but states of scaling."""
-
-    def has_only_states(tree):
-        leaves = jax.tree.leaves(tree, is_leaf=is_state)
-        return bool(leaves) and all(map(is_state, leaves))
-
-    return {name: tree for name, tree in collections.items() if has_only_states(tree)}
-
-
-def _as(old: ArrayTree, new: ArrayTree) -> ArrayTree:
-    """The new tree with mappings of the types of the old: frozen, or not."""
-    if jax.tree.structure(new) == jax.tree.structure(old):
-        return new
-    by_path = dict(jax.tree_util.tree_leaves_with_path(new))
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(old)]
-    if by_path.keys() != {*paths}:
-        return new
-    return jax.tree.structure(old).unflatten(by_path[path] for path in paths)
 
 
 def _structure(tree: ArrayTree) -> Any:

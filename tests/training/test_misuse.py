@@ -299,7 +299,7 @@ def test_mismatched_trees_leave_nothing_half_applied():
     for name in ("step", "params", "opt_state", "scaling"):
         with pytest.raises(ValueError, match=f"makes {name!r} itself"):
             with_others(**{name: 0})
-    with pytest.raises(ValueError, match=r"keeps the old 'cache', and there is none"):
+    with pytest.raises(ValueError, match=r"there is no 'cache'; begin with one"):
         with_others(cache=0)
     full = mpjax.TrainState.create(
         apply_fn=state.apply_fn, tx=SCALED, m=jnp.zeros(2), **setup()[1]

@@ -242,7 +242,7 @@ def test_nothing_is_kept_of_models_and_optimizers_that_are_gone():
 
     def count():
         gc.collect()
-        return len(before._before)
+        return len(before._records)
 
     known = count()
     model = Net()
