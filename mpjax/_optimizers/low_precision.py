@@ -29,17 +29,17 @@ class LowPrecisionState(NamedTuple):
 
     Attributes:
       inner_state: that of the optimizer, with some arrays stored in few bits.
-      count: uint32[], from which the random bits of the next step are made.
+      seed: uint32[], from which the random bits of the next step are made.
 
     Example:
       >>> import jax.numpy as jnp, mpjax, optax
       >>> tx = mpjax.low_precision_state(optax.sgd(1.0, momentum=0.9))
-      >>> print(tx.init(jnp.ones((64, 64))).count)
+      >>> print(tx.init(jnp.ones((64, 64))).seed)
       0
     """
 
     inner_state: optax.OptState
-    count: Array
+    seed: Array
 
 
 def low_precision_state(
@@ -128,14 +128,14 @@ def low_precision_state(
         out, after = inner.update(widen(updates), before, widen(params), **extra_args)
         check_same_shapes("the states before and after", before, after)
         new = [
-            leaf.encode(x, state.count) if _is_stored(leaf) else x
+            leaf.encode(x, state.seed) if _is_stored(leaf) else x
             for leaf, x in zip(old, jax.tree.leaves(after), strict=True)
         ]
         like = updates if params is None else params
         out = jax.tree.map(_cast_like, out, like, is_leaf=lambda x: x is None)
-        # An odd step: the count runs through all numbers before it comes back.
-        count = state.count + jnp.uint32(0x9E3779B9)
-        return out, LowPrecisionState(structure.unflatten(new), count)
+        # An odd step: the seed runs through all numbers before it comes back.
+        next_seed = state.seed + jnp.uint32(0x9E3779B9)
+        return out, LowPrecisionState(structure.unflatten(new), next_seed)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -153,7 +153,8 @@ def _stored(
         if place is not None:
             matched |= {rule for rule in rules if rule.matches(place)}
         rule = None if place is None else rule_for(place, rules)
-        if rule is None or place is None or leaf.dtype != jnp.float32:
+        is_wide = leaf.dtype == jnp.float32
+        if place is None or rule is None or rule.format is None or not is_wide:
             new.append(leaf)
             continue
         code = CODES[rule.format](rule.rounding)

@@ -32,7 +32,7 @@ class LowPrecisionParamsState(NamedTuple):
       rest: what 16-bit parameters lack, by the method: a tree like the parameters, of
         the float32 parameter, its lower 16 bits as int16, or the bfloat16 rest;
         elsewhere ``optax.MaskedNode``.
-      count: uint32[], from which the random bits of the next step are made.
+      seed: uint32[], from which the random bits of the next step are made.
 
     Example:
       >>> import jax.numpy as jnp, mpjax, optax
@@ -43,7 +43,7 @@ class LowPrecisionParamsState(NamedTuple):
 
     inner_state: optax.OptState
     rest: dict[Method, ArrayTree]
-    count: Array
+    seed: Array
 
 
 def low_precision_params(
@@ -157,14 +157,14 @@ def low_precision_params(
                 rests.append(optax.MaskedNode())
                 continue
             salt = salt_of(path_name(path))
-            bits = random_bits(x, state.count, salt)
+            bits = random_bits(x, state.seed, salt)
             value, rest = split(x, p.dtype, method, bits)
             out.append(NewValue.of(p, value))
             rests.append(rest)
         return structure.unflatten(out), LowPrecisionParamsState(
             inner_state,
             {method: structure.unflatten(rests)},
-            state.count + jnp.uint32(0x9E3779B9),
+            state.seed + jnp.uint32(0x9E3779B9),
         )
 
     return OfStoredParams(init, update)
