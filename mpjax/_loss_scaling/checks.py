@@ -11,7 +11,7 @@ from jax.tree_util import keystr
 
 from mpjax._checks import whole_number
 from mpjax._loss_scaling.state import find_state, states_of_loss_scaling
-from mpjax._recipes.state import GRAD, TENSORS, ScalingState, TensorName
+from mpjax._recipes.state import GRAD, SCALING, TENSORS, ScalingState, TensorName
 from mpjax._typing import Array, ArrayTree
 
 _SHOWN = 5
@@ -72,7 +72,8 @@ def check_training(
     _check_finite(trained)
     for scaling in scalings:
         _check_skips(int(scaling.notfinite_count), float(scaling.scale), most)
-    _check_states(trained, max(_steps(everything), default=0))
+    is_train_state = hasattr(params, "collections") and _step_of(params) is not None
+    _check_states(trained, max(_steps(everything), default=0), is_train_state)
 
 
 def _check_finite(params: ArrayTree) -> None:
@@ -143,7 +144,7 @@ def _traced(caller: str) -> ValueError:
     )
 
 
-def _check_states(params: ArrayTree, steps: int) -> None:
+def _check_states(params: ArrayTree, steps: int, is_train_state: bool) -> None:
     states = {
         keystr(path, simple=True, separator="/"): node
         for path, node in jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_state)
@@ -158,7 +159,9 @@ def _check_states(params: ArrayTree, steps: int) -> None:
                 "Make the optimizer with mpjax.scaled(tx), or take mpjax.TrainState or "
                 "mpjax.nnx.Optimizer, and go back to a checkpoint without."
             )
-    arrays = [(state.scale, state.history) for state in states.values()]
+    # In other collections of a train state are those of a teacher, say.
+    own = [state for path, state in states.items() if not is_train_state or _own(path)]
+    arrays = [(state.scale, state.history) for state in own]
     if (
         arrays
         and steps
@@ -170,6 +173,10 @@ def _check_states(params: ArrayTree, steps: int) -> None:
             "it is differentiated with respect to. Differentiate with respect to "
             "state.variables, and let the loss take all of its argument."
         )
+
+
+def _own(path: str) -> bool:
+    return path.split("/")[0] in ("params", SCALING)
 
 
 def _tensors(state: ScalingState) -> list[TensorName]:

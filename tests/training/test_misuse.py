@@ -311,3 +311,18 @@ def test_mismatched_trees_leave_nothing_half_applied():
     for wrong, kind in ((3, "apply_fn is a function"), (jnp.sin, "inner must be")):
         with pytest.raises(TypeError, match=kind):
             mpjax.TrainState.create(apply_fn=wrong, params={}, tx=0.1)
+
+
+def test_states_of_a_teacher_that_have_seen_nothing_are_its_own():
+    states = {"scaling": {"kernel": mpjax.delayed_scaling().init()}}
+    params = {"w": jnp.ones(3)}
+    state = mpjax.TrainState.create(
+        apply_fn=abs, params=params, tx=optax.sgd(0.1), teacher=states
+    )
+    state = state.apply_gradients(grads=params)
+    mpjax.check_training(state)
+    state = mpjax.TrainState.create(
+        apply_fn=abs, params=params, tx=optax.sgd(0.1), **states
+    )
+    with pytest.raises(ValueError, match="no scaling state has entered"):
+        mpjax.check_training(state.replace(step=jnp.array(1)))
