@@ -148,8 +148,13 @@ def test_models_without_states_train_as_with_flax(recipe, scaled):
 
     for _ in range(3):
         loss = step(ours, optimizer, X, np.float32(1))
-        np.testing.assert_array_equal(loss, by_flax(hand, other))
-    assert_equal(pure(ours), pure(hand))
+        np.testing.assert_allclose(loss, by_flax(hand, other), rtol=1e-6)
+    # But for the order in which a compiler adds up the gradient of a bias.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-8),
+        pure(ours),
+        pure(hand),
+    )
 
 
 def test_several_models_auxiliary_data_and_arguments():
