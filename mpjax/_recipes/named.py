@@ -136,7 +136,8 @@ def delayed_scaling(
       calibrated: ``"when_known"``: the program of a step holds the loss and its
         gradient twice, and `value_and_grad` runs the one that waits for no amax as soon
         as all scales are known. It is the same training, but for the order in which a
-        compiler adds; it takes twice as long to compile. `calibrate` on a batch before training needs one of the two.
+        compiler adds; it takes twice as long to compile. `calibrate` on a batch before
+        training needs one of the two.
 
     Returns:
       A recipe.
