@@ -131,8 +131,11 @@ def by_hand_step(params, opt_state, stats, ema, step, x):
 def mpjax_statistics_step(state, x):
     grad_fn = mpjax.value_and_grad(with_statistics, state, has_aux=True)
     (loss, stats), grads = grad_fn(state.params, state.batch_stats, x)
-    ema = lambda params: optax.incremental_update(params, state.ema, 0.01)  # noqa: E731
-    return state.apply_gradients(grads=grads, batch_stats=stats, ema=ema), loss
+    return state.apply_gradients(
+        grads=grads,
+        batch_stats=stats,
+        ema=lambda params: optax.incremental_update(params, state.ema, 0.01),
+    ), loss
 
 
 def flax_nnx_step(model, optimizer, x):
@@ -148,7 +151,9 @@ def mpjax_nnx_step(model, optimizer, x):
 
 
 def nnx_by_hand_step(graph, params, opt_state, x):
-    loss_fn = lambda params, x: loss_of(nnx.merge(graph, params)(x))  # noqa: E731
+    def loss_fn(params, x):
+        return loss_of(nnx.merge(graph, params)(x))
+
     loss, grads = mpjax.value_and_grad(loss_fn, opt_state)(params, x)
     updates, opt_state = TX.update(grads, opt_state, params)
     return optax.apply_updates(params, updates), opt_state, loss

@@ -161,13 +161,8 @@ def value_and_grad(
     def loss_and_grads(scale, devices, args, kwargs):
         @functools.wraps(loss_fn)
         def scaled(*args, **kwargs):
-            loss, aux = loss_and_aux(loss_fn(*args, **kwargs), has_aux)
-            loss = devices.mean(loss)
-            if scale is None:
-                return devices.part(part_of(loss)), (part_of(loss), aux)
-            scaled_loss = scaled_by(loss, scale)
-            loss = part_of(jnp.asarray(loss, scaled_loss.dtype))
-            return devices.part(part_of(scaled_loss)), (loss, aux)
+            out = loss_fn(*args, **kwargs)
+            return loss_to_differentiate(out, has_aux, scale, devices, part_of)
 
         grad_fn = jax.grad(scaled, argnums, has_aux=True, allow_int=allow_int)
         if isinstance(fun, Microbatches):
@@ -198,6 +193,27 @@ def value_and_grad(
         return ((loss, aux) if has_aux else loss), grads
 
     return loss_and_scaled_grads
+
+
+def loss_to_differentiate(
+    out: Any, has_aux: bool, scale: Array | None, devices: Devices, part_of: Callable
+) -> tuple[Array, tuple[Array, Any]]:
+    """What is differentiated, and the true loss with its auxiliary data.
+
+    Args:
+      out: what a loss function has returned.
+      has_aux: whether that is a pair.
+      scale: f32[], of the loss; None: it is not scaled.
+      devices: over which the batch is split.
+      part_of: gives what the loss of a microbatch adds to that of all.
+    """
+    loss, aux = loss_and_aux(out, has_aux)
+    loss = devices.mean(loss)
+    if scale is None:
+        return devices.part(part_of(loss)), (part_of(loss), aux)
+    scaled_loss = scaled_by(loss, scale)
+    loss = part_of(jnp.asarray(loss, scaled_loss.dtype))
+    return devices.part(part_of(scaled_loss)), (loss, aux)
 
 
 def scales_loss(opt_state: Any) -> bool:

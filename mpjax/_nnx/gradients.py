@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 from flax import nnx
 
 from mpjax._checks import (
@@ -16,10 +15,9 @@ from mpjax._checks import (
 )
 from mpjax._loss_scaling.devices import Devices
 from mpjax._loss_scaling.loss import (
-    loss_and_aux,
+    loss_to_differentiate,
     present_scale,
     rescale_states,
-    scaled_by,
     with_loss_scale,
 )
 from mpjax._loss_scaling.marks import mark_bad_loss
@@ -124,13 +122,8 @@ def value_and_grad(
                 _rescale(args[place], scale)
 
         def scaled(*args):
-            loss, aux = loss_and_aux(loss_of_one(*args, **kwargs), has_aux)
-            loss = devices.mean(loss)
-            if scale is None:
-                return devices.part(part_of(loss)), (part_of(loss), aux)
-            scaled_loss = scaled_by(loss, scale)
-            loss = part_of(jnp.asarray(loss, scaled_loss.dtype))
-            return devices.part(part_of(scaled_loss)), (loss, aux)
+            out = loss_of_one(*args, **kwargs)
+            return loss_to_differentiate(out, has_aux, scale, devices, part_of)
 
         grad_fn = nnx.grad(scaled, argnums=states, has_aux=True, allow_int=allow_int)
         if isinstance(loss_fn, Microbatches):

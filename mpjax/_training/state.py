@@ -83,7 +83,9 @@ class TrainState(train_state.TrainState):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        setattr(cls, "replace", _replace)  # noqa: B010 - that of flax.struct
+        # Flax gives each subclass a replace of its own, which knows no collections; an
+        # assignment would be one to a method, for a type checker.
+        setattr(cls, "replace", _replace)  # noqa: B010
 
     @classmethod
     def create(
@@ -297,6 +299,7 @@ def _replace(self: TrainState, **updates: Any) -> TrainState:
     return dataclasses.replace(self, **updates)
 
 
+# As in __init_subclass__, which does not run for the class itself.
 setattr(TrainState, "replace", _replace)  # noqa: B010
 
 

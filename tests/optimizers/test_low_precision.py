@@ -41,7 +41,9 @@ PARAMS = {"w": jax.random.normal(KEY, SHAPE), "b": jnp.zeros(SHAPE[1])}
 
 
 def stored(state):
-    is_stored = lambda node: isinstance(node, LowPrecisionArray)  # noqa: E731
+    def is_stored(node):
+        return isinstance(node, LowPrecisionArray)
+
     return list(filter(is_stored, jax.tree.leaves(state, is_leaf=is_stored)))
 
 

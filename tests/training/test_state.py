@@ -140,7 +140,9 @@ def test_it_is_one_of_flax_with_fields_of_its_own():
     )
     deeper = state.replace(name=1)
     for value, key in ((1.0, 9), (jnp.nan, 3)):
-        grads = jax.tree.map(lambda p: jnp.full_like(p, value), params())  # noqa: B023
+        grads = jax.tree.map(
+            functools.partial(jnp.full_like, fill_value=value), params()
+        )
         new = taken(deeper, grads)
         assert jax.random.key_data(new.key)[1] == key
         assert new.step == new.last_step_finite == (key == 9)
