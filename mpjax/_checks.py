@@ -5,6 +5,7 @@ and run while a program is traced.
 """
 
 import operator
+import warnings
 from collections.abc import Callable
 from typing import Any, SupportsIndex, TypeAlias
 
@@ -76,6 +77,8 @@ def check_has_arrays(x: Any) -> None:
     Those are the floats of six bits: what is compiled with them ends the process.
     """
     dtype = getattr(x, "dtype", x)
+    if isinstance(dtype, str):  # no array, and refused where it is used
+        return
     try:
         dtype = jnp.dtype(dtype)
     except TypeError:  # a number, or what is refused where it is used
@@ -94,8 +97,10 @@ def check_dtype(name: str, value: Any) -> np.dtype:
     """A dtype or its name. Arrays have one and are none."""
     if isinstance(value, str | type | np.dtype):
         try:
-            return jnp.dtype(value)
-        except (TypeError, ValueError):
+            # "a", say, is an old name of bytes, of which NumPy warns.
+            with warnings.catch_warnings(action="error", category=DeprecationWarning):
+                return jnp.dtype(value)
+        except (TypeError, ValueError, DeprecationWarning):
             pass
     raise wrong(name, "is a dtype", value, "pass one such as jnp.float32, or its name")
 
