@@ -39,6 +39,9 @@ class Rule:
         layer that is called "gate" is a router if it gives few features; names decide
         elsewhere, and ``tabulate`` says why. None: any role.
       optional: allow the rule to match nothing, and its recipe to serve no product.
+      override: allow the rule to take all modules, or all products, of rules after it.
+        Without it a rule that is left with none is an error. Rules that a census
+        suggests have it, so that they stand before those of the model.
       cast_inputs: whether floating arguments of a module that the rule makes the entry
         of a policy are cast to its compute dtype. False keeps, say, time steps or
         coordinates in float32 until the layers that take them cast them.
@@ -77,6 +80,7 @@ class Rule:
     )
     role: str | None = dataclasses.field(default=None, kw_only=True)
     optional: bool = dataclasses.field(default=False, kw_only=True)
+    override: bool = dataclasses.field(default=False, kw_only=True)
     cast_inputs: bool = dataclasses.field(default=True, kw_only=True)
     cast_outputs: bool = dataclasses.field(default=True, kw_only=True)
     min_size: int | None = dataclasses.field(default=None, kw_only=True)

@@ -127,6 +127,7 @@ CALLS = {
         "recipe": DELAYED,
         "module_type": nn.Dense,
         "optional": False,
+        "override": False,
         "cast_inputs": True,
         "min_size": 1,
         "attention": False,
