@@ -14,7 +14,7 @@ import mpjax.lowering
 import mpjax.nnx
 
 # What is found beside gradients that add up in 16 bits.
-FOUND = {"siren": {"positions"}}  # coordinates are cast where they enter the model
+FOUND = {"siren": {"angles"}}  # coordinates are cast where they enter the model
 FP8 = "cnn", "graph", "moe"
 
 

@@ -107,7 +107,7 @@ def test_a_rule_that_overrides_may_leave_nothing_for_others():
         if override:
             found.check_all_used(seen)
         else:
-            with pytest.raises(ValueError, match="'head'.*is taken by .*first"):
+            with pytest.raises(ValueError, match=r"'head'.*is taken by .*first"):
                 found.check_all_used(seen)
     # It excuses no rule that matches nothing, and none whose modules another takes.
     wide = mpjax.Rule(".*", "c=bf16")
