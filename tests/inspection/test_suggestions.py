@@ -345,3 +345,74 @@ def test_logits_that_are_rounded_are_found(fn, detail):
     (finding,) = mpjax.lowering.census(fn, half(64, 64)).findings
     assert (finding.kind, finding.detail) == ("logits", detail)
     assert finding.edit.endswith("leave out the cast, and compute the loss in float32")
+
+
+def gather(cast_first):
+    mesh = AbstractMesh((4,), ("data",), axis_types=(AxisType.Auto,))
+
+    def whole(w):
+        w = w.astype(BF16) if cast_first else w
+        return lax.all_gather(w, "data", tiled=True).astype(BF16)
+
+    spec, everywhere = PartitionSpec("data"), PartitionSpec()
+    whole = jax.shard_map(
+        whole, mesh=mesh, in_specs=spec, out_specs=everywhere, check_vma=False
+    )
+    return lambda x: whole(x.astype(F32) * 2)
+
+
+def in_8_bits(x):
+    return x.astype(jnp.float8_e4m3fn)
+
+
+# By kind: a function, and the same after the edit.
+EDITS = {
+    "promotion": (
+        lambda x: (x @ jnp.ones((64, 64))).astype(BF16),
+        lambda x: x @ jnp.ones((64, 64)).astype(x.dtype),
+    ),
+    "dequantized": (
+        lambda x: x @ (in_8_bits(x).astype(BF16) * 2),
+        lambda x: lax.dot(in_8_bits(x), in_8_bits(x), preferred_element_type=F32) * 2,
+    ),
+    "reduction": (
+        lambda x: jnp.sum(x, 0, dtype=BF16),
+        lambda x: jnp.sum(x.astype(F32), 0).astype(BF16),
+    ),
+    "exponential": (
+        lambda x: jax.nn.softmax(x @ x),
+        lambda x: jax.nn.softmax((x @ x).astype(F32)).astype(BF16),
+    ),
+    "statistics": (
+        lambda x: x / jnp.linalg.norm(x @ x),
+        lambda x: x / jnp.linalg.norm((x @ x).astype(F32)).astype(BF16),
+    ),
+    "accumulation": (
+        lambda x: lax.dot(in_8_bits(x), in_8_bits(x)),
+        lambda x: lax.dot(in_8_bits(x), in_8_bits(x), preferred_element_type=F32),
+    ),
+    "round_trip": (lambda x: x.astype(F32).T.astype(BF16), lambda x: x.T),
+    "angles": (
+        lambda x: jnp.sin((jnp.arange(64.0) * 0.1).astype(BF16)),
+        lambda x: jnp.sin(jnp.arange(64.0) * 0.1).astype(BF16),
+    ),
+    "integers": (
+        lambda x: jnp.arange(512, dtype=BF16) * 0.1,
+        lambda x: (jnp.arange(512, dtype=F32) * 0.1).astype(BF16),
+    ),
+    "gather": (gather(cast_first=False), gather(cast_first=True)),
+    "logits": (
+        lambda x: jax.nn.log_softmax(x.astype(F32)).astype(BF16),
+        lambda x: jax.nn.log_softmax(x.astype(F32)),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_edit_removes_what_is_found(kind):
+    before, after = EDITS[kind]
+    with jax.numpy_dtype_promotion("standard"):
+        (finding,) = mpjax.lowering.census(before, half(64, 64)).findings
+        assert finding.kind == kind and finding.rule is None
+        assert re.match(r"test_suggestions\.py:\d+: \w+", finding.edit)
+        assert mpjax.lowering.census(after, half(64, 64)).findings == ()
