@@ -2,11 +2,13 @@
 
 import json
 import re
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 from helpers import half
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
@@ -15,6 +17,7 @@ from mendable_models import census_of
 import mpjax
 import mpjax.linen
 import mpjax.lowering
+import mpjax.nnx
 from mpjax._inspection.findings import KINDS
 from mpjax._inspection.modules import pattern_of
 from mpjax._inspection.rules import merged, pasted_lines
@@ -213,10 +216,12 @@ def test_layers_of_a_stack_are_one_rule():
 class Blocks(nn.Module):
     """With names of scopes, and a method, around the fault."""
 
+    lift: Callable = lambda kind: kind
+
     @nn.compact
     def __call__(self, x):
         for i in range(2):
-            x = Block(name=f"block_{i}")(x)
+            x = self.lift(Block)(name=f"block_{i}")(x)
         return x
 
 
@@ -251,6 +256,66 @@ def test_scopes_and_methods_are_no_modules():
             assert re.fullmatch(rule.path, "block_1/inner")
             mended = findings([rule, *MIXED], jit)
             assert [made.findings for made in mended] == [(), ()]
+
+
+class Around(nn.Module):
+    rules: tuple
+
+    @nn.compact
+    def __call__(self, x):
+        inside = mpjax.linen.MixedPrecision(Blocks(), self.rules, name="blocks")
+        return nn.Dense(4)(inside(x))
+
+
+class NnxBlocks(nnx.Module):
+    def __init__(self):
+        self.layers = nnx.List([NnxBlock() for _ in range(2)])
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = layer.inner(layer.up(x))
+        return x
+
+
+class NnxBlock(nnx.Module):
+    def __init__(self):
+        self.up, self.inner = nnx.Linear(64, 64, rngs=nnx.Rngs(0)), NnxWeights()
+
+
+class NnxWeights(nnx.Module):
+    def __call__(self, x):
+        return jax.nn.softmax(x)
+
+
+def in_linen(make):
+    def take(rules):
+        model = make(rules)
+        params = jax.eval_shape(model.init, jax.random.key(0), X)
+        return mpjax.lowering.census(model.apply, params, X)
+
+    return take
+
+
+def in_nnx(rules):
+    model = mpjax.nnx.mixed_precision(nnx.eval_shape(NnxBlocks), rules)
+    return mpjax.lowering.census(model, X)
+
+
+STACKS = {
+    "remat": in_linen(lambda r: mpjax.linen.MixedPrecision(Blocks(nn.remat), r)),
+    "jit": in_linen(lambda r: mpjax.linen.MixedPrecision(Blocks(nn.jit), r)),
+    "wrapper inside": in_linen(lambda rules: Around(tuple(rules))),
+    "nnx": in_nnx,
+}
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_paths_are_those_of_rules(name):
+    found = STACKS[name](MIXED)
+    (rule,) = found.suggested_rules()
+    above = r"layers/\d+" if name == "nnx" else r"block_\d+"
+    assert rule.path == f"{above}/inner"
+    assert STACKS[name]([rule, *MIXED]).findings == ()
 
 
 def test_attention_of_flax_has_its_softmax_in_float32_by_a_rule():
