@@ -1,8 +1,8 @@
 """Operations that run programs: calls, loops, branches, recomputation, shards.
 
-A program is rewritten for operands in the dtypes in which they come. What a loop carries
-stays in the dtype of the program, and so do references. What calls, loops and branches
-are made with (donation, shardings, names, policies) is kept.
+A program is rewritten for operands in the dtypes in which they come. What a loop
+carries stays in the dtype of the program, and so do references. What calls, loops and
+branches are made with (donation, shardings, names, policies) is kept.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,9 +12,10 @@ import jax
 from jax import lax
 from jax.extend import core
 
-from mpjax._autocast.body import Body, Kind, Program, Value
+from mpjax._autocast.body import Body
 from mpjax._autocast.rewriting import Rewriter
 from mpjax._autocast.scopes import Scope
+from mpjax._autocast.values import Kind, Program, Value
 
 # Parameters of a call that have one entry for each input.
 _BY_INPUT = ("in_shardings", "in_layouts", "donated_invars")
@@ -51,9 +52,7 @@ def rewrite_cond(rewriter: Rewriter, body: Body, eqn: Any, scope: Scope) -> None
     """Branches, whose results are cast to the widest dtype that one of them has."""
     index, *values = _values(body, eqn.invars)
     kinds = _kinds(values)
-    begun = [
-        rewriter.begin(branch, kinds, scope) for branch in eqn.params["branches"]
-    ]
+    begun = [rewriter.begin(branch, kinds, scope) for branch in eqn.params["branches"]]
     results = begun[0].kinds_of_results()
     for one in begun[1:]:
         pairs = zip(results, one.kinds_of_results(), strict=True)
@@ -72,7 +71,9 @@ def rewrite_while(rewriter: Rewriter, body: Body, eqn: Any, scope: Scope) -> Non
     of_cond, of_body = values[: ends[0]], values[ends[0] : ends[1]]
     carried = [Kind(value.written) for value in values[ends[1] :]]
     cond, run = (
-        rewriter.rewrite(jaxpr, [*_kinds(consts), *carried], scope, len(consts), results)
+        rewriter.rewrite(
+            jaxpr, [*_kinds(consts), *carried], scope, len(consts), results
+        )
         for jaxpr, consts, results in (
             (params["cond_jaxpr"], of_cond, [Kind(None)]),
             (params["body_jaxpr"], of_body, carried),

@@ -33,7 +33,8 @@ _TABLE = {
         sqrt rsqrt cbrt polynomial
         sin cos tan asin acos atan sinh cosh asinh acosh atanh
         erf_inv erfc lgamma digamma
-        reduce_max reduce_min reduce_sum reduce_prod cumsum cumprod cumlogsumexp reduce_window_sum
+        reduce_max reduce_min reduce_sum reduce_prod
+        cumsum cumprod cumlogsumexp reduce_window_sum
         scatter-add scatter-sub scatter-mul select_and_scatter_add
         psum psum_invariant reduce_scatter
         bessel_i0e bessel_i1e igamma igammac igamma_grad_a polygamma zeta
@@ -104,7 +105,7 @@ def category(name: str) -> Category:
     """The category of a primitive; one that is not known is left unchanged.
 
     Example:
-      >>> category("dot_general").name, category("exp").name, category("unheard_of").name
-      ('LOW', 'FLOAT32', 'UNCHANGED')
+      >>> [category(name).name for name in ("dot_general", "exp", "unheard_of")]
+      ['LOW', 'FLOAT32', 'UNCHANGED']
     """
     return CATEGORIES.get(name, Category.UNCHANGED)

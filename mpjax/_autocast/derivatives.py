@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from mpjax._autocast.body import Body, Kind
+from mpjax._autocast.body import Body
 from mpjax._autocast.calls import closed
 from mpjax._autocast.rewriting import Rewriter
 from mpjax._autocast.scopes import Scope
+from mpjax._autocast.values import Kind
 
 
 def rewrite_custom_jvp(rewriter: Rewriter, body: Body, eqn: Any, scope: Scope) -> None:
@@ -78,7 +79,9 @@ class _Call:
     def run_with_tangents(self, primals, tangents):
         """The function and its derivative in one direction."""
         active = self._active
-        of_results = [i for i, v in enumerate(self._eqn.outvars) if _has_tangent(v.aval)]
+        of_results = [
+            i for i, v in enumerate(self._eqn.outvars) if _has_tangent(v.aval)
+        ]
 
         def both(primals, tangents):
             function, chosen = self._of_active(primals)
@@ -117,7 +120,9 @@ class _Call:
 
         def pull_back(residuals, cotangents):
             given = [
-                np.zeros(aval.shape, jax.dtypes.float0) if cotangent is None else cotangent
+                np.zeros(aval.shape, jax.dtypes.float0)
+                if cotangent is None
+                else cotangent
                 for aval, cotangent in zip(of_results, cotangents, strict=True)
             ]
             return jax.tree.unflatten(tree, residuals)(tuple(given))

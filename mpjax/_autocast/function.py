@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from mpjax._autocast.body import CASTABLE, Kind, float_dtype
 from mpjax._autocast.calls import CALLERS
 from mpjax._autocast.derivatives import DERIVATIVES
 from mpjax._autocast.rewriting import Rewriter
 from mpjax._autocast.scopes import Scope
 from mpjax._autocast.settings import DTYPES, LEVELS, Matches, Settings
+from mpjax._autocast.values import CASTABLE, Kind, float_dtype
 from mpjax._checks import check_callable, check_floating_dtype
 from mpjax._policies.rule import Rule
 from mpjax._typing import DType

@@ -8,9 +8,10 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
-from mpjax._autocast.body import FLOAT32, Body, Kind, Value, float_dtype
+from mpjax._autocast.body import Body
 from mpjax._autocast.categories import MOVES, Category
 from mpjax._autocast.settings import Wish
+from mpjax._autocast.values import FLOAT32, Value, float_dtype
 
 _PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
 

@@ -3,12 +3,13 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mpjax._autocast.body import Body, Kind, Program
+from mpjax._autocast.body import Body
 from mpjax._autocast.categories import Category
 from mpjax._autocast.operations import is_product, rewrite_operation
 from mpjax._autocast.products import rewrite_under_recipe
 from mpjax._autocast.scopes import Scope
 from mpjax._autocast.settings import Matches
+from mpjax._autocast.values import Kind, Program
 
 
 class Rewriter:
@@ -77,4 +78,3 @@ class Rewriter:
             rewrite_under_recipe(body, eqn, wish, self.matches)
         else:
             rewrite_operation(body, eqn, wish)
-

@@ -11,11 +11,10 @@ import numpy as np
 
 from mpjax._autocast.categories import CATEGORIES, NEVER_LOW, Category, category
 from mpjax._autocast.scopes import Scope
+from mpjax._autocast.values import FLOAT32
 from mpjax._policies.policy import get_policy
 from mpjax._policies.rule import Rule
-from mpjax._recipes.recipe import Recipe
 
-FLOAT32 = np.dtype(np.float32)
 DTYPES = tuple(jnp.dtype(name) for name in ("bfloat16", "float16", "float32"))
 LEVELS = ("O0", "O1", "O2", "O3")
 _NO_FIELDS_OF_MODULES = {
@@ -133,9 +132,10 @@ class Matches:
                 if path.fullmatch(key[1]) and primitive.fullmatch(name)
             )
             self._known[key] = next(found, None)
-        if self._known[key] is not None:
-            self._matched.add(self._known[key])
-        return self._known[key]
+        index = self._known[key]
+        if index is not None:
+            self._matched.add(index)
+        return index
 
     def _by_level(self, name: str, dtype: np.dtype) -> Wish:
         found, level = category(name), self.settings.level
@@ -202,7 +202,6 @@ def _check_rule(rule: Rule) -> None:
                 f"There is no primitive {rule.primitive!r} in JAX that autocast "
                 f"knows; near to it are {', '.join(near)}."
             )
-
 
 
 def _shown(rule: Rule) -> str:
