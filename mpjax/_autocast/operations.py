@@ -31,9 +31,10 @@ def rewrite_operation(body: Body, eqn: Any, wish: Wish) -> None:
     """
     name = eqn.primitive.name
     values = [body.value(atom) for atom in eqn.invars]
-    if name == "convert_element_type" and _alias(body, eqn, values[0]):
-        return
     floats = [value for value in values if value.written is not None]
+    if name == "convert_element_type" and floats and written(eqn.outvars)[0]:
+        _rewrite_cast(body, eqn, values[0])
+        return
     if not floats or wish.category is Category.UNCHANGED:
         keep(body, eqn)
     elif name in MOVES and len(values) == 1 and wish.category is not Category.LOW:
@@ -107,21 +108,20 @@ def _asks(precision: Any) -> bool:
     return any(p not in (None, lax.Precision.DEFAULT) for p in several)
 
 
-def _alias(body: Body, eqn: Any, value: Value) -> bool:
-    """Enters the result of a cast by the program as one of its operand, if it is one.
+def _rewrite_cast(body: Body, eqn: Any, value: Value) -> None:
+    """Enters the result of a cast by the program as its operand in another dtype.
 
     A cast from float32 to float32, which only says that a number is one of JAX and not
     of Python, is none at all.
     """
     (out,) = eqn.outvars
-    before, after = value.written, float_dtype(out.aval)
-    if before is None or after is None or eqn.params.get("sharding") is not None:
-        return False
-    if before == after:
+    dtype, sharding = out.aval.dtype, eqn.params.get("sharding")
+    if sharding is not None and sharding != value.aval.sharding:
+        keep(body, eqn)
+    elif value.written == dtype:
         body.enter_same(out, value)
     else:
-        body.enter_alias(out, value, after, eqn)
-    return True
+        body.enter_alias(out, value, dtype, eqn)
 
 
 def _write(

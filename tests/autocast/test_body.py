@@ -154,7 +154,9 @@ def test_a_constant_that_float16_does_not_have_widens(number):
         if eqn.primitive.name in ("select_n", "div"):
             assert eqn.outvars[0].aval.dtype == jnp.float32
     assert all(jnp.isfinite(v).all() for v in mpjax.autocast(fn, jnp.float16)(-X, W))
-    assert "f32" not in str(traced(lambda x, w: (x @ w) * 0.5, X, W)).split("mul")[1][:20]
+    assert (
+        "f32" not in str(traced(lambda x, w: (x @ w) * 0.5, X, W)).split("mul")[1][:20]
+    )
 
 
 def test_softmax_subtracts_in_float32():

@@ -21,7 +21,12 @@ def layer(x, w):
 def test_results_have_the_structure_and_the_dtypes_of_the_function():
     def fn(x, w):
         h = x @ w
-        return {"h": h, "low": h.astype(jnp.float16), "count": jnp.argmax(h), "none": None}
+        return {
+            "h": h,
+            "low": h.astype(jnp.float16),
+            "count": jnp.argmax(h),
+            "none": None,
+        }
 
     got = mpjax.autocast(fn)(X, W)
     assert jax.tree.map(lambda a: a.dtype.name, got) == {
@@ -64,7 +69,9 @@ def test_it_closes_over_what_others_trace():
 
     gradient = jax.jit(jax.grad(outer))(W)
     np.testing.assert_allclose(gradient, jnp.full((8, 8), 2.0), rtol=0.01)
-    assert {d.lhs.name for d in dots(jax.make_jaxpr(jax.grad(outer))(W))} == {"bfloat16"}
+    assert {d.lhs.name for d in dots(jax.make_jaxpr(jax.grad(outer))(W))} == {
+        "bfloat16"
+    }
 
 
 TRANSFORMS = {
@@ -73,7 +80,9 @@ TRANSFORMS = {
     "jvp": lambda f: lambda x, w: jax.jvp(lambda x: f(x, w), (x,), (x,))[1],
     "vmap": lambda f: lambda x, w: jax.vmap(f, (0, None))(x[:, None], w),
     "checkpoint": jax.checkpoint,
-    "scan": lambda f: lambda x, w: lax.scan(lambda c, _: (f(c, w), None), x, None, 2)[0],
+    "scan": lambda f: (
+        lambda x, w: lax.scan(lambda c, _: (f(c, w), None), x, None, 2)[0]
+    ),
     "linearize": lambda f: lambda x, w: jax.linearize(lambda x: f(x, w), x)[1](x),
 }
 
@@ -154,7 +163,9 @@ def test_what_is_no_array_is_not_returned():
     def fn(x):
         return {"y": x, "name": "a string"}
 
-    with pytest.raises(TypeError, match=r"fn returns an object of type str \(\['name'\]"):
+    with pytest.raises(
+        TypeError, match=r"fn returns an object of type str \(\['name'\]"
+    ):
         mpjax.autocast(fn)(X)
     with pytest.raises(TypeError, match="fn is a function, got 3"):
         mpjax.autocast(3)

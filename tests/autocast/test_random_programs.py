@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jax import lax
@@ -37,15 +38,17 @@ AROUND = {
     "nothing": lambda f: f,
     "jit": jax.jit,
     "checkpoint": jax.checkpoint,
-    "scan": lambda f: lambda x, w: lax.scan(
-        lambda x, _: (f(x, w), None), x, None, length=2
-    )[0],
-    "slices": lambda f: lambda x, w: lax.scan(
-        lambda c, s: (c, f(x, w) * 0.5 + s[None] * 0.5), jnp.zeros(()), x
-    )[1][0],
+    "scan": lambda f: (
+        lambda x, w: lax.scan(lambda x, _: (f(x, w), None), x, None, length=2)[0]
+    ),
+    "slices": lambda f: (
+        lambda x, w: lax.scan(
+            lambda c, s: (c, f(x, w) * 0.5 + s[None] * 0.5), jnp.zeros(()), x
+        )[1][0]
+    ),
     "fori": lambda f: lambda x, w: lax.fori_loop(0, 2, lambda _, x: f(x, w), x),
-    "cond": lambda f: lambda x, w: lax.cond(
-        jnp.sum(w) > -99, f, lambda x, w: x + 0.0, x, w
+    "cond": lambda f: (
+        lambda x, w: lax.cond(jnp.sum(w) > -99, f, lambda x, w: x + 0.0, x, w)
     ),
     "vmap": lambda f: lambda x, w: jax.vmap(f, (0, None))(jnp.stack([x, x]), w)[1],
 }
@@ -55,7 +58,7 @@ PROGRAMS = st.lists(
     max_size=4,
 )
 LIMITS = settings(
-    max_examples=12,
+    max_examples=20,
     deadline=None,
     derandomize=True,
     suppress_health_check=list(HealthCheck),
@@ -71,19 +74,22 @@ def program(steps):
     return run
 
 
+@pytest.mark.long
 @LIMITS
 @given(PROGRAMS)
 def test_to_float32_every_program_stays_as_it_is(steps):
     fn = program(steps)
     cast = mpjax.autocast(fn, jnp.float32)
     one, other = (
-        [e.primitive.name for e in equations(jax.make_jaxpr(f)(X, W))] for f in (fn, cast)
+        [e.primitive.name for e in equations(jax.make_jaxpr(f)(X, W))]
+        for f in (fn, cast)
     )
     assert sorted(one) >= sorted(other)
     got, wanted = jax.jit(cast)(X, W), jax.jit(fn)(X, W)
     np.testing.assert_array_equal(np.asarray(got), np.asarray(wanted))
 
 
+@pytest.mark.long
 @LIMITS
 @given(PROGRAMS)
 def test_to_bfloat16_it_differs_by_rounding(steps):
@@ -102,6 +108,7 @@ def test_to_bfloat16_it_differs_by_rounding(steps):
     np.testing.assert_allclose(got, wanted, atol=roundings * 2.0**-9, rtol=0)
 
 
+@pytest.mark.long
 @LIMITS
 @given(
     st.lists(
