@@ -3,8 +3,8 @@
 A `Value` is what the program computes, and its versions are the arrays that hold it,
 one for each dtype at most: no value is cast twice. What only moves elements is written
 when it is read, in the dtype that is asked for, so that a cast comes before it, where
-others may share it. An input that is asked for in another dtype becomes one more input, and
-whoever calls the jaxpr casts it: once, outside of a loop.
+others may share it. An input that is asked for in another dtype becomes one more input,
+and whoever calls the jaxpr casts it: once, outside of a loop.
 """
 
 from collections.abc import Sequence
