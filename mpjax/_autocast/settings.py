@@ -59,6 +59,11 @@ class Settings:
             _check_rule(rule)
 
     @property
+    def are_idle(self) -> bool:
+        """Whether nothing is cast."""
+        return not self.rules and (self.dtype == FLOAT32 or self.level == "O0")
+
+    @property
     def are_by_path(self) -> bool:
         """Whether names around an operation matter, beyond the mark of a region."""
         return any(rule.path != ".*" for rule in self.rules)
