@@ -35,7 +35,7 @@ class Network:
     """A function of parameters and inputs, and its parameters."""
 
     name: str
-    apply: Callable[[Any, jax.Array], jax.Array]
+    apply: Callable[..., Any]
     params: Any
 
 

@@ -98,6 +98,7 @@ def test_language_model():
     assert skipped < 5 and 2**10 < scale < 2**20
 
 
+@pytest.mark.long
 def test_rules_and_autocast_agree_in_the_dtypes_of_products():
     model = load("train_lm").Transformer(width=32, depth=1)
     tokens = jnp.zeros((1, 64), jnp.int32)
