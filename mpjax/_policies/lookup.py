@@ -62,6 +62,8 @@ class Matcher:
     """
 
     def __init__(self, rules: tuple[Rule, ...], model: tuple[Any, ...] | None = None):
+        for rule in rules:
+            rule.check_of_modules()
         self.rules = rules
         self.model = model
         self._expanded = [
