@@ -69,12 +69,12 @@ def test_logarithmic_codes_are_the_nearest_of_eight_in_an_octave():
     codes = np.arange(256)
     numbers_of = 2.0 ** (codes // 8 - 31) * (1 + codes % 8 / 8)
     nearest = np.abs(x[..., None] / power[..., None] - numbers_of).argmin(-1)
-    np.testing.assert_array_equal(values, nearest)
-    np.testing.assert_array_equal(decoded, power * numbers_of[values])
+    np.testing.assert_array_equal(values, nearest - 128)
+    np.testing.assert_array_equal(decoded, power * numbers_of[nearest])
 
 
 def test_all_codes_come_back():
-    codes = np.arange(256, dtype=np.uint8).reshape(256, 1)
+    codes = np.arange(-128, 128, dtype=np.int8).reshape(256, 1)
     code, scale = Logarithmic("nearest"), np.ones((1, 1), np.float32)
     decoded = code.decode(codes, scale, (-1, 1))
     for rounding in ("nearest", "stochastic"):
@@ -105,12 +105,15 @@ def test_what_is_not_finite_stays_so(name):
         assert np.isfinite(decoded[8:]).all()
 
 
-def test_negative_numbers_are_refused_by_a_code_without_signs():
+def test_huge_and_negative_numbers_of_a_code_without_signs():
     x = numbers("log8")
-    x[2, 3] *= -1
+    x[2, 3], x[5, 1] = -1e30, 3.1e38
     _, _, decoded = both(Logarithmic("nearest"), x)
-    assert np.isnan(decoded[:8, 3]).all() and np.isfinite(decoded[8:]).all()
-    assert np.isfinite(decoded[:, :3]).all()
+    assert np.isfinite(decoded).all() and np.all(decoded >= 0)
+    assert abs(decoded[5, 1] / 3.1e38 - 1) < 1 / 16
+    x[5, 1] = 3.3e38  # more than the last code
+    _, _, decoded = both(Logarithmic("nearest"), x)
+    assert np.isnan(decoded[:8, 1]).all() and np.isfinite(decoded[8:]).all()
 
 
 @pytest.mark.parametrize("name", CODES)
