@@ -211,7 +211,9 @@ def _line(op: Op, operands: list[Any]) -> Line | None:
         is_number = isinstance(other, np.generic)
         first = jnp.int32(signed(other)) if is_number else other.astype(jnp.int32)
         return dataclasses.replace(line, first=line.first + first)
-    return line.times(int(other)) if isinstance(other, np.generic) else None
+    # What is a line of both is one of few, and is not computed for each factor.
+    is_simple = isinstance(other, np.generic) and not (line.row and line.column)
+    return line.times(int(other)) if is_simple else None
 
 
 def signed(number: Any) -> int:

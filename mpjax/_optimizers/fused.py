@@ -217,7 +217,7 @@ class _Plan:
         news = self.structure.flatten_up_to(new)
         olds = self.structure.flatten_up_to(step.params)
         donors = self._donors(new, state)
-        groups = self._groups()
+        groups = self._groups(jax.tree.leaves((new, state)))
         specs = dict(zip(jax.tree.leaves(step.params), specs, strict=True))
         paths = jax.tree_util.tree_leaves_with_path(step.params)
         names = {index: path_name(path) for path, index in paths}
@@ -258,7 +258,7 @@ class _Plan:
                         donors[number] = self.program.inputs[i]
         return donors
 
-    def _groups(self) -> dict[int, list[int]]:
+    def _groups(self, results: list[int]) -> dict[int, list[int]]:
         """For each array that is made, those that are made of the same arrays."""
         program, inputs = self.program, set(self.program.inputs)
         parents: dict[int, int] = {}
@@ -268,9 +268,8 @@ class _Plan:
                 number = parents[number]
             return number
 
-        made = dict.fromkeys(
-            n for n in program.outputs if program.is_array(n) and n in program.makers
-        )
+        made = dict.fromkeys(program.outputs[i] for i in results)
+        made = [n for n in made if program.is_array(n) and n in program.makers]
         for number in made:
             ops = program.needed([number], lambda n: not program.is_array(n))
             read = {a for op in ops for a in op.inputs if program.is_array(a)}
