@@ -139,7 +139,7 @@ class OnePass:
             lead=len(lead),
             is_mosaic=not interpret,
         )
-        return pl.pallas_call(
+        made = pl.pallas_call(
             body,
             out_shape=[out_type(n) for n in self.outputs],
             grid=(*lead, pl.cdiv(rows, tile_rows), pl.cdiv(columns, tile_columns)),
@@ -150,6 +150,7 @@ class OnePass:
             compiler_params=pltpu.CompilerParams(vmem_limit_bytes=3 * _IN_FLIGHT),
             name="mpjax_one_pass",
         )(floats, whole, *arrays)
+        return list(made)
 
     def _body(self, floats, whole, *refs, tile, dtypes, lead, is_mosaic) -> None:
         """The kernel: a tile, by chunks of some rows and one vector's lanes."""

@@ -21,8 +21,8 @@ Shape: TypeAlias = tuple[int, ...]
 ELEMENTWISE = frozenset(
     """abs add and bitcast_convert_type ceil clamp convert_element_type cos div eq exp
     exp2 floor ge gt integer_pow is_finite le log log1p logistic lt max min mul ne neg
-    not or rem round rsqrt select_n shift_left shift_right_arithmetic
-    shift_right_logical sign sin sqrt square sub tanh xor""".split()
+    not or rem reshard round rsqrt select_n shift_left shift_right_arithmetic
+    sharding_constraint shift_right_logical sign sin sqrt square sub tanh xor""".split()
 )
 
 
@@ -173,6 +173,8 @@ class Tile:
             if jnp.ndim(x) == 0:
                 return x  # a number stands for an array of it
             return jnp.broadcast_to(x[:, None, :], part)
+        if op.name in ("reshard", "sharding_constraint"):
+            return operands[0]  # a tile is of the part on one device
         if op.name in ("reshape", "squeeze"):
             return jnp.reshape(operands[0], part)
         if op.name in ("reduce_max", "reduce_min"):

@@ -8,14 +8,14 @@ import numpy as np
 import optax
 from jax import lax
 from jax.extend import core
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from mpjax._checks import check_flag, check_transformation, whole_number
 from mpjax._kernels.one_pass import OnePass, part_of
 from mpjax._kernels.programs import Program
 from mpjax._kernels.tiles import UnservedError
-from mpjax._mesh import explicit_sharding
 from mpjax._optimizers.rules import path_name
+from mpjax._optimizers.shards import called, local_shape, shardings_of
 from mpjax._typing import Array, ArrayTree
 from mpjax._updates import Outermost, Replacement, is_update, with_updates
 
@@ -93,7 +93,7 @@ def fused(
                 "update(grads, opt_state, params)."
             )
         step = _Step(inner, updates, state, params, extra_args)
-        plan = _Plan(step, min_size, _specs(params, shardings))
+        plan = _Plan(step, min_size, shardings_of(params, shardings))
         if plan.reasons and not optional:
             shown = "; ".join(
                 f"{k!r}: {v}" for k, v in [*plan.reasons.items()][:_SHOWN]
@@ -155,7 +155,7 @@ def unfused(
 
     def look(params):
         step = _Step(inner, params, inner.init(params), params, {})
-        found.update(_Plan(step, min_size, _specs(params, shardings)).reasons)
+        found.update(_Plan(step, min_size, shardings_of(params, shardings)).reasons)
 
     jax.eval_shape(look, params)
     return found
@@ -233,7 +233,7 @@ class _Plan:
                 continue
             try:
                 part = self._part(aval.shape, number, groups, donors)
-                part.check_local(_local(aval.shape, specs[old]))
+                part.check_local(local_shape(aval.shape, specs[old]))
             except UnservedError as reason:
                 self.reasons[names[old]] = str(reason)
                 continue
@@ -303,7 +303,7 @@ class _Plan:
         for part, sharding in self.parts:
             scalars = [values[n] for n in part.scalars]
             given = [known.get(n, program.values.get(n)) for n in part.arrays]
-            made = _call(part, sharding, scalars, given, interpret)
+            made = called(part, sharding, scalars, given, interpret)
             values.update(zip(part.outputs, made, strict=True))
         return [values[program.outputs[i]] for i in self.wanted]
 
@@ -318,71 +318,3 @@ class _Plan:
         ]
         state = jax.tree.map(lambda _: next(rest), self.step.results[2])
         return self.structure.unflatten(nodes), state
-
-
-def _specs(params: ArrayTree, shardings: ArrayTree) -> list[NamedSharding | None]:
-    """How each parameter is sharded, as far as one can know."""
-    leaves, structure = jax.tree.flatten(params)
-    given = [None] * len(leaves)
-    if shardings is not None:
-        given = structure.flatten_up_to(shardings)
-        for sharding in given:
-            if sharding is not None and not isinstance(sharding, NamedSharding):
-                raise TypeError(
-                    "shardings is a tree like the parameters of jax.sharding."
-                    f"NamedSharding or None, got a {type(sharding).__name__}."
-                )
-    return [
-        s if s is not None else explicit_sharding(x)
-        for s, x in zip(given, leaves, strict=True)
-    ]
-
-
-def _axes(sharding: NamedSharding, ndim: int) -> list[tuple[str, ...]]:
-    """The axes of the mesh that each axis of an array is spread over."""
-    spec = [*sharding.spec, *[None] * (ndim - len(sharding.spec))]
-    return [s if isinstance(s, tuple) else () if s is None else (s,) for s in spec]
-
-
-def _local(shape: tuple[int, ...], sharding: NamedSharding | None) -> tuple[int, ...]:
-    """The shape of the part of an array on a device."""
-    if sharding is None:
-        return shape
-    local = []
-    for size, axes in zip(shape, _axes(sharding, len(shape)), strict=True):
-        parts = math.prod(sharding.mesh.shape[axis] for axis in axes)
-        if size % parts:
-            raise UnservedError(f"an axis of {size} is spread over {parts} devices")
-        local.append(size // parts)
-    return tuple(local)
-
-
-def _call(
-    part: OnePass,
-    sharding: NamedSharding | None,
-    scalars: list,
-    arrays: list,
-    interpret: bool,
-) -> list[Array]:
-    """Runs a kernel, on each device with its own part of the arrays."""
-    zeros = [0] * len(part.shape)
-    if sharding is None:
-        return part(scalars, arrays, zeros, interpret)
-    axes = _axes(sharding, len(part.shape))
-    local = _local(part.shape, sharding)
-    spec = PartitionSpec(*[names or None for names in axes])
-
-    def run(scalars, arrays):
-        first = [
-            lax.axis_index(names) * size if names else 0
-            for names, size in zip(axes, local, strict=True)
-        ]
-        return part(scalars, arrays, first, interpret)
-
-    return jax.shard_map(
-        run,
-        mesh=sharding.mesh,
-        in_specs=([PartitionSpec()] * len(scalars), [spec] * len(arrays)),
-        out_specs=[spec] * len(part.outputs),
-        check_vma=False,
-    )(scalars, arrays)
