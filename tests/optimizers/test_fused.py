@@ -180,6 +180,7 @@ def test_what_is_not_elementwise_is_named_and_refused():
     np.testing.assert_allclose(updates["w"], expected["w"], rtol=1e-6)
 
 
+@jax.numpy_dtype_promotion("standard")
 def test_what_is_wrong_raises():
     ones = {"w": jnp.ones(SHAPE)}
     tx = mpjax.optimizers.fused(optax.sgd(0.1), min_size=1)
