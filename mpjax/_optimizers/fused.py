@@ -4,18 +4,24 @@ import itertools
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
 from jax.extend import core
 from jax.sharding import NamedSharding
 
-from mpjax._checks import check_flag, check_transformation, whole_number
+from mpjax._checks import check_flag, check_transformation, whole_number, wrong
 from mpjax._kernels.one_pass import OnePass, part_of
 from mpjax._kernels.programs import Program
 from mpjax._kernels.tiles import UnservedError
 from mpjax._optimizers.rules import path_name
-from mpjax._optimizers.shards import called, local_shape, shardings_of
+from mpjax._optimizers.shards import (
+    called,
+    check_shardings,
+    local_shape,
+    shardings_of,
+)
 from mpjax._typing import Array, ArrayTree
 from mpjax._updates import Outermost, Replacement, is_update, with_updates
 
@@ -84,6 +90,7 @@ def fused(
     min_size = whole_number("min_size", min_size)
     optional = check_flag("optional", optional)
     interpret = check_flag("interpret", interpret)
+    check_shardings(shardings)
     inner = optax.with_extra_args_support(inner)
 
     def update(updates, state, params=None, **extra_args):
@@ -140,7 +147,8 @@ def unfused(
       A reason for each path of a parameter. Empty if all are updated in one pass.
 
     Raises:
-      TypeError: ``inner`` is no transformation.
+      TypeError: an argument is of the wrong type.
+      ValueError: ``shardings`` is another tree.
 
     Example:
       >>> import jax.numpy as jnp, mpjax.optimizers, optax
@@ -151,6 +159,11 @@ def unfused(
     check_transformation(inner, lambda value: False)
     inner = optax.with_extra_args_support(inner)
     min_size = whole_number("min_size", min_size)
+    check_shardings(shardings)
+    for leaf in jax.tree.leaves(params):
+        dtype = getattr(leaf, "dtype", None)
+        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+            raise wrong("params", "are floating-point arrays or their types", leaf)
     found: dict[str, str] = {}
 
     def look(params):
@@ -229,7 +242,8 @@ class _Plan:
                 continue
             aval = step.jaxpr.in_avals[old]
             number = self.program.outputs[index]
-            if math.prod(aval.shape) < min_size or number not in self.program.makers:
+            is_made = self.program.is_array(number) and number in self.program.makers
+            if math.prod(aval.shape) < min_size or not is_made:
                 continue
             try:
                 part = self._part(aval.shape, number, groups, donors)

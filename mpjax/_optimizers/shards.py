@@ -1,11 +1,13 @@
 """Kernels on arrays that are spread over devices."""
 
 import math
+from typing import Any
 
 import jax
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from mpjax._checks import check_same_structure, wrong
 from mpjax._kernels.one_pass import OnePass
 from mpjax._kernels.tiles import UnservedError
 from mpjax._mesh import explicit_sharding
@@ -17,17 +19,28 @@ def shardings_of(params: ArrayTree, shardings: ArrayTree) -> list[NamedSharding 
     leaves, structure = jax.tree.flatten(params)
     given = [None] * len(leaves)
     if shardings is not None:
+        check_same_structure("params and shardings", params, shardings, _is_none)
         given = structure.flatten_up_to(shardings)
-        for sharding in given:
-            if sharding is not None and not isinstance(sharding, NamedSharding):
-                raise TypeError(
-                    "shardings is a tree like the parameters of jax.sharding."
-                    f"NamedSharding or None, got a {type(sharding).__name__}."
-                )
     return [
         s if s is not None else explicit_sharding(x)
         for s, x in zip(given, leaves, strict=True)
     ]
+
+
+def check_shardings(shardings: ArrayTree) -> None:
+    """Raises a TypeError unless it is a tree of shardings."""
+    for leaf in jax.tree.leaves(shardings):
+        if not isinstance(leaf, NamedSharding):
+            raise wrong(
+                "shardings",
+                "is a tree like the parameters of jax.sharding.NamedSharding or None",
+                leaf,
+                "pass jax.tree.map(lambda x: x.sharding, params)",
+            )
+
+
+def _is_none(node: Any) -> bool:
+    return node is None
 
 
 def _axes(sharding: NamedSharding, ndim: int) -> list[tuple[str, ...]]:

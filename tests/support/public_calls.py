@@ -162,8 +162,15 @@ CALLS = {
     mpjax.optimizers.fused: {
         "inner": MOMENTUM,
         "min_size": 1,
+        "shardings": None,
         "optional": False,
         "interpret": False,
+    },
+    mpjax.optimizers.unfused: {
+        "inner": MOMENTUM,
+        "params": PARAMS,
+        "min_size": 1,
+        "shardings": None,
     },
     mpjax.optimizers.float32_params: {"params": SHORT, "opt_state": SHORT_STATE},
     mpjax.optimizers.with_float32_params: {
