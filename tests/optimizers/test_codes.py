@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mpjax._optimizers.codes import CODES, Linear, Logarithmic
-from mpjax._optimizers.noise import random_bits, salt_of
+from mpjax._optimizers.noise import USES, random_bits, salt_of
 
 BLOCK = (8, 1)
 
@@ -164,3 +164,17 @@ def test_random_bits_do_not_depend_on_other_axes_of_size_one():
         bits = random_bits(jnp.zeros(shape), jnp.uint32(5), 1)
         np.testing.assert_array_equal(bits.ravel(), row)
     assert random_bits(jnp.zeros(()), jnp.uint32(5), 1).shape == ()
+
+
+def test_what_shares_random_bits_takes_independent_ones():
+    steps = np.arange(4096, dtype=np.uint32) * np.uint32(0x9E3779B9)
+    like = jnp.zeros((2, 2))
+
+    def upper(use):
+        bits = jax.vmap(lambda step: random_bits(like, step, 5, use))(steps)
+        return np.asarray(bits)[:, 1, 1] / 2.0**32 - 0.5
+
+    noises = np.stack([upper(use) for use in range(USES)])
+    correlations = np.corrcoef(noises) - np.eye(USES)
+    assert np.all(np.abs(correlations) < 5 / np.sqrt(len(steps)))
+    assert np.all(np.abs(noises.mean(axis=1)) < 5 / np.sqrt(12 * len(steps)))
