@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +87,7 @@ class Program:
         self.inputs = [self._new(var.aval) for var in jaxpr.jaxpr.invars]
         self.outputs = self._read(jaxpr, self.inputs)
 
-    def is_array(self, atom: Atom) -> bool:
+    def is_array(self, atom: Atom) -> TypeGuard[int]:
         """Whether it has more than one element."""
         return isinstance(atom, int) and math.prod(self.types[atom].shape) != 1
 
@@ -128,8 +128,8 @@ class Program:
         jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
         env: dict[Any, Atom] = dict(zip(jaxpr.invars, inputs, strict=True))
         for var, value in zip(jaxpr.constvars, consts, strict=True):
-            env[var] = self._new(var.aval)
-            self.values[env[var]] = value
+            env[var] = number = self._new(var.aval)
+            self.values[number] = value
 
         def read(atom: Any) -> Atom:
             if isinstance(atom, core.Literal):
@@ -169,7 +169,8 @@ class Program:
         """The value that an operation has as its result, if it changes nothing."""
         if len(operands) == 0 or len(eqn.outvars) != 1:
             return None
-        name, first, out = eqn.primitive.name, operands[0], eqn.outvars[0].aval
+        name, first = eqn.primitive.name, operands[0]
+        out: Any = eqn.outvars[0].aval
         before = _type(self, first)
         alike = before.shape == out.shape and before.dtype == out.dtype
         if alike and name == "convert_element_type":
@@ -217,7 +218,8 @@ def _is_undone(name: str, start: Any, middle: Any, end: Any) -> bool:
 
 
 def _constant(literal: core.Literal) -> Constant:
-    dtype = np.dtype(literal.aval.dtype)
+    aval: Any = literal.aval
+    dtype = np.dtype(aval.dtype)
     return Constant(dtype, np.asarray(literal.val, dtype).tobytes())
 
 

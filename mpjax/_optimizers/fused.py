@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -231,7 +232,7 @@ class _Plan:
         olds = self.structure.flatten_up_to(step.params)
         donors = self._donors(new, state)
         groups = self._groups(jax.tree.leaves((new, state)))
-        specs = dict(zip(jax.tree.leaves(step.params), specs, strict=True))
+        spread = dict(zip(jax.tree.leaves(step.params), specs, strict=True))
         paths = jax.tree_util.tree_leaves_with_path(step.params)
         names = {index: path_name(path) for path, index in paths}
         self.parts: list[tuple[OnePass, NamedSharding | None]] = []
@@ -241,17 +242,17 @@ class _Plan:
             if not isinstance(old, int) or not isinstance(index, int):
                 continue
             aval = step.jaxpr.in_avals[old]
-            number = self.program.outputs[index]
+            number: Any = self.program.outputs[index]
             is_made = self.program.is_array(number) and number in self.program.makers
             if math.prod(aval.shape) < min_size or not is_made:
                 continue
             try:
                 part = self._part(aval.shape, number, groups, donors)
-                part.check_local(local_shape(aval.shape, specs[old]))
+                part.check_local(local_shape(aval.shape, spread[old]))
             except UnservedError as reason:
                 self.reasons[names[old]] = str(reason)
                 continue
-            self.parts.append((part, specs[old]))
+            self.parts.append((part, spread[old]))
             self.served[place] = index
         leaves = [
             [self.served[place]] if place in self.served else jax.tree.leaves(node)
