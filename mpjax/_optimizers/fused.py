@@ -84,8 +84,8 @@ def fused(
       >>> params = {"w": jnp.ones((256, 256))}
       >>> tx = mpjax.optimizers.fused(mpjax.low_precision_state(optax.adamw(1e-2)))
       >>> updates, state = tx.update(params, tx.init(params), params)
-      >>> print(mpjax.apply_updates(params, updates)["w"][0, 0])
-      0.989999
+      >>> print(mpjax.apply_updates(params, updates)["w"].mean().round(2))
+      0.99
     """
     check_transformation(inner, lambda value: False)
     min_size = whole_number("min_size", min_size)
