@@ -84,7 +84,7 @@ def fused(
       >>> params = {"w": jnp.ones((256, 256))}
       >>> tx = mpjax.optimizers.fused(mpjax.low_precision_state(optax.adamw(1e-2)))
       >>> updates, state = tx.update(params, tx.init(params), params)
-      >>> print(mpjax.apply_updates(params, updates)["w"].mean().round(2))
+      >>> print(f"{mpjax.apply_updates(params, updates)['w'].mean():.2f}")
       0.99
     """
     check_transformation(inner, lambda value: False)
