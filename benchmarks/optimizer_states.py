@@ -33,6 +33,7 @@ def schemes():
     yield "float32, bfloat16 moments", states(adamw, "bfloat16"), f32, f32
     yield "float32, bfloat16 moments", states(adamw, "bfloat16"), f32, bf16
     yield "float32, 8-bit moments", states(adamw, "8bit"), f32, f32
+    yield "float32, 8-bit moments", states(adamw, "8bit"), f32, bf16
     for method in "float32", "split", "kahan", "stochastic":
         yield method, params(adamw, method), bf16, bf16
         for formats in "bfloat16", "8bit":

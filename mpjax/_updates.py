@@ -16,6 +16,10 @@ class OfStoredParams(optax.GradientTransformationExtraArgs):
     """An optimizer that is given 16-bit parameters as they are, not in float32."""
 
 
+class Outermost(OfStoredParams):
+    """An optimizer whose updates may be a `Replacement`, and cannot be skipped."""
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class NewValue:
@@ -53,12 +57,50 @@ class NewValue:
         return new.astype(param.dtype)
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Replacement:
+    """The update of a parameter whose new value is already there.
+
+    Of a type of its own, so that adding it, as ``optax.apply_updates`` would, is an
+    error.
+
+    Attributes:
+      bits: uint[...], of as many bits as the parameter.
+    """
+
+    bits: Array
+
+    @classmethod
+    def of(cls, new: Array) -> "Replacement":
+        """The update that makes a parameter another of its dtype."""
+        return cls(lax.bitcast_convert_type(new, _unsigned(new)))
+
+    def applied(self, param: Array) -> Array:
+        """The new value.
+
+        Raises:
+          ValueError: something has changed the update.
+        """
+        if getattr(self.bits, "dtype", None) != _unsigned(param):
+            raise ValueError(
+                "What mpjax.optimizers.fused returns are new values of the parameters, "
+                "no differences, and something has computed with them: nothing but "
+                "mpjax.scaled may stand outside of it. Put it inside."
+            )
+        return lax.bitcast_convert_type(self.bits, param.dtype)
+
+
+def _unsigned(x: Array) -> jnp.dtype:
+    return jnp.dtype(f"uint{8 * x.dtype.itemsize}")
+
+
 def _bits(x: Array) -> Array:
     return lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
 
 
 def is_new_value(node: Any) -> bool:
-    return isinstance(node, NewValue)
+    return isinstance(node, NewValue | Replacement)
 
 
 def with_updates(params: ArrayTree, updates: ArrayTree) -> ArrayTree:

@@ -12,7 +12,7 @@ ROOT = pathlib.Path(mpjax.__file__).parent
 # A folder, or a file of the root, imports only what stands below it.
 LADDER = [
     ["_typing", "_hardware", "_checks"],
-    ["_numerics", "_tree", "_mesh"],
+    ["_numerics", "_tree", "_mesh", "_kernels"],
     ["_recipes", "_printing", "_updates", "numerics"],
     ["_products", "_policies", "_loss_scaling"],
     ["_scaling_states", "_optimizers", "_autocast"],

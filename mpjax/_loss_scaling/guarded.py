@@ -23,7 +23,7 @@ from mpjax._mesh import bound_axis, unchecked_axes, varying_axes
 from mpjax._recipes.recipe import Recipe
 from mpjax._recipes.state import ScalingState
 from mpjax._tree import is_numeric, select_tree, widen
-from mpjax._updates import OfStoredParams, is_update
+from mpjax._updates import OfStoredParams, Outermost, is_update
 
 FLOAT32 = jnp.finfo(jnp.float32)
 
@@ -42,6 +42,11 @@ def guarded(inner, scale, hysteresis, adjust, axis_name):
     """
     check_transformation(inner, lambda value: isinstance(value, Recipe))
     check_axis_name(axis_name)
+    if isinstance(inner, Outermost):
+        raise ValueError(
+            "Loss scaling cannot skip an update that is written in place: put it "
+            "inside, mpjax.optimizers.fused(mpjax.dynamic_loss_scaling(...))."
+        )
     inner = optax.with_extra_args_support(inner)
     of_inner = (lambda params: params) if isinstance(inner, OfStoredParams) else widen
 

@@ -1,8 +1,7 @@
 """From the largest magnitude of a tensor, a channel or a block to its scale."""
 
 import math
-from collections.abc import Callable
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -62,23 +61,13 @@ def block_amax(
 def amax_of_blocks(x: Array, block: Block, compute_dtype: DType) -> Array:
     """`block_amax` with a block that `check_block` has returned."""
     x = jnp.abs(x.astype(compute_dtype))
-    return extreme_of_blocks(x, block, jnp.max, initial=0.0).astype(jnp.float32)
-
-
-def extreme_of_blocks(
-    x: Array, block: Block, reduce: Callable[..., Array], **options: Any
-) -> Array:
-    """The largest or least number of every block, by ``jnp.max`` or ``jnp.min``.
-
-    Blocks that are not full count as if they had zeros as well.
-    """
     whole = tuple(i for i, b in enumerate(block) if b == -1)
     if whole:
-        x = reduce(x, axis=whole, keepdims=True, **options)
+        x = jnp.max(x, axis=whole, keepdims=True, initial=0.0)
     for axis, size in enumerate(block):
         if size > 1:
-            x = reduce(_split(x, axis, size), axis=axis + 1)
-    return x
+            x = jnp.max(_split(x, axis, size), axis=axis + 1)
+    return x.astype(jnp.float32)
 
 
 def _split(x: Array, axis: int, size: int) -> Array:

@@ -16,17 +16,14 @@ from mpjax._numerics.scales import (
     amax_to_scale,
     expand_blocks,
     expand_scale,
-    extreme_of_blocks,
 )
-from mpjax._optimizers.noise import random_bits, turned
+from mpjax._optimizers.noise import random_bits
 from mpjax._typing import Array
 
 Rounding: TypeAlias = Literal["nearest", "stochastic"]
 # Of "log8": the bits of float32 that are dropped, a step of the last that is not, and
 # the exponent.
 _DROPPED, _STEP, _EXPONENT = 20, 1 << 20, 0x7F800000
-# Of 32 random bits a parameter takes the upper 16, second moments the lower 20, first
-# ones those above the lower 6: what has most weight in one has little in the others.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +38,8 @@ class Cast:
         if self.rounding == "nearest":
             return x.astype(self.dtype), None
         if self.dtype != "bfloat16":
-            return round_with_bits(x, self.dtype, turned(bits)), None
-        return stochastic_bfloat16(x, bits & 0xFFFF), None
+            return round_with_bits(x, self.dtype, bits), None
+        return stochastic_bfloat16(x, bits >> 16), None
 
     def decode(self, values: Array, scale: Any, block: Block) -> Array:
         return values.astype(jnp.float32)
@@ -68,8 +65,8 @@ class Linear:
         if self.rounding == "nearest":
             return saturating_cast(y, self.dtype), scale
         if fmt.is_integer:
-            return round_with_bits(y, self.dtype, bits << 6), scale
-        return _stochastic_float8(y, fmt, bits >> 6), scale
+            return round_with_bits(y, self.dtype, bits), scale
+        return _stochastic_float8(y, fmt, bits), scale
 
     def decode(self, values: Array, scale: Any, block: Block) -> Array:
         return values.astype(jnp.float32) * expand_scale(scale, values.shape, block)
@@ -84,33 +81,38 @@ class Logarithmic:
     2^(q // 8 - 31) * (1 + q % 8 / 8)`` for codes ``q`` of 0 to 255, with a ``scale``
     that is a power of two, or 0 if all are 0. What is smaller than 2^-31 of the scale
     is rounded up to that, zeros too, since 0 in place of a second moment would be
-    divided by. A block with a negative number is NaN.
+    divided by; a negative number counts as 0. Codes are stored less 128.
     """
 
     rounding: Rounding
     scales_blocks: ClassVar[bool] = True
 
     def encode(self, x: Array, block: Block, bits: Array) -> tuple[Array, Array]:
-        largest = extreme_of_blocks(x, block, jnp.max)
-        least = extreme_of_blocks(x, block, jnp.min)
+        amax = amax_of_blocks(x, block, jnp.float32)
         # The last code is 1.875 times the scale.
-        top = (lax.bitcast_convert_type(largest, jnp.int32) + (_STEP - 1)) & _EXPONENT
-        valid = (top < _EXPONENT) & (least >= 0)
+        top = (lax.bitcast_convert_type(amax, jnp.int32) + (_STEP - 1)) & _EXPONENT
+        is_finite = top < _EXPONENT
         top = jnp.clip(top, 32 << 23, 254 << 23)
         scale = lax.bitcast_convert_type(top, jnp.float32)
-        scale = jnp.where(largest == 0, 0.0, jnp.where(valid, scale, np.nan))
+        scale = jnp.where(amax == 0, 0.0, jnp.where(is_finite, scale, np.nan))
         noise = _STEP // 2
         if self.rounding == "stochastic":
-            noise = lax.bitcast_convert_type(bits & (_STEP - 1), jnp.int32)
-        lowest = expand_blocks(top - (31 << 23), x.shape, block)
-        above = lax.bitcast_convert_type(x, jnp.int32) + noise - lowest
-        code = jnp.maximum(above >> _DROPPED, 0)
-        return code.astype(jnp.uint8), scale.astype(jnp.bfloat16)
+            noise = lax.bitcast_convert_type(bits >> (32 - _DROPPED), jnp.int32)
+        bottom = jnp.where(is_finite, top - (31 << 23), _EXPONENT)
+        lowest = lax.bitcast_convert_type(bottom, jnp.float32)
+        x = jnp.maximum(x, expand_blocks(lowest, x.shape, block))
+        zero = expand_blocks(bottom + (128 << _DROPPED), x.shape, block)
+        code = (lax.bitcast_convert_type(x, jnp.int32) + noise - zero) >> _DROPPED
+        return code.astype(jnp.int8), scale.astype(jnp.bfloat16)
 
     def decode(self, values: Array, scale: Any, block: Block) -> Array:
-        whole = (values.astype(jnp.int32) << _DROPPED) + ((127 - 31) << 23)
-        ratio = lax.bitcast_convert_type(whole, jnp.float32)
-        return ratio * expand_scale(scale, values.shape, block)
+        bottom = lax.bitcast_convert_type(scale.astype(jnp.float32), jnp.int32)
+        # NaN stays NaN, whatever a code adds.
+        bottom = jnp.where(jnp.isnan(scale), _EXPONENT + 1, bottom - (31 << 23))
+        zero = jnp.where(scale == 0, 0, bottom) + (128 << _DROPPED)
+        whole = values.astype(jnp.int32) << _DROPPED
+        whole = whole + expand_blocks(zero, values.shape, block)
+        return lax.bitcast_convert_type(whole, jnp.float32)
 
 
 Code: TypeAlias = Cast | Linear | Logarithmic
@@ -136,13 +138,14 @@ class LowPrecisionArray:
       code: what they mean.
       block: how many elements along each axis share a scale.
       salt: of its random bits, that of its parameter where both share them.
+      use: which of them it takes.
 
     Example:
       >>> import jax.numpy as jnp, mpjax, optax
       >>> tx = mpjax.low_precision_state(optax.sgd(1.0, momentum=0.9))
       >>> trace = optax.tree.get(tx.init(jnp.ones((64, 64))), "trace")
       >>> trace.values.dtype.name, trace.decode().dtype.name
-      ('float8_e4m3fn', 'float32')
+      ('float8_e5m2', 'float32')
     """
 
     values: Array
@@ -150,6 +153,7 @@ class LowPrecisionArray:
     code: Code = dataclasses.field(metadata={"static": True})
     block: Block = dataclasses.field(metadata={"static": True})
     salt: int = dataclasses.field(metadata={"static": True})
+    use: int = dataclasses.field(metadata={"static": True})
     keeps_dtypes: ClassVar[bool] = True
 
     def decode(self) -> Array:
@@ -158,7 +162,7 @@ class LowPrecisionArray:
 
     def encode(self, x: Array, step: Array) -> "LowPrecisionArray":
         """Another array, stored in the same way."""
-        bits = random_bits(x, step, self.salt)
+        bits = random_bits(x, step, self.salt, self.use)
         values, scale = self.code.encode(x, self.block, bits)
         return dataclasses.replace(self, values=values, scale=scale)
 
@@ -176,7 +180,7 @@ def _stochastic_float8(x: Array, fmt: Format, bits: Array) -> Array:
     Next to zero `float8_e5m2` rounds to nearest: there it has 2^-29 of its largest.
     """
     dropped = 23 - fmt.mantissa
-    noise = bits & (2**dropped - 1)
+    noise = bits >> (32 - dropped)
     kept = jnp.uint32(2**32 - 2**dropped)
     if fmt.mantissa < 3:
         whole = (lax.bitcast_convert_type(x, jnp.uint32) + noise) & kept

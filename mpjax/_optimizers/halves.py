@@ -28,13 +28,13 @@ def split(
       bits: uint32[...], random; None: rounded to nearest.
     """
     if method == "split":
+        x = jnp.where(jnp.isnan(x), jnp.nan, x)  # whose upper half is NaN as well
         whole = lax.bitcast_convert_type(x, jnp.uint32)
         # To nearest; the lower half, as a signed number, takes away what that added.
-        high = jnp.where(jnp.isnan(x), jnp.uint32(0x7FC00000), whole + 0x8000)
-        low = jnp.where(jnp.isnan(x), jnp.uint32(0), whole)
-        value = lax.bitcast_convert_type((high >> 16).astype(jnp.uint16), dtype)
-        low = lax.bitcast_convert_type(low.astype(jnp.uint16), jnp.int16)
-        return value, low
+        # By way of float32, since compilers write 16-bit integers out.
+        high = (whole + jnp.uint32(0x8000)) & jnp.uint32(0xFFFF0000)
+        value = lax.bitcast_convert_type(high, jnp.float32).astype(dtype)
+        return value, lax.bitcast_convert_type(whole, jnp.int32).astype(jnp.int16)
     if method == "stochastic" and bits is not None:
         if dtype == jnp.bfloat16:
             return stochastic_bfloat16(x, bits >> 16), optax.MaskedNode()
@@ -68,9 +68,8 @@ def _join(param: Array, rest: Any, method: Method) -> Array:
     if method == "float32":  # unless the parameter was replaced
         return jnp.where(rest.astype(param.dtype) == param, rest, param.astype(_F32))
     if method == "split":
-        high = lax.bitcast_convert_type(param, jnp.uint16).astype(jnp.uint32) << 16
-        low = lax.bitcast_convert_type(rest.astype(jnp.int32), jnp.uint32)
-        return lax.bitcast_convert_type(high + low, jnp.float32)
+        high = lax.bitcast_convert_type(param.astype(_F32), jnp.int32)
+        return lax.bitcast_convert_type(high + rest.astype(jnp.int32), _F32)
     whole = param.astype(jnp.float32)
     return whole if method == "stochastic" else whole + rest.astype(jnp.float32)
 

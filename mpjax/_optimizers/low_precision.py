@@ -8,7 +8,7 @@ import optax
 
 from mpjax._checks import check_same_shapes, check_transformation, whole_number
 from mpjax._optimizers.codes import CODES, LowPrecisionArray
-from mpjax._optimizers.noise import salt_of
+from mpjax._optimizers.noise import USES, salt_of
 from mpjax._optimizers.rules import (
     Formats,
     StateRule,
@@ -60,7 +60,7 @@ def low_precision_state(
     ==============  ======================  =====================  ==============
     (none)          float32                 float32                8
     ``"bfloat16"``  bfloat16                bfloat16               4
-    ``"8bit"``      float8_e4m3fn, blocks   ``"log8"``, blocks     2.03
+    ``"8bit"``      float8_e5m2, blocks     ``"log8"``, blocks     2.03
     ==============  ======================  =====================  ==============
 
     bfloat16 first moments are rounded to nearest, since they change by a tenth in each
@@ -97,7 +97,7 @@ def low_precision_state(
       >>> updates, state = tx.update(params, state, params)
       >>> moments = optax.tree.get(state, "nu")["w"]
       >>> moments.values.dtype.name, moments.scale.shape
-      ('uint8', (8, 64))
+      ('int8', (8, 64))
 
     References:
       Dettmers et al., 8-bit Optimizers via Block-wise Quantization, arXiv 2110.02861.
@@ -148,7 +148,7 @@ def _stored(
         return state  # of placeholders, for optax.tree.map_params
     leaves, structure = jax.tree.flatten(state)
     found = list(places(state, params))
-    new, matched, shared = [], set(), set()
+    new, matched, uses = [], set(), {}
     for leaf, place in zip(leaves, found, strict=True):
         if place is not None:
             matched |= {rule for rule in rules if rule.matches(place)}
@@ -159,10 +159,10 @@ def _stored(
             continue
         code = CODES[rule.format](rule.rounding)
         block = block_of(leaf.shape, rule.block) if code.scales_blocks else ()
-        # A parameter shares the random bits of its moments: each takes others of them.
-        own = f" {place.field}" if (place.path, type(code)) in shared else ""
-        shared.add((place.path, type(code)))
-        empty = LowPrecisionArray(leaf, None, code, block, salt_of(place.path + own))
+        # A parameter and its moments share random bits: it has the first use of them.
+        uses[place.path] = use = uses.get(place.path, 0) + 1
+        salt = salt_of(place.path if use < USES else f"{place.path} {place.field}")
+        empty = LowPrecisionArray(leaf, None, code, block, salt, use % USES)
         new.append(empty.encode(leaf, jnp.zeros((), jnp.uint32)))
     unused = [rule for rule in rules if rule not in matched and not rule.optional]
     fields = {f"{p.field} of {p.path}" for p in found if p is not None}

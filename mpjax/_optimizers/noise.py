@@ -15,43 +15,38 @@ from mpjax._typing import Array
 _GOLDEN = 0x9E3779B9  # 2^32 / golden ratio
 
 
-def random_bits(like: Array, step: Array, salt: int) -> Array:
+# Odd numbers of which no two have a simple ratio, for what is rounded at one place.
+_FACTORS = 0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F
+USES = len(_FACTORS)
+
+
+def random_bits(like: Array, step: Array, salt: int, use: int = 0) -> Array:
     """uint32, shaped and sharded as an array.
 
-    At one place they are independent from step to step. Those of neighbours within a
-    step are not: they are spread evenly, at the cost of one product.
+    At one place they are independent from step to step, the upper ones above all. Those
+    of neighbours within a step are not: they are spread evenly, at the cost of one sum
+    and one product.
 
-    Two arrays of one shape that are rounded in one step by the same salt, a parameter
-    and its moments, share the bits, which are then made once: let one of them take
-    `turned` ones.
+    Arrays of one shape that are rounded in one step by the same salt, a parameter and
+    its moments, take different uses of it, which have all but the product in common.
 
     Args:
       like: the array that is rounded.
       step: uint32[], another for each step.
       salt: another for each parameter.
+      use: 0, 1, 2 or 3.
     """
     seed = mixed(step + jnp.uint32(salt % 2**32))
     for axis in sorted(varying_axes(like), key=str):  # within shard_map
         seed = mixed(seed + lax.axis_index(axis).astype(jnp.uint32))
-    place = None
-    stride = 1
+    place, stride = seed, 1
     for axis in reversed(range(like.ndim)):
         index = lax.broadcasted_iota(
             jnp.uint32, like.shape, axis, out_sharding=explicit_sharding(like)
         )
-        if stride > 1:
-            index = index * jnp.uint32(stride % 2**32)
-        place = index if place is None else place + index
+        place = place + index * jnp.uint32(stride % 2**32)
         stride *= like.shape[axis]
-    if place is None:
-        return seed
-    x = (place + seed) * jnp.uint32(0x2C1B3C6D)
-    return x ^ (x >> 16)
-
-
-def turned(bits: Array) -> Array:
-    """The lower half of random bits first."""
-    return (bits << 16) | (bits >> 16)
+    return place * jnp.uint32(_FACTORS[use])
 
 
 def salt_of(path: str) -> int:

@@ -16,6 +16,7 @@ from mpjax._checks import (
     wrong,
 )
 from mpjax._optimizers.halves import METHODS, Method, is_short, joined, split
+from mpjax._optimizers.low_precision import LowPrecisionState
 from mpjax._optimizers.noise import random_bits, salt_of
 from mpjax._optimizers.rules import path_name
 from mpjax._optimizers.trees import check_floating_leaves, has_arrays
@@ -75,7 +76,8 @@ def low_precision_params(
     Args:
       inner: an optimizer of optax.
       method: one of the above; "split" and "kahan" for bfloat16 alone.
-      seed: of the random bits of "stochastic".
+      seed: of the random bits of "stochastic"; around `low_precision_state` those of
+        that are shared.
 
     Returns:
       A transformation whose state is a `LowPrecisionParamsState`, and whose ``update``
@@ -144,6 +146,10 @@ def low_precision_params(
             widen(updates), state.inner_state, whole, **extra_args
         )
         new = with_updates(whole, wide)
+        # A parameter and its moments share random bits, which are then made once.
+        inner_states = state.inner_state
+        shares = isinstance(inner_states, LowPrecisionState)
+        own_seed = inner_states.seed if shares else state.seed
         leaves, structure = jax.tree_util.tree_flatten_with_path(params)
         out, rests = [], []
         for (path, p), x, u in zip(
@@ -157,7 +163,7 @@ def low_precision_params(
                 rests.append(optax.MaskedNode())
                 continue
             salt = salt_of(path_name(path))
-            bits = random_bits(x, state.seed, salt)
+            bits = random_bits(x, own_seed, salt)
             value, rest = split(x, p.dtype, method, bits)
             out.append(NewValue.of(p, value))
             rests.append(rest)

@@ -147,7 +147,7 @@ PRESETS = {
     "bfloat16": _moments(
         StateRule(".*", "bfloat16", rounding="nearest"), StateRule(".*", "bfloat16")
     ),
-    "8bit": _moments(StateRule(".*", "float8_e4m3fn"), StateRule(".*", "log8")),
+    "8bit": _moments(StateRule(".*", "float8_e5m2"), StateRule(".*", "log8")),
 }
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mpjax._optimizers.codes import CODES, Linear, Logarithmic
-from mpjax._optimizers.noise import random_bits, salt_of
+from mpjax._optimizers.noise import USES, random_bits, salt_of
 
 BLOCK = (8, 1)
 
@@ -69,12 +69,12 @@ def test_logarithmic_codes_are_the_nearest_of_eight_in_an_octave():
     codes = np.arange(256)
     numbers_of = 2.0 ** (codes // 8 - 31) * (1 + codes % 8 / 8)
     nearest = np.abs(x[..., None] / power[..., None] - numbers_of).argmin(-1)
-    np.testing.assert_array_equal(values, nearest)
-    np.testing.assert_array_equal(decoded, power * numbers_of[values])
+    np.testing.assert_array_equal(values, nearest - 128)
+    np.testing.assert_array_equal(decoded, power * numbers_of[nearest])
 
 
 def test_all_codes_come_back():
-    codes = np.arange(256, dtype=np.uint8).reshape(256, 1)
+    codes = np.arange(-128, 128, dtype=np.int8).reshape(256, 1)
     code, scale = Logarithmic("nearest"), np.ones((1, 1), np.float32)
     decoded = code.decode(codes, scale, (-1, 1))
     for rounding in ("nearest", "stochastic"):
@@ -105,12 +105,15 @@ def test_what_is_not_finite_stays_so(name):
         assert np.isfinite(decoded[8:]).all()
 
 
-def test_negative_numbers_are_refused_by_a_code_without_signs():
+def test_huge_and_negative_numbers_of_a_code_without_signs():
     x = numbers("log8")
-    x[2, 3] *= -1
+    x[2, 3], x[5, 1] = -1e30, 3.1e38
     _, _, decoded = both(Logarithmic("nearest"), x)
-    assert np.isnan(decoded[:8, 3]).all() and np.isfinite(decoded[8:]).all()
-    assert np.isfinite(decoded[:, :3]).all()
+    assert np.isfinite(decoded).all() and np.all(decoded >= 0)
+    assert abs(decoded[5, 1] / 3.1e38 - 1) < 1 / 16
+    x[5, 1] = 3.3e38  # more than the last code
+    _, _, decoded = both(Logarithmic("nearest"), x)
+    assert np.isnan(decoded[:8, 1]).all() and np.isfinite(decoded[8:]).all()
 
 
 @pytest.mark.parametrize("name", CODES)
@@ -161,3 +164,17 @@ def test_random_bits_do_not_depend_on_other_axes_of_size_one():
         bits = random_bits(jnp.zeros(shape), jnp.uint32(5), 1)
         np.testing.assert_array_equal(bits.ravel(), row)
     assert random_bits(jnp.zeros(()), jnp.uint32(5), 1).shape == ()
+
+
+def test_what_shares_random_bits_takes_independent_ones():
+    steps = np.arange(4096, dtype=np.uint32) * np.uint32(0x9E3779B9)
+    like = jnp.zeros((2, 2))
+
+    def upper(use):
+        bits = jax.vmap(lambda step: random_bits(like, step, 5, use))(steps)
+        return np.asarray(bits)[:, 1, 1] / 2.0**32 - 0.5
+
+    noises = np.stack([upper(use) for use in range(USES)])
+    correlations = np.corrcoef(noises) - np.eye(USES)
+    assert np.all(np.abs(correlations) < 5 / np.sqrt(len(steps)))
+    assert np.all(np.abs(noises.mean(axis=1)) < 5 / np.sqrt(12 * len(steps)))

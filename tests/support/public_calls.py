@@ -173,6 +173,19 @@ CALLS = {
     mpjax.low_precision_params: {"inner": MOMENTUM, "method": "split", "seed": 0},
     train_with_states: {"inner": MOMENTUM, "formats": "8bit", "seed": 0},
     train_short: {"inner": MOMENTUM, "method": "stochastic", "seed": 0},
+    mpjax.optimizers.fused: {
+        "inner": MOMENTUM,
+        "min_size": 1,
+        "shardings": None,
+        "optional": False,
+        "interpret": False,
+    },
+    mpjax.optimizers.unfused: {
+        "inner": MOMENTUM,
+        "params": PARAMS,
+        "min_size": 1,
+        "shardings": None,
+    },
     mpjax.optimizers.float32_params: {"params": SHORT, "opt_state": SHORT_STATE},
     mpjax.optimizers.with_float32_params: {
         "params": SHORT,
