@@ -168,10 +168,17 @@ def test_what_stands_outside_changes_nothing_or_raises():
     expected = stepped(inner)
     jax.tree.map(np.testing.assert_array_equal, stepped(mpjax.scaled(inner)), expected)
     assert np.any(expected["w"] != params["w"])
+    schedule = optax.linear_schedule(0.5, 0.0, 10)
     with jax.numpy_dtype_promotion("standard"):
-        for outer in (optax.scale(0.5), optax.clip(1e-3)):
-            with pytest.raises(ValueError, match=r"(?s)are bits.*Put it inside"):
-                stepped(optax.chain(inner, outer))
+        for outer in (
+            optax.scale(0.5),
+            optax.clip(1e-3),
+            optax.scale_by_learning_rate(schedule),
+            optax.add_decayed_weights(0.1),
+            optax.clip_by_global_norm(1e-3),
+        ):
+            with pytest.raises((TypeError, ValueError), match=r"float0|NewValue"):
+                jax.jit(stepped, static_argnums=0)(optax.chain(inner, outer))
         zero = stepped(optax.chain(inner, optax.set_to_zero()))
     np.testing.assert_array_equal(zero["w"], params["w"])
 
