@@ -24,7 +24,7 @@ import pathlib
 import re
 import statistics
 import sys
-from typing import Any
+from typing import Any, get_args
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 sys.path.append(str(pathlib.Path(__file__).parent.parent / "examples"))
@@ -42,6 +42,7 @@ from rich.table import Table
 from sklearn.datasets import load_digits
 
 import mpjax
+from mpjax._optimizers.halves import Method
 
 SMOOTH = 50
 RATES = {"lm": 3e-3, "digits": 3e-3}
@@ -58,7 +59,7 @@ def schemes(task: str) -> dict[str, tuple]:
         "float32, bfloat16": (rate, False, lambda tx: states(tx, "bfloat16")),
         "float32, 8bit": (rate, False, states),
     }
-    for method in "float32", "split", "kahan", "stochastic":
+    for method in get_args(Method):
         for formats in "bfloat16", "8bit":
             if method == "float32" and formats == "bfloat16":
                 continue  # as with "split", bit for bit
