@@ -1,11 +1,15 @@
 """Every test runs on eight simulated CPU devices and under strict promotion.
 
+What one test has compiled the next finds in a folder of the process, which goes with
+it: no folder is shared, for what is half written cannot be read.
+
 LLVM optimizes little unless XLA_FLAGS says otherwise: most of the time of a test is
 compilation, and its optimizations double that. XLA's own passes are as they are, and so
 are the instructions: not at 0, where no product and sum become one.
 """
 
 import os
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
@@ -21,6 +25,9 @@ import pytest
 annotations.install()
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+COMPILED = tempfile.TemporaryDirectory(prefix="mpjax-compiled-")
+jax.config.update("jax_compilation_cache_dir", COMPILED.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 @pytest.fixture(params=["linen", "nnx"])

@@ -5,9 +5,15 @@ import warnings
 
 import jax
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from public_calls import CALLS, DELAYED, JUNK, LIKE_LAX, OF_OTHERS, call
+from public_calls import (
+    CALLS,
+    DELAYED,
+    JUNK,
+    LIKE_LAX,
+    OF_OTHERS,
+    RAISES_ITSELF,
+    call,
+)
 
 import mpjax
 import mpjax.linen
@@ -75,15 +81,11 @@ def test_every_public_function_has_a_valid_call():
         call(fn, valid)
 
 
-@settings(
-    max_examples=400,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=list(HealthCheck),
-)
-@given(st.sampled_from(ARGUMENTS), st.sampled_from(sorted(JUNK)))
-def test_junk_has_a_result_or_an_error_that_says_what_is_wrong(argument, kind):
-    check(*argument, kind)
+@pytest.mark.parametrize("kind", sorted(JUNK))
+def test_junk_has_a_result_or_an_error_that_says_what_is_wrong(kind):
+    for fn, name in ARGUMENTS:
+        if (fn, name, kind) not in RAISES_ITSELF:
+            check(fn, name, kind)
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,6 @@ def test_rows_are_complete_and_stand_once(path):
 @pytest.mark.parametrize(
     ("target", "way", "figures"),
     [
-        ("tpu7x", "bf16", ["cycles", "bytes"]),
         ("tpu7x", "mpjax delayed", ["cycles", "bytes"]),
         ("h100", "mpjax delayed", ["bytes", "kernels"]),
     ],

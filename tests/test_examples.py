@@ -28,20 +28,19 @@ def jax_as_users_have_it():
 @pytest.mark.long
 def test_train_lm(tmp_path, capsys):
     plot = tmp_path / "plot.png"
-    policies = ["mixed_bfloat16", "mixed_float16", "mixed_float8"]
-    arguments = ["--steps", "300", "--plot", str(plot), "--policy", *policies]
+    policies = ["mixed_float16", "mixed_float8"]
+    arguments = ["--steps", "150", "--plot", str(plot), "--policy", *policies]
     runs = load("train_lm").main([*arguments, "--recipe", "delayed"])
-    float32, bfloat16, float16, float8 = runs
-    names = ["float32", "mixed_bfloat16", "mixed_float16", "mixed_float8 delayed"]
+    float32, float16, float8 = runs
+    names = ["float32", "mixed_float16", "mixed_float8 delayed"]
     assert [run.name for run in runs] == names
     assert all(np.isfinite(run.losses).all() for run in runs)
     assert float32.losses[0] > 5 > 2.5 > float32.final_loss
-    assert bfloat16.final_loss == pytest.approx(float32.final_loss, rel=0.01)
     assert float16.final_loss == pytest.approx(float32.final_loss, rel=0.01)
-    assert float8.final_loss == pytest.approx(bfloat16.final_loss, rel=0.01)
+    assert float8.final_loss == pytest.approx(float32.final_loss, rel=0.01)
     # The same batches in the same order: the first losses differ by rounding alone.
-    assert bfloat16.losses[0] == pytest.approx(float32.losses[0], rel=2**-8)
-    assert float32.skipped == bfloat16.skipped == 0
+    assert float16.losses[0] == pytest.approx(float32.losses[0], rel=2**-8)
+    assert float32.skipped == float8.skipped == 0
     assert plot.read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert "Block_0/Dense_0" in printed
@@ -81,7 +80,7 @@ def test_train_distributed_goes_on_where_it_was_killed(tmp_path, monkeypatch, ca
 
 @pytest.mark.long
 def test_train_digits_survives_a_poisoned_batch(capsys):
-    policies = ["mixed_float16", "mixed_bfloat16"]
+    policies = ["mixed_float16"]
     runs = load("train_digits").main(["--poison", "--policy", *policies])
     assert [policy for policy, *_ in runs] == ["float32", *policies]
     float32 = runs[0][1]
@@ -92,4 +91,4 @@ def test_train_digits_survives_a_poisoned_batch(capsys):
         # In float16 the loss itself is NaN, which says nothing about its scale.
         assert scale == 2.0 ** (16 if policy == "mixed_float16" else 15)
     printed = capsys.readouterr()
-    assert (printed.out + printed.err).count("bit for bit as before: True") == 3
+    assert (printed.out + printed.err).count("bit for bit as before: True") == 2

@@ -1,7 +1,8 @@
 """From the largest magnitude of a tensor, a channel or a block to its scale."""
 
 import math
-from typing import Literal, TypeAlias
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -61,12 +62,23 @@ def block_amax(
 def amax_of_blocks(x: Array, block: Block, compute_dtype: DType) -> Array:
     """`block_amax` with a block that `check_block` has returned."""
     x = jnp.abs(x.astype(compute_dtype))
+    return extreme_of_blocks(x, block, jnp.max, initial=0.0).astype(jnp.float32)
+
+
+def extreme_of_blocks(
+    x: Array, block: Block, reduce: Callable[..., Array], **options: Any
+) -> Array:
+    """The largest or least number of every block, by ``jnp.max`` or ``jnp.min``.
+
+    Blocks that are not full count as if they had zeros as well.
+    """
     whole = tuple(i for i, b in enumerate(block) if b == -1)
-    x = jnp.max(x, axis=whole, keepdims=True, initial=0.0)
+    if whole:
+        x = reduce(x, axis=whole, keepdims=True, **options)
     for axis, size in enumerate(block):
         if size > 1:
-            x = jnp.max(_split(x, axis, size), axis=axis + 1)
-    return x.astype(jnp.float32)
+            x = reduce(_split(x, axis, size), axis=axis + 1)
+    return x
 
 
 def _split(x: Array, axis: int, size: int) -> Array:
@@ -212,7 +224,11 @@ def quantize_blocks(
 
 def expand_scale(scale: Array, shape: tuple[int, ...], block: Block) -> Array:
     """f32 scales in a shape that broadcasts against the array they belong to."""
-    scale = scale.astype(jnp.float32)
+    return expand_blocks(scale.astype(jnp.float32), shape, block)
+
+
+def expand_blocks(scale: Array, shape: tuple[int, ...], block: Block) -> Array:
+    """`expand_scale` of numbers of any dtype."""
     if scale.ndim == 0:
         return scale.reshape((1,) * len(shape))
     lead = scale.ndim - len(block)  # axes that vmap or scan has stacked

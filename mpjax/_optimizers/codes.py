@@ -9,13 +9,24 @@ import numpy as np
 from jax import lax
 
 from mpjax._numerics.casts import round_with_bits, saturating_cast
-from mpjax._numerics.scales import Block, amax_of_blocks, amax_to_scale, expand_scale
+from mpjax._numerics.formats import Format, format_info
+from mpjax._numerics.scales import (
+    Block,
+    amax_of_blocks,
+    amax_to_scale,
+    expand_blocks,
+    expand_scale,
+    extreme_of_blocks,
+)
 from mpjax._optimizers.noise import random_bits, turned
 from mpjax._typing import Array
 
 Rounding: TypeAlias = Literal["nearest", "stochastic"]
-_PER_OCTAVE = 8  # codes of "log8" per factor of 2
-_LARGEST = 255
+# Of "log8": the bits of float32 that are dropped, a step of the last that is not, and
+# the exponent.
+_DROPPED, _STEP, _EXPONENT = 20, 1 << 20, 0x7F800000
+# Of 32 random bits a parameter takes the upper 16, second moments the lower 20, first
+# ones those above the lower 6: what has most weight in one has little in the others.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,17 +50,26 @@ class Cast:
 
 @dataclasses.dataclass(frozen=True)
 class Linear:
-    """Values of a format, scaled by block."""
+    """Values of a format, scaled by block: of floats by powers of two."""
 
     dtype: str
     rounding: Rounding
     scales_blocks: ClassVar[bool] = True
 
     def encode(self, x: Array, block: Block, bits: Array) -> tuple[Array, Array]:
+        fmt = format_info(self.dtype)
         amax = amax_of_blocks(x, block, jnp.float32)
-        scale = _up_to_bfloat16(amax_to_scale(amax, self.dtype))
-        y = x / expand_scale(scale, x.shape, block)
-        return _rounded(y, self.dtype, self.rounding, turned(bits)), scale
+        if fmt.is_integer:
+            scale = _up_to_bfloat16(amax_to_scale(amax, self.dtype))
+            y = x / expand_scale(scale, x.shape, block)
+        else:  # what was decoded comes back as it is, and nothing is divided
+            scale = amax_to_scale(amax, self.dtype, "up").astype(jnp.bfloat16)
+            y = x * expand_scale(1.0 / scale.astype(jnp.float32), x.shape, block)
+        if self.rounding == "nearest":
+            return saturating_cast(y, self.dtype), scale
+        if fmt.is_integer:
+            return round_with_bits(y, self.dtype, bits << 6), scale
+        return _stochastic_float8(y, fmt, bits >> 6), scale
 
     def decode(self, values: Array, scale: Any, block: Block) -> Array:
         return values.astype(jnp.float32) * expand_scale(scale, values.shape, block)
@@ -57,39 +77,39 @@ class Linear:
 
 @dataclasses.dataclass(frozen=True)
 class Logarithmic:
-    """Numbers that are not negative, evenly spaced in their logarithm, by block.
+    """Numbers that are not negative, as floats of five bits of exponent, by block.
 
-    ``max * 2^((q - 255) / 8)`` for codes ``q`` of 1 to 255, and 0 for 0. What is
-    smaller than 2^-31.75 of the largest is rounded up to that, since 0 in place of a
-    second moment would be divided by. A block with a negative number is NaN.
+    The upper bits of a float32: three of the significand, eight codes in each factor of
+    2, and of the exponent what is below that of the largest in its block. ``scale *
+    2^(q // 8 - 31) * (1 + q % 8 / 8)`` for codes ``q`` of 0 to 255, with a ``scale``
+    that is a power of two, or 0 if all are 0. What is smaller than 2^-31 of the scale
+    is rounded up to that, zeros too, since 0 in place of a second moment would be
+    divided by. A block with a negative number is NaN.
     """
 
     rounding: Rounding
     scales_blocks: ClassVar[bool] = True
 
     def encode(self, x: Array, block: Block, bits: Array) -> tuple[Array, Array]:
-        scale = _up_to_bfloat16(amax_of_blocks(x, block, jnp.float32))
-        largest = expand_scale(scale, x.shape, block)
-        ratio = x / jnp.where(largest > 0, largest, 1.0)
-        place = jnp.log2(jnp.maximum(ratio, 2.0**-60)) * _PER_OCTAVE + _LARGEST
-        below = jnp.floor(place)
+        largest = extreme_of_blocks(x, block, jnp.max)
+        least = extreme_of_blocks(x, block, jnp.min)
+        # The last code is 1.875 times the scale.
+        top = (lax.bitcast_convert_type(largest, jnp.int32) + (_STEP - 1)) & _EXPONENT
+        valid = (top < _EXPONENT) & (least >= 0)
+        top = jnp.clip(top, 32 << 23, 254 << 23)
+        scale = lax.bitcast_convert_type(top, jnp.float32)
+        scale = jnp.where(largest == 0, 0.0, jnp.where(valid, scale, np.nan))
+        noise = _STEP // 2
         if self.rounding == "stochastic":
-            # With a probability that is linear in the number, not in its logarithm.
-            step = 2.0 ** (1 / _PER_OCTAVE)
-            part = (jnp.exp2((place - below) / _PER_OCTAVE) - 1) / (step - 1)
-            up = (turned(bits) >> 8).astype(jnp.float32) * 2.0**-24 < part
-        else:
-            up = place - below > 0.5
-        code = jnp.clip(below + up.astype(jnp.float32), 1, _LARGEST)
-        code = jnp.where(x > 0, code, 0)
-        negative = amax_of_blocks(jnp.minimum(x, 0.0), block, jnp.float32) > 0
-        scale = jnp.where(jnp.isfinite(scale) & ~negative, scale, jnp.bfloat16(np.nan))
-        return code.astype(jnp.uint8), scale
+            noise = lax.bitcast_convert_type(bits & (_STEP - 1), jnp.int32)
+        lowest = expand_blocks(top - (31 << 23), x.shape, block)
+        above = lax.bitcast_convert_type(x, jnp.int32) + noise - lowest
+        code = jnp.maximum(above >> _DROPPED, 0)
+        return code.astype(jnp.uint8), scale.astype(jnp.bfloat16)
 
     def decode(self, values: Array, scale: Any, block: Block) -> Array:
-        code = values.astype(jnp.float32)
-        ratio = jnp.exp2((code - _LARGEST) / _PER_OCTAVE)
-        ratio = jnp.where(code > 0, ratio, 0.0)
+        whole = (values.astype(jnp.int32) << _DROPPED) + ((127 - 31) << 23)
+        ratio = lax.bitcast_convert_type(whole, jnp.float32)
         return ratio * expand_scale(scale, values.shape, block)
 
 
@@ -115,7 +135,7 @@ class LowPrecisionArray:
       scale: bf16[...], one for each block, or None.
       code: what they mean.
       block: how many elements along each axis share a scale.
-      salt: of its random bits; that of its parameter for second moments.
+      salt: of its random bits, that of its parameter where both share them.
 
     Example:
       >>> import jax.numpy as jnp, mpjax, optax
@@ -150,10 +170,31 @@ def _up_to_bfloat16(scale: Array) -> Array:
     return up.astype(jnp.bfloat16)
 
 
-def _rounded(x: Array, dtype: str, rounding: Rounding, bits: Array) -> Array:
-    if rounding == "stochastic":
-        return round_with_bits(x, dtype, bits)
-    return saturating_cast(x, dtype)
+def _stochastic_float8(x: Array, fmt: Format, bits: Array) -> Array:
+    """`round_with_bits` of what is in range, in few operations.
+
+    Next to zero `float8_e5m2` rounds to nearest: there it has 2^-29 of its largest.
+    """
+    dropped = 23 - fmt.mantissa
+    noise = bits & (2**dropped - 1)
+    kept = jnp.uint32(2**32 - 2**dropped)
+    if fmt.mantissa < 3:
+        whole = (lax.bitcast_convert_type(x, jnp.uint32) + noise) & kept
+    else:
+        smallest = fmt.smallest_normal
+        magnitude = jnp.abs(x)
+        offset = jnp.where(magnitude < smallest, smallest, 0.0)
+        whole = (
+            lax.bitcast_convert_type(magnitude + offset, jnp.uint32) + noise
+        ) & kept
+        magnitude = lax.bitcast_convert_type(whole, jnp.float32) - offset
+        sign = lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(1 << 31)
+        whole = lax.bitcast_convert_type(magnitude, jnp.uint32) | sign
+    return lax.platform_dependent(
+        lax.bitcast_convert_type(whole, jnp.float32),
+        cpu=lambda x: saturating_cast(x, fmt.dtype),  # XLA's own is slow there
+        default=lambda x: x.astype(fmt.dtype),
+    )
 
 
 def stochastic_bfloat16(x: Array, noise: Array) -> Array:

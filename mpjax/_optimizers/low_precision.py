@@ -148,7 +148,7 @@ def _stored(
         return state  # of placeholders, for optax.tree.map_params
     leaves, structure = jax.tree.flatten(state)
     found = list(places(state, params))
-    new, matched = [], set()
+    new, matched, shared = [], set(), set()
     for leaf, place in zip(leaves, found, strict=True):
         if place is not None:
             matched |= {rule for rule in rules if rule.matches(place)}
@@ -159,9 +159,10 @@ def _stored(
             continue
         code = CODES[rule.format](rule.rounding)
         block = block_of(leaf.shape, rule.block) if code.scales_blocks else ()
-        # A parameter that is rounded as well shares the bits of its second moment.
-        alone = "" if place.kind == "second" else f" {place.field}"
-        empty = LowPrecisionArray(leaf, None, code, block, salt_of(place.path + alone))
+        # A parameter shares the random bits of its moments: each takes others of them.
+        own = f" {place.field}" if (place.path, type(code)) in shared else ""
+        shared.add((place.path, type(code)))
+        empty = LowPrecisionArray(leaf, None, code, block, salt_of(place.path + own))
         new.append(empty.encode(leaf, jnp.zeros((), jnp.uint32)))
     unused = [rule for rule in rules if rule not in matched and not rule.optional]
     fields = {f"{p.field} of {p.path}" for p in found if p is not None}

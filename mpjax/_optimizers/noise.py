@@ -45,8 +45,7 @@ def random_bits(like: Array, step: Array, salt: int) -> Array:
         stride *= like.shape[axis]
     if place is None:
         return seed
-    x = place ^ seed
-    x = (x ^ (x >> 15)) * jnp.uint32(0x2C1B3C6D)
+    x = (place + seed) * jnp.uint32(0x2C1B3C6D)
     return x ^ (x >> 16)
 
 

@@ -114,7 +114,8 @@ class StateRule:
                 raise ValueError(
                     f"{name} is a regular expression, got {pattern!r}: {error}."
                 ) from error
-        if self.format is not None and self.format not in CODES:
+        named = isinstance(self.format, str) and self.format in CODES
+        if self.format is not None and not named:
             raise ValueError(
                 f"The format of a state is one of {', '.join(CODES)} or None, got "
                 f"{self.format!r}."

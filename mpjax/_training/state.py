@@ -111,7 +111,8 @@ class TrainState(train_state.TrainState):
 
         Raises:
           TypeError: ``apply_fn`` is no function, or ``tx`` no optimizer.
-          ValueError: the model computes in float16 and ``tx`` scales no loss; or ``tx``
+          ValueError: there are states of scaling among ``params``; or the model
+            computes in float16 and ``tx`` scales no loss; or ``tx``
             is ``optax.apply_if_finite``, which does not tell what it skips; or there
             are states of scaling beside ``optax.LookaheadParams``; or a
             collection has the name of an attribute of the state, or of a parameter
@@ -123,6 +124,11 @@ class TrainState(train_state.TrainState):
         own = {name: kwargs.pop(name) for name in kwargs.keys() & fields}
         collections = {**own.pop("collections", {}), **kwargs}
         check_names(cls, collections)
+        if found_states(params, ScalingState):
+            raise ValueError(
+                "params are parameters, got states of delayed scaling among them: pass "
+                f"those as {SCALING}=variables[{SCALING!r}]."
+            )
         trained = {"params": params, **trained_states(collections)}
         if is_lookahead(params) and len(trained) > 1:
             raise ValueError(

@@ -103,8 +103,9 @@ def loss_scale_of(state, scale):
     )
 
 
-@pytest.mark.parametrize("keep", [False, True], ids=["", "keep"])
-@pytest.mark.parametrize("kind", ["", "loss", "loss multi"])
+@pytest.mark.parametrize(
+    ("kind", "keep"), [("", True), ("loss", False), ("loss multi", True)]
+)
 @jax.numpy_dtype_promotion("standard")  # optax.MultiSteps mixes dtypes
 def test_training_is_that_of_a_loop_by_hand(kind, keep):
     policy = "mixed_float16" if "loss" in kind else "mixed_bfloat16"

@@ -103,8 +103,10 @@ def assert_equal(actual, expected):
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
-@pytest.mark.parametrize("keep", [False, True], ids=["", "keep"])
-@pytest.mark.parametrize("kind", ["", "loss", "multi", "loss multi"])
+@pytest.mark.parametrize(
+    ("kind", "keep"),
+    [("", False), ("loss", True), ("multi", True), ("loss multi", False)],
+)
 def test_training_is_that_of_a_loop_by_hand(kind, keep):
     model, variables = setup(keep)
     params, scaling = variables["params"], variables["scaling"]

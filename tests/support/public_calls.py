@@ -441,3 +441,14 @@ JUNK = {
     "a module": nn.Dense(3),
     "a module of nnx": nnx.Linear(2, 2, rngs=nnx.Rngs(0)),
 }
+# What is called there, and raises itself; and a word whose letters JAX counts.
+RAISES_ITSELF = {
+    (apply_gradients, "ema", "a module"),
+    (apply_gradients, "ema", "a module of nnx"),
+    (mpjax.calibrate, "variables", "states"),
+    (mpjax.nnx.Optimizer, "wrt", "a function"),
+    (mpjax.nnx.Optimizer, "wrt", "a module"),
+    (mpjax.nnx.Optimizer, "wrt", "a module of nnx"),
+    (mpjax.nnx.Optimizer, "wrt", "a transformation"),
+    (mpjax.scaled_conv_general_dilated, "lhs_dilation", "an empty word"),
+}

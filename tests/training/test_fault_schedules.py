@@ -24,8 +24,6 @@ STEPS = 6
     ("kind", "loss_scale", "devices"),
     [
         ("linen", "dynamic", 1),
-        ("nnx", "dynamic", 1),
-        pytest.param("linen", 2.0**-2, 8, marks=pytest.mark.long),
         pytest.param("nnx", 2.0**-2, 8, marks=pytest.mark.long),
     ],
 )
