@@ -255,7 +255,7 @@ def test_members_of_a_vmap_have_random_bits_of_their_own_by_their_seeds():
     grads = {"w": jnp.full((4, 1000), 1.001)}
     last = {}
     for name, seed in (("same", state.seed), ("own", jnp.arange(4, dtype=jnp.uint32))):
-        _, new = jax.vmap(tx.update)(grads, state._replace(seed=seed), params)
+        _, new = jax.vmap(tx.update)(grads, optax.tree.set(state, seed=seed), params)
         last[name] = np.asarray(optax.tree.get(new, "trace")["w"].decode())
     same, own = last["same"], last["own"]
     assert np.all(same == same[:1]) and len(np.unique(same)) == 2
