@@ -35,8 +35,8 @@ def restore(
     * parameters, moments and averages in 16 and 32 bits are cast to the dtypes of
       ``like``;
     * what `low_precision_state` and `low_precision_params` have stored becomes what
-      they store in ``like``, or float32, and the other way round: float32 parameters and
-      those of "float32" and "split" bit for bit, all else rounded to nearest;
+      they store in ``like``, or float32, and the other way round: float32 parameters
+      and those of "float32" and "split" bit for bit, all else rounded to nearest;
     * where there was no loss scaling, its state is that of ``like``; where there is
       none now, it is left out;
     * scaling states that the checkpoint lacks begin as new, with the current amax in
