@@ -56,7 +56,7 @@ def compile_for(target: str, fn, *args, donate_argnums=(), options=None) -> "Pro
     if target in GPUS:  # reports keep products apart; what runs has them merged
         options = {"xla_gpu_dot_merger_threshold_mb": 32} | (options or {})
     made = _compile.compile_for(device, traced, compiler_options=options)
-    sizes = {name: int(made.figures[name]) for name in _MEMORY}
+    sizes = {name: int(made.figures[name] or 0) for name in _MEMORY}
     return Program(target, made.text, made.figures.get("bytes_accessed"), sizes)
 
 

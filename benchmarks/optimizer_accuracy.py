@@ -24,7 +24,7 @@ import pathlib
 import re
 import statistics
 import sys
-from typing import Any, get_args
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 sys.path.append(str(pathlib.Path(__file__).parent.parent / "examples"))
@@ -42,7 +42,7 @@ from rich.table import Table
 from sklearn.datasets import load_digits
 
 import mpjax
-from mpjax._optimizers.halves import Method
+from mpjax._optimizers.halves import METHODS
 
 SMOOTH = 50
 RATES = {"lm": 3e-3, "digits": 3e-3}
@@ -59,12 +59,12 @@ def schemes(task: str) -> dict[str, tuple]:
         "float32, bfloat16": (rate, False, lambda tx: states(tx, "bfloat16")),
         "float32, 8bit": (rate, False, states),
     }
-    for method in get_args(Method):
+    for method in METHODS:
         for formats in "bfloat16", "8bit":
             if method == "float32" and formats == "bfloat16":
                 continue  # as with "split", bit for bit
 
-            def wrap(tx, method=method, formats=formats):
+            def wrap(tx, method: Any = method, formats=formats):
                 return params(states(tx, formats), method)
 
             name = "float32 master" if method == "float32" else method
