@@ -12,7 +12,8 @@ products (matrix products and convolutions, forward, and forward and backward) h
 bfloat16 operands, how much of their arithmetic that is, how far outputs and gradients
 are from float32, and whether ``init`` gives the same parameters. "cast" is the same
 model with its parameters and floating inputs cast to bfloat16 and nothing else, which
-is what one writes without a library.
+is what one writes without a library. "autocast", with ``--autocast``, is the bare model
+under ``mpjax.autocast`` and no policy.
 
 Parameters are the model's initial ones plus noise of 0.02, so that what is zero at
 first takes part. The loss is the product of the outputs with fixed random numbers. An
@@ -141,11 +142,15 @@ def measure(program: Program) -> Result:
     )
 
 
-def programs(model: Model) -> tuple[dict[str, Program], bool]:
+def programs(model: Model, autocast: bool) -> tuple[dict[str, Program], bool]:
     """A model in float32, under the policy, and with parameters and inputs cast.
 
+    Args:
+      model: of the zoo.
+      autocast: also under ``mpjax.autocast``.
+
     Returns:
-      The three; whether the second has the initial parameters of the first.
+      Them; whether that under the policy has the initial parameters of the first.
     """
     module, args, kwargs = model.build()
     make: Any = linen_program if isinstance(module, nn.Module) else nnx_program
@@ -160,7 +165,11 @@ def programs(model: Model) -> tuple[dict[str, Program], bool]:
     )
     bare = dataclasses.replace(bare, params=params)
     mixed = dataclasses.replace(mixed, params=params)
-    return {"bare": bare, "mixed": mixed, "cast": cast}, all(jax.tree.leaves(same))
+    ways = {"bare": bare, "mixed": mixed, "cast": cast}
+    if autocast:
+        run = mpjax.autocast(bare.run)
+        ways["autocast"] = dataclasses.replace(bare, run=run)
+    return ways, all(jax.tree.leaves(same))
 
 
 def _arrays(params):
@@ -219,15 +228,21 @@ def _share(found: tuple[TracedProduct, ...]) -> float:
     return round(low / max(sum(p.flops for p in found), 1), 4)
 
 
-def run(model: Model) -> tuple[dict[str, Result], dict[str, BaseException], bool]:
-    """Runs a model in all three ways.
+def run(
+    model: Model, autocast: bool = False
+) -> tuple[dict[str, Result], dict[str, BaseException], bool]:
+    """Runs a model in all ways.
+
+    Args:
+      model: of the zoo.
+      autocast: also under ``mpjax.autocast``.
 
     Returns:
       The results and what was raised instead, by way; whether the initial parameters
       are the same.
     """
     pool = ThreadPoolExecutor(1)  # a future holds whatever a model raises
-    made = pool.submit(programs, model)
+    made = pool.submit(programs, model, autocast)
     if error := made.exception():
         return {}, {"mixed": error}, False
     ways, same_init = made.result()
@@ -264,6 +279,7 @@ def main(argv: list[str] | None = None) -> int:
     """Prints the table; returns the number of models that failed under the policy."""
     parser = _results.parser(__doc__, "models")
     parser.add_argument("names", nargs="*", help="packages or models; default: all")
+    parser.add_argument("--autocast", action="store_true", help="under autocast too")
     args = parser.parse_args(argv)
     names = set(args.names)
     models = [m for m in MODELS if not names or {m.package, m.name} & names]
@@ -274,23 +290,26 @@ def main(argv: list[str] | None = None) -> int:
     save = functools.partial(_results.save, args.json)
     notes, failed = [], 0
     for model in track(models, console=Console(stderr=True), transient=True):
-        results, errors, same_init = run(model)
+        results, errors, same_init = run(model, args.autocast)
         for way, label in (
             ("mixed", f"{model.package} {model.name}"),
             ("cast", "  cast"),
+            ("autocast", "  autocast"),
         ):
             cells, figures = ["error"], {"raises": way in errors}
             if way in results and "bare" in results:
                 figures |= figures_of(results[way], results["bare"])
                 cells = _cells(figures)
             ran = way in results or way in errors
+            if not ran and way == "autocast":
+                continue
             if ran and not isinstance(errors.get(way), ImportError):
                 case = {"package": model.package, "model": model.name, "way": way}
                 about = {"features": model.features}
                 save(case, figures, deterministic=False, notes=about)
             if way == "mixed" and way in results:
                 cells.append("same" if same_init else "[red]other[/red]")
-            table.add_row(label, *cells, style="dim" if way == "cast" else None)
+            table.add_row(label, *cells, style=None if way == "mixed" else "dim")
         failed += "mixed" in errors
         notes += [(model.name, f"{way}: {errors[way]!r}") for way in errors]
         found = results["mixed"].both if "mixed" in results else ()

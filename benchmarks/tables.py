@@ -304,6 +304,59 @@ def models() -> str:
     return grid("models", "model", lines, columns)
 
 
+# -- autocast.py -----------------------------------------------------------------------
+
+
+@table
+def autocast() -> str:
+    lines = {
+        f"{layers} layers, {kind}": {"layers": layers, "kind": kind}
+        for layers in (24, 96)
+        for kind in ("loss", "loss and gradient")
+    }
+    times = form("{trace_processor_seconds:.2f} + {lower_processor_seconds:.2f} s")
+    columns = [
+        Column("bare: trace + lower", {"way": "bare"}, times),
+        Column("autocast", {"way": "autocast"}, times),
+        Column("ratio", {"way": "autocast"}, form("{ratio_to_bare:.2f}")),
+    ]
+    return grid("autocast", "", lines, columns)
+
+
+@table
+def autocast_compiled() -> str:
+    lines = {
+        way: {"target": "tpu7x", "layers": 2, "way": way}
+        for way in ("bare", "by hand", "autocast")
+    }
+    columns = [
+        Column("casts in the trace", {}, form("{casts}")),
+        Column("bytes", {}, form("{bytes:,}")),
+        Column("cycles", {}, form("{cycles:,}")),
+    ]
+    return grid("autocast", "", lines, columns)
+
+
+@table
+def autocast_models() -> str:
+    lines = {}
+    for row in _results.read("models"):
+        if row.case["way"] == "autocast" and row.versions["jax"] == JAX:
+            case = {"package": row.case["package"], "model": row.case["model"]}
+            lines["{package} {model}".format(**case)] = case
+    columns = [
+        Column(f"{way}: {name}", {"way": way}, form(text))
+        for name, text in (
+            ("products", "{both_bfloat16}/{both_products}"),
+            ("FLOPs", "{both_flops_share:.1%}"),
+            ("output error", "{output_error:.1e}"),
+            ("gradient error", "{gradient_error:.1e}"),
+        )
+        for way in ("autocast", "mixed")
+    ]
+    return grid("models", "model", lines, columns)
+
+
 # -- examples/train_lm.py --------------------------------------------------------------
 
 

@@ -4,6 +4,8 @@ The front ends are ``mpjax.linen`` and ``mpjax.nnx``, to be imported by these na
 """
 
 from mpjax import numerics as numerics
+from mpjax._autocast.function import autocast
+from mpjax._autocast.scopes import full_precision
 from mpjax._layers import serialization as _serialization
 from mpjax._loss_scaling.checks import check_training
 from mpjax._loss_scaling.loss import scale_loss, value_and_grad
@@ -67,6 +69,7 @@ __all__ = [
     "TrainState",
     "accumulate_gradients",
     "apply_updates",
+    "autocast",
     "block_scaling",
     "calibrate",
     "cast_floating",
@@ -78,6 +81,7 @@ __all__ = [
     "drop_weights",
     "dynamic_loss_scaling",
     "einsum",
+    "full_precision",
     "get_policy",
     "keep_weights",
     "last_step_finite",

@@ -15,7 +15,7 @@ LADDER = [
     ["_numerics", "_tree", "_mesh"],
     ["_recipes", "_printing", "_updates", "numerics"],
     ["_products", "_policies", "_loss_scaling"],
-    ["_scaling_states", "_optimizers"],
+    ["_scaling_states", "_optimizers", "_autocast"],
     ["_layers", "_training", "_checkpoints", "optimizers"],
     ["_linen", "_nnx", "__init__", "checkpoints"],
     ["_inspection", "linen", "nnx"],

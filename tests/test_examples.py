@@ -47,6 +47,18 @@ def test_train_lm(tmp_path, capsys):
     assert "mixed_float16" in printed
 
 
+def test_autocast_anything(capsys):
+    runs = load("autocast_anything").main(["--steps", "40"])
+    assert len(runs) == 8
+    for float32, bfloat16 in zip(runs[::2], runs[1::2], strict=True):
+        assert (float32.low_share, bfloat16.low_share) == (0, 1)
+        assert bfloat16.losses[0] == pytest.approx(float32.losses[0], rel=0.01)
+        assert float32.losses != bfloat16.losses
+        for run in (float32, bfloat16):
+            assert np.mean(run.losses[-5:]) < 0.8 * run.losses[0]
+    assert "haiku" in capsys.readouterr().out
+
+
 @pytest.mark.long
 def test_train_lm_has_the_bytes_of_optimizer_states(tmp_path, monkeypatch, capsys):
     example = load("train_lm")

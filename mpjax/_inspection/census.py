@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 from mpjax._hardware.targets import Platform
@@ -17,9 +17,11 @@ from mpjax._inspection.products import (
     products_table,
     traced_product,
 )
+from mpjax._inspection.rules import pasted, pasted_lines
 from mpjax._inspection.steps import Step, input_aval, needed_steps, output_aval
 from mpjax._inspection.summary import Summary
 from mpjax._inspection.tracing import trace
+from mpjax._policies.rule import Rule
 from mpjax._printing.paths import common_parent, fold_layers, relative_to
 from mpjax._printing.table import html_table, render
 from mpjax._printing.text import WIDTH, count, pass_name, short_dtypes, si_number
@@ -68,23 +70,37 @@ class Census(Summary):
             products_table(products, _PRODUCT_COLUMNS, self._title(), above),
             self._number_of_findings(),
         ]
-        columns = "path", "pass", "n", "what", "line"
+        columns = "path", "pass", "n", "what", "line", "mend"
         for kind in KINDS.values():
             rows = [
-                (relative_to(path, above), *rest, line.split(" in ")[0])
-                for name, *rest, line, path in self._rows_of_findings()
+                (relative_to(path, above), *rest, line.split(" in ")[0], mend)
+                for name, *rest, line, mend, path in self._rows_of_findings()
                 if name == kind.name
             ]
             if rows:
                 title = f"{kind.name}: {kind.remedy}"
                 tables.append(render(rows, columns, title, WIDTH))
+        if rules := self._numbered_rules():
+            title = "Rules that mend findings, to stand before those of the model:"
+            lines = (pasted_lines(*pair, WIDTH) for pair in rules.items())
+            tables.append("\n".join((title, *lines)))
         return "\n\n".join(tables)
 
     def _repr_html_(self) -> str:
-        columns = "finding", "pass", "n", "what", "where", "path"
+        columns = "finding", "pass", "n", "what", "where", "mend", "path"
         rows, number = self._rows_of_findings(), self._number_of_findings()
         page = products_html(self._rows(), _PRODUCT_COLUMNS, self._title())
-        return page + html_table(rows, columns, number)
+        page += html_table(rows, columns, number)
+        if rules := self._numbered_rules():
+            rows = [(name, pasted(rule)) for rule, name in rules.items()]
+            title = "Rules that mend findings, to stand before those of the model"
+            page += html_table(rows, ("name", "rule"), title)
+        return page
+
+    def _numbered_rules(self) -> dict[Rule, str]:
+        """Names the suggested rules."""
+        rules = self.suggested_rules()
+        return {rule: f"rule {number}" for number, rule in enumerate(rules, 1)}
 
     def _rows(self) -> list[tuple[tuple, int]]:
         """What tells rows of products apart, and operations."""
@@ -107,12 +123,18 @@ class Census(Summary):
 
     def _rows_of_findings(self) -> Iterator[tuple]:
         """Yields what tables show of each finding."""
+        rules = self._numbered_rules()
         for f in self.findings:
+            mend = "edit" if f.edit else "-"
+            for rule, name in rules.items():
+                if f.rule is not None and any(map(rule.matches_path, f.modules)):
+                    mend = name
+                    break
             rows = {(path or "-",): (1,) for path in f.paths or [f.path]}
             (path,), *others = fold_layers(rows)
             path += ", ..." if others else ""
             detail, direction = short_dtypes(f.detail), pass_name(f.backward)
-            yield f.kind, direction, f.count, detail, f.where or "-", path
+            yield f.kind, direction, f.count, detail, f.where or "-", mend, path
 
 
 _PRODUCT_COLUMNS = "path", "pass", "dtypes"
@@ -150,11 +172,12 @@ def census(
     known = get_args(Platform)
     if platform not in known:
         raise ValueError(f"platform is one of {', '.join(known)}; got {platform!r}.")
-    return census_of_steps(needed_steps(trace(fn, args, kwargs).jaxpr, platform))
+    traced = trace(fn, args, kwargs)
+    return census_of_steps(needed_steps(traced.jaxpr, platform), traced.modules)
 
 
-def census_of_steps(program: Sequence[Step]) -> Census:
-    """Takes the census of a program that has been read."""
+def census_of_steps(program: Sequence[Step], modules: Mapping[str, type]) -> Census:
+    """Takes the census of a program that has been read, and of its modules."""
     casts: collections.Counter[str] = collections.Counter()
     for step in program:
         if name_of(step.eqn) == CAST:
@@ -162,6 +185,6 @@ def census_of_steps(program: Sequence[Step]) -> Census:
             casts[f"{dtype_name(old)} -> {dtype_name(new)}"] += old.size * step.runs
     return Census(
         products=tuple(traced_product(step) for step in program if is_product(step)),
-        findings=findings_in(program),
+        findings=findings_in(program, modules),
         casts=dict(casts),
     )

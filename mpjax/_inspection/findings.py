@@ -3,11 +3,14 @@
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
-from mpjax._inspection import detectors
-from mpjax._inspection.positions import positions
+from mpjax._inspection import detectors, suggestions
+from mpjax._inspection.facts import Facts
+from mpjax._inspection.positions import angles, integers
 from mpjax._inspection.promotions import promotions
 from mpjax._inspection.reductions import reductions
+from mpjax._inspection.rounding import rounded_logits, wide_gathers
 from mpjax._inspection.steps import Step
+from mpjax._policies.rule import Rule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,12 +23,17 @@ class FindingKind:
       detect: yields the index of each step of a program where it is found, and what
         happens there.
       remedy: what to do about it.
+      edit: what to write at the line where it is; the remedy by default.
+      rule: from the steps that have one cause to a rule that removes it, or None if it
+        takes an edit.
     """
 
     name: str
     meaning: str
     detect: Callable[[Sequence[Step]], Iterator[tuple[int, str]]]
     remedy: str
+    edit: str = ""
+    rule: Callable[[Facts, Sequence[int]], Rule | None] = lambda facts, indices: None
 
 
 _ALL = (
@@ -37,6 +45,9 @@ _ALL = (
         promotions,
         "Cast the float32 operand down, or the result at once; parameters that a "
         "module reads itself follow its policy under MixedPrecision.",
+        "cast the float32 operand, or the result, to the 16 bits of the other, "
+        "y.astype(x.dtype)",
+        suggestions.promotions,
     ),
     FindingKind(
         "dequantized",
@@ -44,6 +55,8 @@ _ALL = (
         detectors.dequantized,
         "Multiply the 8-bit values and apply their scales to the result, as "
         "mpjax.scaled_dot_general does.",
+        "multiply by mpjax.scaled_dot_general, or multiply the 8-bit values with "
+        "preferred_element_type=jnp.float32 and apply the scales to the result",
     ),
     FindingKind(
         "reduction",
@@ -54,6 +67,9 @@ _ALL = (
         "before a scatter; unique_indices=True for updates that never meet. In a "
         "backward pass it is the gradient of what was broadcast or looked up: do that "
         "in float32, and cast the result.",
+        "add up x.astype(jnp.float32), and cast the sum; of a gradient, broadcast or "
+        "look up w.astype(jnp.float32), and cast the result",
+        suggestions.reductions,
     ),
     FindingKind(
         "exponential",
@@ -61,6 +77,8 @@ _ALL = (
         detectors.exponentials,
         "Cast to float32 before exp or log, and back after the softmax; of Flax's "
         "attention functions by force_fp32_for_softmax=True.",
+        "compute exp, log or the softmax of x.astype(jnp.float32), and cast the result",
+        suggestions.exponentials,
     ),
     FindingKind(
         "statistics",
@@ -70,6 +88,9 @@ _ALL = (
         "Compute means, variances and their roots in float32; policies with a name do "
         "so for normalization layers. Cast gradients to float32 before they are "
         "clipped by their norm, as mpjax.dynamic_loss_scaling does.",
+        "compute the mean, the variance or the norm of x.astype(jnp.float32), and cast "
+        "what is divided by its root",
+        suggestions.in_float32,
     ),
     FindingKind(
         "accumulation",
@@ -77,21 +98,56 @@ _ALL = (
         "result does not: matrix units add in float32 and round once.",
         detectors.accumulations,
         "Ask for the sum: preferred_element_type=jnp.float32, or int32.",
+        "multiply with preferred_element_type=jnp.float32, of integers jnp.int32, and "
+        "leave out a precision of 16 bits",
     ),
     FindingKind(
         "round_trip",
         "A value is cast to a wider dtype and back at once.",
         detectors.round_trips,
         "Leave the value in its dtype: neither cast changes it.",
+        "leave out both casts",
     ),
     FindingKind(
-        "positions",
-        "Positions, times or frequencies are in 16 bits: before sin or cos, or as "
-        "whole numbers too large for the format.",
-        positions,
-        "Keep them in float32 until after sin and cos: jnp.arange(n, "
-        "dtype=jnp.float32), a rule of float32 for a module with frequencies as "
-        "parameters, Rule(cast_inputs=False) for times and coordinates.",
+        "angles",
+        "The sine or cosine of an angle that was rounded to 16 bits: of positions, "
+        "times, coordinates or frequencies. In bfloat16 an angle of 1,000 is off by up "
+        "to 2.",
+        angles,
+        "Keep angles in float32 until after sin and cos: a rule of float32 for a "
+        "module with frequencies as parameters, Rule(cast_inputs=False) for times and "
+        "coordinates.",
+        "compute this in float32, and cast the sine and the cosine",
+        suggestions.angles,
+    ),
+    FindingKind(
+        "integers",
+        "Whole numbers are in 16 bits that are too large for them, above 256 in "
+        "bfloat16 and 2,048 in float16: positions, indices, counts.",
+        integers,
+        "Keep them as integers, or in float32: jnp.arange(n, dtype=jnp.float32).",
+        "keep whole numbers as integers or jnp.float32, and cast what is computed of "
+        "them",
+        suggestions.integers,
+    ),
+    FindingKind(
+        "gather",
+        "Devices gather in float32 what is only used in 16 bits, which takes twice the "
+        "time.",
+        wide_gathers,
+        "Cast before the all-gather: lax.all_gather(w.astype(jnp.bfloat16), ...).",
+        "gather w.astype(jnp.bfloat16), or the 16 bits that it is used in",
+        suggestions.gathers,
+    ),
+    FindingKind(
+        "logits",
+        "Logits or log-probabilities that were computed in float32 are rounded to 16 "
+        "bits.",
+        rounded_logits,
+        "Keep them in float32 until the loss is computed: a policy whose outputs are "
+        "float32, or no cast.",
+        "leave out the cast, and compute the loss in float32",
+        suggestions.logits,
     ),
 )
 KINDS: dict[str, FindingKind] = {kind.name: kind for kind in _ALL}
@@ -115,6 +171,11 @@ class Finding:
       count: how many steps of the program have this cause.
       elements: of the largest array concerned.
       paths: all paths where it is, `path` among them.
+      rule: a rule that removes it, to stand before those of the model; None: no rule
+        does.
+      modules: the paths of the modules that the rule is for, as rules have them.
+      edit: of what no rule removes, the line of the user's code and what to write
+        there; "" if there is a rule.
 
     Example:
       >>> import jax, jax.numpy as jnp, mpjax.lowering
@@ -124,6 +185,8 @@ class Finding:
       ('exponential', 'exp in bfloat16', 4096)
       >>> finding.remedy.partition(",")[0]
       'Cast to float32 before exp or log'
+      >>> finding.rule, finding.edit.partition(",")[0]
+      (None, 'compute exp')
     """
 
     kind: str
@@ -134,6 +197,9 @@ class Finding:
     count: int
     elements: int
     paths: tuple[str, ...] = ()
+    rule: Rule | None = None
+    modules: tuple[str, ...] = ()
+    edit: str = ""
 
     @property
     def remedy(self) -> str:

@@ -2,16 +2,25 @@
 
 import collections
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
-from mpjax._inspection.findings import Finding, suspicious_steps
+from mpjax._inspection.facts import Facts
+from mpjax._inspection.findings import KINDS, Finding, suspicious_steps
 from mpjax._inspection.places import author, where
 from mpjax._inspection.primitives import name_of
 from mpjax._inspection.steps import Step
 
 
-def findings_in(program: Sequence[Step]) -> tuple[Finding, ...]:
-    """Merges the suspicious steps of a program by their causes, in its order."""
+def findings_in(
+    program: Sequence[Step], modules: Mapping[str, type]
+) -> tuple[Finding, ...]:
+    """Merges the suspicious steps of a program by their causes, in its order.
+
+    Args:
+      program: the steps.
+      modules: the classes of its modules, by the paths that rules have for them.
+    """
+    facts = Facts(program, modules)
     causes: dict[tuple[str, Hashable], dict[int, str]] = collections.defaultdict(dict)
     for index, kind, detail in suspicious_steps(program):
         causes[kind, _cause(program[index], kind)].setdefault(index, detail)
@@ -21,15 +30,21 @@ def findings_in(program: Sequence[Step]) -> tuple[Finding, ...]:
         shown = min(
             details, key=lambda i: (program[i].backward, -_elements(program[i]), i)
         )
+        rule, line = KINDS[kind].rule(facts, sorted(details)), where(program[shown])
+        what = KINDS[kind].edit or KINDS[kind].remedy
+        what = f"{line.split(' in ')[0]}: {what}" if line else what
         finding = Finding(
             kind,
             path=program[shown].path,
-            where=where(program[shown]),
+            where=line,
             backward=program[shown].backward,
             detail=details[shown],
             count=len(details),
             elements=_elements(program[shown]),
             paths=tuple(dict.fromkeys(program[i].path for i in sorted(details))),
+            rule=rule,
+            modules=() if rule is None else facts.matched_by(rule),
+            edit=what if rule is None else "",
         )
         found.append((min(details), finding))
     return tuple(finding for _, finding in sorted(found, key=lambda pair: pair[0]))

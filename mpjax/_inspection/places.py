@@ -1,5 +1,6 @@
 """Where in the code a step of a program comes from, and who wrote that."""
 
+import contextlib
 import functools
 import os
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ import jax
 
 from mpjax._inspection.steps import Step
 
+_PLUMBING = (contextlib.__file__, functools.__file__)  # what decorators call
 Author: TypeAlias = Literal["mpjax", "library", "user"]
 
 
@@ -18,6 +20,18 @@ def where(step: Step) -> str:
         if not frame.file_name.startswith(_libraries()):
             file = os.path.basename(frame.file_name)
             return f"{file}:{frame.line_num} in {frame.function_name}"
+    return ""
+
+
+def function_of_jax(step: Step) -> str:
+    """The function of JAX that a line of the user's calls for a step, or ""."""
+    jaxs, names = _libraries()[1], []
+    for frame in _frames(step):
+        if not frame.file_name.startswith(jaxs):
+            # Methods and operators of arrays call the function that they stand for.
+            is_method = names and names[-1].endswith((".meth", ".op"))
+            return names[-2 if is_method else -1] if len(names) > 1 else ""
+        names.append(frame.function_name)
     return ""
 
 
@@ -34,6 +48,18 @@ def author(step: Step) -> Author:
     return "library"
 
 
+def reads_parameter(step: Step) -> bool:
+    """Whether mpjax makes a step where a module reads a parameter of its own."""
+    here, jaxs, *_ = _libraries()
+    for frame in _frames(step):
+        if frame.file_name.startswith(here):
+            if os.path.basename(frame.file_name) == "parameters.py":
+                return True
+        elif not frame.file_name.startswith(jaxs):
+            return False
+    return False
+
+
 def is_called_in(step: Step, name: str) -> bool:
     """Whether a function of JAX of this name asks for a step."""
     jaxs = _libraries()[1]
@@ -47,7 +73,9 @@ def _frames(step: Step) -> Iterator[Any]:
     """The lines that lead to a step, the innermost first."""
     for eqn in (step.eqn, *reversed(step.calls)):
         traceback = eqn.source_info.traceback
-        yield from traceback.frames if traceback else ()
+        for frame in traceback.frames if traceback else ():
+            if frame.file_name not in _PLUMBING:
+                yield frame
 
 
 @functools.cache

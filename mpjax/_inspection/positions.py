@@ -1,4 +1,4 @@
-"""Positions, times and frequencies in 16 bits.
+"""Positions, times, frequencies and other whole numbers in 16 bits.
 
 Whole numbers above 256 are rounded in bfloat16, and the sine of an angle of a thousand
 with eight bits is noise. An angle is computed by a few operations on counters, inputs
@@ -39,8 +39,8 @@ _COORDINATES = 8  # a product over more values is one of a network
 _Origins: TypeAlias = tuple[bool, frozenset[int]]
 
 
-def positions(program: Sequence[Step]) -> Iterator[tuple[int, str]]:
-    """Finds angles that were rounded to 16 bits, and counters too long for them."""
+def angles(program: Sequence[Step]) -> Iterator[tuple[int, str]]:
+    """Finds angles of sin and cos that were rounded to 16 bits."""
     makers = indices_of_makers(program)
     known: dict[int, _Origins] = {}
     found: dict[int, str] = {}
@@ -51,11 +51,43 @@ def positions(program: Sequence[Step]) -> Iterator[tuple[int, str]]:
                 step.inputs[0], aval, index, program, makers, known
             )
             for origin in origins if of_angle else ():
+                if _is_long_counter(program[origin], program, makers):
+                    continue  # which is found as such
                 found.setdefault(origin, _of_angles(program[origin], aval))
-        elif _is_long_counter(step, program, makers):
-            aval = output_aval(step)
-            found.setdefault(index, f"whole numbers up to {aval.size} in {aval.dtype}")
     yield from found.items()
+
+
+def integers(program: Sequence[Step]) -> Iterator[tuple[int, str]]:
+    """Finds whole numbers that are too large for the 16 bits they are in.
+
+    Such are counters, and what chooses an element or counts some of a long axis.
+    """
+    makers = indices_of_makers(program)
+    for index, step in enumerate(program):
+        if _is_long_counter(step, program, makers):
+            length = _counted(step, step.outputs[0], program, makers)
+            yield index, f"whole numbers up to {length} in {output_aval(step).dtype}"
+
+
+def way_to_a_sine(program: Sequence[Step], index: int) -> list[Step]:
+    """The steps from one of an angle to sin and cos, this one first."""
+    feeds: set[int] = set()
+    for step in reversed(program):
+        if name_of(step.eqn) in _PERIODIC or (
+            _makes_angles(step) and not feeds.isdisjoint(step.outputs)
+        ):
+            feeds.update(step.inputs)
+    feeds.discard(-1)  # literals
+    way, reached = [program[index]], set(program[index].outputs)
+    for step in program[index + 1 :]:
+        is_last = name_of(step.eqn) in _PERIODIC
+        if reached.isdisjoint(step.inputs) or step.backward:
+            continue
+        if is_last or (_makes_angles(step) and not feeds.isdisjoint(step.outputs)):
+            way.append(step)
+            if not is_last:
+                reached.update(step.outputs)
+    return way
 
 
 def _of_angles(step: Step, aval: Any) -> str:
@@ -130,14 +162,15 @@ def _is_long_counter(
     """Whether it makes more whole numbers in 16 bits than these tell apart."""
     if not step.eqn.outvars or float_bits(output_aval(step)) != 16:
         return False
-    length = _counted(step, program, makers)
-    return length > _exact(step)
+    counted = _counted(step, step.outputs[0], program, makers)
+    return counted > _exact(step)
 
 
 def _counts_exactly(
     step: Step, program: Sequence[Step], makers: Mapping[int, int]
 ) -> bool:
-    return 0 < _counted(step, program, makers) <= _exact(step)
+    counted = _counted(step, step.outputs[0], program, makers)
+    return 0 < counted <= _exact(step)
 
 
 def _exact(step: Step) -> int:
@@ -146,20 +179,45 @@ def _exact(step: Step) -> int:
 
 
 def _counted(
-    step: Step, program: Sequence[Step], makers: Mapping[int, int], depth: int = 12
+    step: Step,
+    result: int,
+    program: Sequence[Step],
+    makers: Mapping[int, int],
+    depth: int = 12,
 ) -> int:
-    """How far an iota counts that is here made, or cast to floating point; or 0."""
-    name = name_of(step.eqn)
-    if name == "iota":
-        return step.eqn.params["shape"][step.eqn.params["dimension"]]
-    if name not in _OF_COUNTERS or depth == 0:
+    """How far a result counts that is made here, or is cast to 16 bits; or 0."""
+    if (length := _length_of_counter(step, result)) or depth == 0:
+        return length
+    if name_of(step.eqn) not in _OF_COUNTERS:
         return 0
-    if any(float_bits(atom.aval) for atom in step.eqn.invars):
-        return 0  # it counted before
-    sources = (makers.get(number) for number in step.inputs)
+    if any(0 < float_bits(atom.aval) <= 16 for atom in step.eqn.invars):
+        return 0  # it was rounded before
     counts = (
-        _counted(program[i], program, makers, depth - 1)
-        for i in sources
-        if i is not None
+        _counted(program[makers[value]], value, program, makers, depth - 1)
+        for value in step.inputs
+        if value in makers
     )
     return max(counts, default=0)
+
+
+def _length_of_counter(step: Step, result: int) -> int:
+    """The length of an axis whose elements a result numbers or counts; or 0."""
+    name, params = name_of(step.eqn), step.eqn.params
+    if name == "iota":
+        return params["shape"][params["dimension"]]
+    if not step.eqn.outvars or not step.eqn.invars:
+        return 0
+    shape = input_aval(step).shape
+    if name in ("argmax", "argmin"):
+        return shape[params["axes"][0]]
+    if name == "top_k" and result == step.outputs[-1]:
+        return shape[params.get("axis", -1)]
+    if name == "sort" and result != step.outputs[0]:  # by the first
+        return shape[params["dimension"]] if _is_whole(step.eqn.invars[-1].aval) else 0
+    if name == "cumsum" and _is_whole(input_aval(step)):
+        return shape[params["axis"]]
+    return 0
+
+
+def _is_whole(aval: Any) -> bool:
+    return jnp.issubdtype(aval.dtype, jnp.integer)

@@ -12,7 +12,7 @@ from mpjax._inspection.places import author, where
 from mpjax._inspection.primitives import name_of
 from mpjax._inspection.products import is_product
 from mpjax._inspection.recurrences import recurrent_products
-from mpjax._inspection.routers import chooses, routers
+from mpjax._inspection.routers import chooses, feeding_products, routers
 from mpjax._inspection.steps import Step, float_bits, input_aval, output_aval, widens
 from mpjax._inspection.streams import (
     Cast,
@@ -171,7 +171,7 @@ def _meant(
 ) -> set[int]:
     """The indices of products that are meant to read float32."""
     choosing, recurrent = routers(program), recurrent_products(program)
-    feeding = _feeding(program)
+    feeding = feeding_products(program)
     narrow = {
         _root(step)
         for step in program
@@ -193,17 +193,6 @@ def _meant(
 
 def _root(step: Step) -> str:
     return step.path.split("/")[0]
-
-
-def _feeding(program: Sequence[Step]) -> set[int]:
-    """The values that a product of the forward pass comes from."""
-    feeds: set[int] = set()
-    for step in reversed(program):
-        if not step.backward:
-            if is_product(step) or not feeds.isdisjoint(step.outputs):
-                feeds.update(step.inputs)
-    feeds.discard(-1)  # literals
-    return feeds
 
 
 def _is_in_another_module(cast: Cast, use: Use) -> bool:

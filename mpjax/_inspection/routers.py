@@ -1,4 +1,7 @@
-"""Routers, recognized by structure: products by whose few results a model chooses."""
+"""What products lead to: other products, or a choice.
+
+Routers are recognized by it: products by whose few results a model chooses.
+"""
 
 from collections.abc import Container, Sequence
 
@@ -42,6 +45,17 @@ def routers(program: Sequence[Step]) -> set[int]:
             _extend_backward(gates, step)
             _extend_backward(multiplied, step)
     return found
+
+
+def feeding_products(program: Sequence[Step]) -> set[int]:
+    """The values that a product of the forward pass comes from."""
+    feeds: set[int] = set()
+    for step in reversed(program):
+        if not step.backward:
+            if is_product(step) or not feeds.isdisjoint(step.outputs):
+                feeds.update(step.inputs)
+    feeds.discard(-1)  # literals
+    return feeds
 
 
 def _extend_backward(values: set[int], step: Step) -> None:

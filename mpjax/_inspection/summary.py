@@ -9,6 +9,8 @@ from typing import Any
 
 from mpjax._inspection.findings import Finding
 from mpjax._inspection.products import TracedProduct
+from mpjax._inspection.rules import merged, pasted
+from mpjax._policies.rule import Rule
 from mpjax._printing.text import short_dtypes
 
 
@@ -53,13 +55,49 @@ class Summary(abc.ABC):
             for product, flops in self._work()
         )
 
+    def suggested_rules(self) -> list[Rule]:
+        """Lists the rules that remove findings, to stand before those of the model.
+
+        Each finding that a rule can mend has one, `Finding.rule`. Where several are for
+        one module, it gets one policy: the widest dtypes of all.
+
+        Returns:
+          The rules, each once, in the order that they take; none if nothing is found
+          that a rule could mend.
+
+        Example:
+          >>> import flax.linen as nn, jax, jax.numpy as jnp, mpjax.linen
+          >>> class Softmax(nn.Module):
+          ...     def __call__(self, x):
+          ...         return jax.nn.softmax(x)
+          >>> model = nn.Sequential([nn.Dense(8), Softmax(), nn.Dense(8)])
+          >>> model = mpjax.linen.MixedPrecision(model, "mixed_bfloat16")
+          >>> x = jax.ShapeDtypeStruct((4, 8), jnp.float32)
+          >>> params = jax.eval_shape(model.init, jax.random.key(0), x)
+          >>> census = mpjax.lowering.census(model.apply, params, x)
+          >>> for rule in census.suggested_rules():
+          ...     print(rule)
+          Rule(path='layers_1', policy='p=f32,c=f32,o=bf16', override=True)
+          >>> rules = [*census.suggested_rules(), "mixed_bfloat16"]
+          >>> model = mpjax.linen.MixedPrecision(model.module, rules)
+          >>> mpjax.lowering.census(model.apply, params, x).findings
+          ()
+        """
+        return merged((f.rule, f.modules) for f in self.findings if f.rule is not None)
+
     def to_dict(self) -> dict[str, Any]:
         """Copies all of it to dicts, lists, strings and numbers.
 
         Returns:
           The fields and totals by name.
         """
-        findings = [dataclasses.asdict(f) | {"remedy": f.remedy} for f in self.findings]
+        findings = []
+        for f in self.findings:
+            own = {
+                field.name: getattr(f, field.name) for field in dataclasses.fields(f)
+            }
+            rule = None if f.rule is None else pasted(f.rule)
+            findings.append(own | {"remedy": f.remedy, "rule": rule})
         fields = dataclasses.asdict(self)  # pyright: ignore[reportArgumentType]
         return (
             fields

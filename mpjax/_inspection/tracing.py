@@ -10,6 +10,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
+from mpjax._inspection.modules import modules_of
 from mpjax._inspection.primitives import inner
 from mpjax._inspection.steps import steps
 
@@ -22,11 +23,14 @@ class Traced:
       jaxpr: of the function, with the arrays among its arguments as inputs.
       args: their shapes, dtypes and shardings.
       donated: the positions of the arguments whose memory may be reused.
+      modules: the classes of the modules of its models, by their paths as rules have
+        them.
     """
 
     jaxpr: Any
     args: tuple[jax.ShapeDtypeStruct, ...]
     donated: tuple[int, ...]
+    modules: Mapping[str, type]
 
     @property
     def mesh(self) -> dict[str, int]:
@@ -61,6 +65,14 @@ def trace(fn: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Traced:
     Raises:
       ValueError: the function closes over values that another transformation traces.
     """
+    with modules_of(fn, args, kwargs) as modules:
+        return _trace(fn, args, kwargs, modules)
+
+
+def _trace(
+    fn: Callable, args: tuple, kwargs: Mapping[str, Any], modules: dict[str, type]
+) -> Traced:
+    """As `trace`; `modules` grows while the function runs."""
     if "flax.nnx" in sys.modules:  # or no argument can be a module
         from mpjax._nnx.functional import as_function_of_arrays
 
@@ -108,7 +120,7 @@ def trace(fn: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Traced:
         everywhere = NamedSharding(mesh, PartitionSpec())
         structs = [struct.update(sharding=everywhere) for struct in structs]
     positions = tuple(i for i, var in enumerate(invars) if var in donated)
-    return Traced(jaxpr, tuple(structs), positions)
+    return Traced(jaxpr, tuple(structs), positions, modules)
 
 
 def _meshes(jaxpr: Any) -> list[Any]:

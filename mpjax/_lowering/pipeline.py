@@ -113,7 +113,9 @@ def report(
         cycles=module.estimated_cycles if has_cycles else None,
         gemm=gemm,
         jax_version=jax.__version__,
-        findings=findings_in(needed_steps(traced.jaxpr, device.platform)),
+        findings=findings_in(
+            needed_steps(traced.jaxpr, device.platform), traced.modules
+        ),
     )
 
 

@@ -62,6 +62,8 @@ class Matcher:
     """
 
     def __init__(self, rules: tuple[Rule, ...], model: tuple[Any, ...] | None = None):
+        for rule in rules:
+            rule.check_of_modules()
         self.rules = rules
         self.model = model
         self._expanded = [
@@ -155,6 +157,8 @@ class Matcher:
         for index, rule in enumerate(self.rules):
             if rule.optional or (index in self._used and index not in idle):
                 continue
+            if self._is_overridden(index, modules):
+                continue
             others = set(known()) - {path for path, *_ in modules}
             if any(map(rule.matches_path, others)):
                 continue
@@ -166,6 +170,15 @@ class Matcher:
                 f"{rule} {self._why_unused(index, modules, others)} A rule that may "
                 "match nothing takes optional=True."
             )
+
+    def _is_overridden(self, index: int, modules: list) -> bool:
+        """Whether a rule before this one takes modules of it, and may."""
+        rule = self.rules[index]
+        firsts = (self.find(*module) for module in modules if rule.matches(*module))
+        return any(
+            first is not None and first < index and self.rules[first].override
+            for first in firsts
+        )
 
     def _why_unserved(self, index, modules, refused) -> str:
         matched = [module for module in modules if self.find(*module) == index]

@@ -39,6 +39,9 @@ class Rule:
         layer that is called "gate" is a router if it gives few features; names decide
         elsewhere, and ``tabulate`` says why. None: any role.
       optional: allow the rule to match nothing, and its recipe to serve no product.
+      override: allow the rule to take all modules, or all products, of rules after it.
+        Without it a rule that is left with none is an error. Rules that a census
+        suggests have it, so that they stand before those of the model.
       cast_inputs: whether floating arguments of a module that the rule makes the entry
         of a policy are cast to its compute dtype. False keeps, say, time steps or
         coordinates in float32 until the layers that take them cast them.
@@ -49,6 +52,9 @@ class Rule:
         stay in the compute dtype; None: 0, or what the preset says. Only with a recipe.
       attention: let the recipe also serve the two products between queries, keys and
         values. Only with a recipe.
+      primitive: regular expression that the whole name of an operation of JAX must
+        match, ``"dot_general"`` say. Only for ``autocast``, which sees operations;
+        modules have none. None: any operation.
       own_products: let the recipe also serve what the modules multiply themselves, by
         ``jnp.einsum``, ``jnp.dot``, ``@``, ``lax.dot_general`` and the like, where one
         operand is a parameter of the module that multiplies, also after casts,
@@ -77,11 +83,13 @@ class Rule:
     )
     role: str | None = dataclasses.field(default=None, kw_only=True)
     optional: bool = dataclasses.field(default=False, kw_only=True)
+    override: bool = dataclasses.field(default=False, kw_only=True)
     cast_inputs: bool = dataclasses.field(default=True, kw_only=True)
     cast_outputs: bool = dataclasses.field(default=True, kw_only=True)
     min_size: int | None = dataclasses.field(default=None, kw_only=True)
     attention: bool = dataclasses.field(default=False, kw_only=True)
     own_products: bool = dataclasses.field(default=False, kw_only=True)
+    primitive: str | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -93,6 +101,8 @@ class Rule:
                 f"Rule({self.path!r}) has a policy where its path stands: use "
                 f"mpjax.Rule('.*', {self.path!r})."
             )
+        if self.primitive is not None:
+            _check_regex("primitive", self.primitive)
         if isinstance(self.module_type, str):
             _check_regex("module_type", self.module_type)
         elif self.module_type is not None:
@@ -126,11 +136,6 @@ class Rule:
                 "Rule.recipe must be a Recipe such as mpjax.current_scaling(), or "
                 f"None, got {self.recipe!r}."
             )
-        if self.recipe is not None and self.policy is None:
-            raise ValueError(
-                "A recipe needs a policy, whose compute dtype it starts from: "
-                f"mpjax.Rule({self.path!r}, 'mixed_bfloat16', recipe)."
-            )
         size = 0 if self.min_size is None else self.min_size
         if not isinstance(size, int) or isinstance(size, bool) or size < 0:
             raise ValueError(
@@ -153,6 +158,19 @@ class Rule:
                     "before: they would saturate. Give attention a rule of its own, "
                     "with mpjax.current_scaling()."
                 )
+
+    def check_of_modules(self) -> None:
+        """Raises a ValueError for a rule that is for operations, not for modules."""
+        if self.recipe is not None and self.policy is None:
+            raise ValueError(
+                "A recipe needs a policy, whose compute dtype it starts from: "
+                f"mpjax.Rule({self.path!r}, 'mixed_bfloat16', recipe)."
+            )
+        if self.primitive is not None:
+            raise ValueError(
+                f"{self} is for operations, and modules are matched by path and type; "
+                "give the rule to mpjax.autocast, or leave primitive out."
+            )
 
     def matches(
         self, path: str, module_type: type, structure: Structure = UNKNOWN

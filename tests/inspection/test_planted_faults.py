@@ -14,22 +14,23 @@ from mpjax._inspection.findings import KINDS
 
 def test_there_are_enough():
     assert len(FAULTS) >= 40
-    assert {kind for kind, _ in FAULTS.values()} == set(KINDS)
+    # Logits are where a model ends; `test_suggestions.py` has them.
+    assert {kind for kind, _ in FAULTS.values()} == set(KINDS) - {"logits"}
 
 
 X = jax.ShapeDtypeStruct((16, 128, 64), jnp.float32)
 
 
-def findings_in_linen(fault):
-    model = mpjax.linen.MixedPrecision(Host(fault), "mixed_bfloat16")
+def findings_in_linen(fault, *rules):
+    model = mpjax.linen.MixedPrecision(Host(fault), [*rules, "mixed_bfloat16"])
     params = jax.eval_shape(model.init, jax.random.key(0), X)
     gradient = jax.grad(lambda params, x: jnp.mean(model.apply(params, x) ** 2))
     return mpjax.lowering.census(gradient, params, X).findings
 
 
-def findings_in_nnx(fault):
+def findings_in_nnx(fault, *rules):
     model = nnx.eval_shape(lambda: NnxHost(fault, nnx.Rngs(0)))
-    model = mpjax.nnx.mixed_precision(model, "mixed_bfloat16")
+    model = mpjax.nnx.mixed_precision(model, [*rules, "mixed_bfloat16"])
     gradient = nnx.grad(lambda model, x: jnp.mean(model(x) ** 2))
     return mpjax.lowering.census(gradient, model, X).findings
 
@@ -44,6 +45,23 @@ def assert_found(name, findings_in):
     assert [f.where.split(" in ")[0] for f in ours] == [f"{file}:{n}" for n in lines]
     # What else is found there are gradients that add up in 16 bits.
     assert {f.kind for f in inside} <= {kind, "reduction"}
+    assert_mended(name, found, findings_in)
+
+
+def assert_mended(name, found, findings_in):
+    """By the rules that are suggested; of the rest an edit names the line."""
+    file, _ = planted_lines(FAULTS[name][1])
+    rules = list(dict.fromkeys(f.rule for f in found if f.rule is not None))
+    for f in found:
+        line = f.where.split(" in ")[0]
+        assert line.startswith(f"{file}:")
+        assert (f.rule is None) == f.edit.startswith(f"{line}: ")
+        assert f.edit or f.modules == ("faulty",)
+    if rules:
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            after = findings_in(FAULTS[name][1], *rules)
+        left = {f.where for f in found if f.rule is None}
+        assert {f.where for f in after} <= left, after
 
 
 @pytest.mark.parametrize("name", FAULTS)

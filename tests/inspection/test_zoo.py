@@ -14,7 +14,7 @@ import mpjax.lowering
 import mpjax.nnx
 
 # What is found beside gradients that add up in 16 bits.
-FOUND = {"siren": {"positions"}}  # coordinates are cast where they enter the model
+FOUND = {"siren": {"angles"}}  # coordinates are cast where they enter the model
 FP8 = "cnn", "graph", "moe"
 
 
@@ -91,3 +91,9 @@ def test_nor_has_it_more_in_fp8_or_other_operations(name):
 @pytest.mark.parametrize("name", ["gpt_mish", "ssm"])
 def test_nor_in_float16(name):
     assert_few(findings_in_linen(name, "mixed_float16").findings, set())
+
+
+def test_the_sines_of_a_network_of_coordinates_are_mended_by_a_rule():
+    rules = findings_in_linen("siren", "mixed_bfloat16").suggested_rules()
+    mended = findings_in_linen("siren", [*rules, "mixed_bfloat16"])
+    assert len(rules) == 1 and mended.findings == ()

@@ -96,3 +96,31 @@ def test_keys_of_traces_tell_matchers_apart_and_paths_where_they_matter():
     assert one.key("a") == one.key("b") != other.key("a")
     assert by_path.key("a") != by_path.key("b")
     assert matcher(wide, (Dense,)) is matcher(read_rules("c=bf16"), (Dense,))
+
+
+def test_a_rule_that_overrides_may_leave_nothing_for_others():
+    seen = {"": Dense, "head": Dense}
+    for override in (False, True):
+        first = mpjax.Rule("head", "c=bf16", override=override)
+        found = Matcher(read_rules([first, mpjax.Rule("head", "f32"), "c=bf16"]))
+        assert str(found.decision("head", Dense).policy) == "p=f32,c=bf16,o=bf16"
+        if override:
+            found.check_all_used(seen)
+        else:
+            with pytest.raises(ValueError, match=r"'head'.*is taken by .*first"):
+                found.check_all_used(seen)
+    # It excuses no rule that matches nothing, and none whose modules another takes.
+    wide = mpjax.Rule(".*", "c=bf16")
+    for rules, message in (
+        ([first, mpjax.Rule("haed", "f32"), wide], "'haed'.*matches no module"),
+        ([first, wide, mpjax.Rule("", "f32")], "path=''.*is taken by"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Matcher(read_rules(rules)).check_all_used(seen)
+
+
+def test_so_may_one_that_takes_all_products_of_a_recipe():
+    first = mpjax.Rule("head", "f32", override=True)
+    rules = [first, mpjax.Rule(".*", "c=bf16", mpjax.current_scaling())]
+    found = Matcher(read_rules(rules))
+    found.check_all_used({"": Dense, "head": Dense}, served={"": set()})

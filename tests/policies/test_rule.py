@@ -4,6 +4,7 @@ import pytest
 from module_types import BatchNorm2d, Dense, LayerNorm, PreNorm, Quiet
 
 import mpjax
+from mpjax._policies.lookup import Matcher
 from mpjax._policies.rule import read_rules
 
 
@@ -36,9 +37,15 @@ def test_module_types(module_type, matching):
         (lambda: mpjax.Rule("mixed_float16"), ValueError, "where its path stands"),
         (lambda: mpjax.Rule("a", "f32", "fp8"), TypeError, "must be a Recipe"),
         (
-            lambda: mpjax.Rule("a", None, mpjax.current_scaling()),
+            lambda: Matcher((mpjax.Rule("a", None, mpjax.current_scaling()),)),
             ValueError,
             "needs a policy",
+        ),
+        (lambda: mpjax.Rule(primitive="("), ValueError, "primitive must be a regular"),
+        (
+            lambda: Matcher((mpjax.Rule("a", "f32", primitive="exp"),)),
+            ValueError,
+            "is for operations",
         ),
         (lambda: mpjax.Rule("a", "f32", min_size=8), ValueError, "has none"),
         (lambda: mpjax.Rule("a", "f32", attention=True), ValueError, "has none"),

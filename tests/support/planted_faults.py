@@ -14,6 +14,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax import lax
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 BF16, F32, E4M3 = jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn
 MARK = "# PLANTED"
@@ -361,44 +362,63 @@ def there_and_back_with_a_transpose(x, w):
     return x @ w.astype(F32).T.astype(BF16)  # PLANTED
 
 
-# Positions.
+# Angles and whole numbers.
 
 
-@fault("positions")
+@fault("integers")
 def positions_in_16_bits(x, w):
     t = jnp.arange(2048, dtype=x.dtype)  # PLANTED
     angles = t[:128, None] * 0.01 ** jnp.linspace(0, 1, 64)
     return x + jnp.sin(angles)[None].astype(x.dtype)
 
 
-@fault("positions")
+@fault("angles")
 def angles_in_16_bits(x, w):
     t = jnp.arange(128, dtype=F32)[:, None] * 0.01 ** jnp.linspace(0, 1, 64)
     return x + jnp.cos(t.astype(x.dtype))[None]  # PLANTED
 
 
-@fault("positions")
+@fault("angles")
 def frequencies_as_parameters(x, w):
     angles = jnp.arange(128)[:, None] * w[0]  # PLANTED
     return x + jnp.sin(angles)[None].astype(x.dtype)
 
 
-@fault("positions")
+@fault("angles")
 def frequencies_in_16_bits(x, w):
     rates = (0.01 ** jnp.linspace(0, 1, 64)).astype(x.dtype)  # PLANTED
     angles = jnp.arange(128, dtype=F32)[:, None] * rates
     return x + jnp.cos(angles)[None].astype(x.dtype)
 
 
-@fault("positions")
+@fault("angles")
 def product_of_angles(x, w):
     t = jnp.arange(128, dtype=x.dtype)
     rates = (0.01 ** jnp.linspace(0, 1, 64)).astype(x.dtype)  # PLANTED
     return x + jnp.sin(jnp.einsum("s,d->sd", t, rates))[None]
 
 
-@fault("positions")
+@fault("integers")
 def distances_in_16_bits(x, w):
     distance = jnp.arange(2048)[:, None] - jnp.arange(2048)[None]
     bias = -distance.astype(x.dtype)  # PLANTED
     return x + bias[:128, :64][None]
+
+
+# Values of float32 that are rounded too late.
+
+
+@fault("gather")
+def gathered_in_float32(x, w):
+    def gather(w):
+        return lax.all_gather(w, "data", tiled=True)  # PLANTED
+
+    mesh = AbstractMesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    whole = jax.shard_map(
+        gather,
+        mesh=mesh,
+        in_specs=PartitionSpec("data"),
+        out_specs=PartitionSpec(),
+        check_vma=False,
+    )
+    return x @ whole(w.astype(F32)).astype(BF16)

@@ -72,6 +72,18 @@ def call_nnx_value_and_grad(loss_fn, optimizer, argnums, has_aux):
     return mpjax.nnx.value_and_grad(loss_fn, optimizer, argnums, has_aux)(model())
 
 
+def double(x):
+    return x * 2
+
+
+def call_autocast(dtype, rules, opt_level, output_dtype):
+    """Of the call itself and of what it returns."""
+    fn = mpjax.autocast(
+        double, dtype, rules, opt_level=opt_level, output_dtype=output_dtype
+    )
+    return fn(X)
+
+
 def update_dynamic(updates, state, params):
     return TX.update(updates, state, params)
 
@@ -127,9 +139,11 @@ CALLS = {
         "recipe": DELAYED,
         "module_type": nn.Dense,
         "optional": False,
+        "override": False,
         "cast_inputs": True,
         "min_size": 1,
         "attention": False,
+        "primitive": None,
     },
     RULE.matches: {"path": "a", "module_type": nn.Dense},
     RULE.matches_path: {"path": "a"},
@@ -268,6 +282,20 @@ CALLS = {
         "recipe": DELAYED,
         "scales": SCALES,
     },
+    mpjax.autocast: {
+        "fn": double,
+        "dtype": "bfloat16",
+        "rules": None,
+        "opt_level": "O1",
+        "output_dtype": jnp.float16,
+    },
+    call_autocast: {
+        "dtype": "bfloat16",
+        "rules": mpjax.Rule(".*", optional=True),
+        "opt_level": "O2",
+        "output_dtype": None,
+    },
+    mpjax.full_precision: {"fn": double},
     mpjax.split_scales: {"scales": SCALES},
     mpjax.dynamic_loss_scaling: {
         "inner": optax.sgd(0.1),
