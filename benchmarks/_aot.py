@@ -18,6 +18,7 @@ from mpjax._lowering.hlo import Module
 
 TPUS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
 GPUS = ("a100", "h100", "b200")
+_MEMORY = ("argument", "output", "temp", "alias")
 
 
 def missing(target: str) -> str | None:
@@ -48,12 +49,15 @@ def compile_for(target: str, fn, *args, donate_argnums=(), options=None) -> "Pro
         costs, text = compiled.cost_analysis(), compiled.as_text()
         if costs is None or text is None:
             raise RuntimeError("XLA gave no text or no costs of a program for this CPU")
-        return Program(target, text, costs["bytes accessed"], compiled)
+        memory = compiled.memory_analysis()
+        sizes = {name: getattr(memory, f"{name}_size_in_bytes") for name in _MEMORY}
+        return Program(target, text, costs["bytes accessed"], sizes, compiled)
     device, traced = _targets.get_target(target), trace(fn, args, {})
     if target in GPUS:  # reports keep products apart; what runs has them merged
         options = {"xla_gpu_dot_merger_threshold_mb": 32} | (options or {})
     made = _compile.compile_for(device, traced, compiler_options=options)
-    return Program(target, made.text, made.figures.get("bytes_accessed"))
+    sizes = {name: int(made.figures[name] or 0) for name in _MEMORY}
+    return Program(target, made.text, made.figures.get("bytes_accessed"), sizes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,12 +71,15 @@ class Program:
       target: as given.
       text: the optimized program.
       accessed: bytes by XLA's own analysis, which GPUs have not.
+      memory: bytes that the program plans for arguments, results ("output"), those of
+        them that are one ("alias"), and what is temporary ("temp").
       compiled: can be run, on the CPU.
     """
 
     target: str
     text: str
     accessed: float | None
+    memory: dict[str, int]
     compiled: jax.stages.Compiled | None = None
 
     @functools.cached_property
@@ -93,6 +100,12 @@ class Program:
         """
         accessed = self.accessed
         return self._module.bytes_moved if accessed is None else int(accessed)
+
+    @property
+    def peak(self) -> int:
+        """Bytes of arguments, results and what is temporary."""
+        sizes = self.memory
+        return sizes["argument"] + sizes["output"] - sizes["alias"] + sizes["temp"]
 
     @property
     def kernels(self) -> int:

@@ -2,13 +2,19 @@
 
     python benchmarks/optimizer_states.py                  # a weight of 8192 x 2048
     python benchmarks/optimizer_states.py --targets tpu7x h100 cpu
+    python benchmarks/optimizer_states.py --time           # on this CPU, 1024 x 2048
 
 AdamW alone, with its arguments donated, compiled ahead of time: bytes of training state
 a parameter, bytes that the program reads and writes a parameter, estimated cycles for
-1024 parameters on a TPU, temporary memory, and the ratios to float32.
+1024 parameters on a TPU, and the ratio to float32. With ``--time`` the schemes run in
+turn on this CPU, in one thread if ``XLA_FLAGS=--xla_cpu_multi_thread_eigen=false``: the
+median over rounds of processor time to that of float32, which others that use the
+machine disturb less than the time of a clock.
 """
 
 import argparse
+import functools
+import statistics
 import time
 
 import _aot  # first: it sets what jax reads when imported
@@ -47,12 +53,50 @@ def held(tree):
     return sum(x.size * x.dtype.itemsize for x in leaves) / (SHAPE[0] * SHAPE[1])
 
 
+def times(only: str, rounds: int) -> None:
+    """Prints processor time to that of float32, on this CPU."""
+    shape = 1024, 2048
+    runs = {}
+    for name, tx, dtype, grad_dtype in schemes():
+        if runs and only not in name:
+            continue
+        name = f"{name}, {jnp.dtype(grad_dtype).name} gradient"
+        params = jnp.ones(shape, dtype)
+        grads = jax.random.normal(jax.random.key(0), shape).astype(grad_dtype)
+
+        @functools.partial(jax.jit, donate_argnums=(0, 1))
+        def update(params, state, grads, tx=tx):
+            updates, state = tx.update(grads, state, params)
+            return mpjax.apply_updates(params, updates), state
+
+        args = update(params, jax.jit(tx.init)(params), grads)
+        runs[name] = [update, jax.block_until_ready(args), grads]
+    spent: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            start = time.process_time()
+            run[1] = jax.block_until_ready(run[0](*run[1], run[2]))
+            spent[name].append(time.process_time() - start)
+    base, *_ = spent.values()
+    table = Table("parameters", "ns", "to float32", title="AdamW on this CPU")
+    for name, seconds in spent.items():
+        ratio = statistics.median(a / b for a, b in zip(seconds, base, strict=True))
+        nanoseconds = statistics.median(seconds) / (shape[0] * shape[1]) * 1e9
+        table.add_row(name, f"{nanoseconds:.2f}", f"{ratio:.2f}")
+    Console().print(table)
+
+
 def main():
     """Prints a table for each target."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--targets", nargs="+", default=["tpu7x"])
     parser.add_argument("--only", default="", help="schemes with this in their name")
+    parser.add_argument("--time", action="store_true", help="run on this CPU")
+    parser.add_argument("--rounds", type=int, default=40)
     args = parser.parse_args()
+    if args.time:
+        times(args.only, args.rounds)
+        return
     count = SHAPE[0] * SHAPE[1]
     for target in args.targets:
         reason = _aot.missing(target) if target != "cpu" else None

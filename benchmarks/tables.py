@@ -395,6 +395,33 @@ def train_lm_fp8() -> str:
     return markdown([bfloat16, *recipes], [line])
 
 
+@table
+def optimizer_accuracy() -> str:
+    rows = _results.read("optimizer_accuracy")
+    schemes = list(dict.fromkeys(row.case["scheme"] for row in rows))
+    lm = {"task": "lm", "batch": 16, "steps": 500}
+    columns = {f"LM, seed {seed}": lm | {"seed": seed} for seed in range(3)}
+    columns["digits"] = {"task": "digits", "steps": 500, "seed": 0}
+    columns["LM, 5000 steps"] = lm | {"batch": 4, "steps": 5000, "seed": 0}
+    lines = []
+    for scheme in schemes:
+        base = "float32, small rate" if scheme.endswith("small rate") else "float32"
+        lines.append([scheme])
+        for case in columns.values():
+            found, of = (
+                figures("optimizer_accuracy", scheme=name, **case).get("loss_nats")
+                for name in (scheme, base)
+            )
+            text = "" if found is None else f"{found:.4f}"
+            if found is not None and of is not None and scheme != base:
+                text = f"{found / of - 1:+.2%}"
+            lines[-1].append(text)
+        case = columns["digits"] | {"scheme": scheme}
+        accuracy = figures("optimizer_accuracy", **case).get("test_accuracy_percent")
+        lines[-1].append("" if accuracy is None else f"{accuracy:.2f}")
+    return markdown(["parameters, moments", *columns, "digits, test"], lines)
+
+
 def render(text: str) -> str:
     """The README with its tables made again.
 

@@ -2,6 +2,7 @@
 
     python examples/train_lm.py --policy mixed_float16 --steps 1000
     python examples/train_lm.py --policy mixed_bfloat16 mixed_float8 --recipe delayed mx
+    python examples/train_lm.py --policy --optimizer-state 8bit split-8bit
 
 Mixed precision takes the lines of `train` that mention mpjax, whatever the policy and
 the recipe. The model is an ordinary Flax model, the optimizer an
@@ -36,6 +37,16 @@ RECIPES = {
     "per_channel": mpjax.per_channel_scaling(),
     "block": mpjax.block_scaling(),
     "mx": mpjax.mx_scaling(),
+}
+# Moments in few bits, and parameters in bfloat16 as well.
+STATES = {
+    "bfloat16": lambda tx: mpjax.low_precision_state(tx, "bfloat16"),
+    "8bit": lambda tx: mpjax.low_precision_state(tx, "8bit"),
+    "split-8bit": lambda tx: mpjax.low_precision_params(STATES["8bit"](tx), "split"),
+    "kahan-8bit": lambda tx: mpjax.low_precision_params(STATES["8bit"](tx), "kahan"),
+    "stochastic-8bit": lambda tx: mpjax.low_precision_params(
+        STATES["8bit"](tx), "stochastic"
+    ),
 }
 BATCH, LENGTH = 16, 64
 SMOOTH = 50  # steps over which the losses of the plot and of the table are averaged
@@ -79,6 +90,7 @@ class Run:
     scales: list[float] = dataclasses.field(default_factory=list)
     seconds: list[float] = dataclasses.field(default_factory=list)
     skipped: int = 0
+    bytes: float = 0.0  # of parameters and the optimizer's state, a parameter
 
     @property
     def final_loss(self):
@@ -86,8 +98,8 @@ class Run:
         return np.mean(self.losses[-SMOOTH:])
 
 
-def train(name: str, rules, steps: int, seed: int) -> Run:
-    """Trains from scratch under a policy or rules."""
+def train(name: str, rules, steps: int, seed: int, state: str | None = None) -> Run:
+    """Trains from scratch under a policy or rules, with a state of `STATES`."""
     schedule = optax.warmup_cosine_decay_schedule(0.0, 3e-3, steps // 10, steps)
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95)
@@ -98,6 +110,7 @@ def train(name: str, rules, steps: int, seed: int) -> Run:
     # steps, where 2000 are usual, for the plot to show what it does. A recipe with a
     # state has it in the variables.
     model = mpjax.linen.MixedPrecision(Transformer(), rules)
+    optimizer = STATES[state](optimizer) if state else optimizer
     optimizer = mpjax.dynamic_loss_scaling(optimizer, growth_interval=50)
     optimizer = mpjax.scaled(optimizer)
 
@@ -117,6 +130,9 @@ def train(name: str, rules, steps: int, seed: int) -> Run:
     variables = model.init(jax.random.key(seed), tokens)
     opt_state = optimizer.init(variables)
     run = Run(name)
+    params = jax.tree.leaves(variables["params"])
+    held = sum(x.nbytes for x in jax.tree.leaves((variables, opt_state)))
+    run.bytes = held / sum(x.size for x in params)
     progress = tqdm.tqdm(batches(steps, seed), name, steps)
     for tokens in progress:
         start = time.perf_counter()
@@ -146,13 +162,14 @@ def table(runs: list[Run]) -> Table:
     result.add_column("policy")
     short = {"float32": "to f32", "mixed_bfloat16": "to bf16"}
     comparisons = [short[base.name] for base in bases]
-    for column in "loss", *comparisons, "tokens/s", "skipped", "scale":
+    for column in "loss", *comparisons, "bytes", "tokens/s", "skipped", "scale":
         result.add_column(column, no_wrap=True)
     for run in runs:
         result.add_row(
             run.name,
             f"{run.final_loss:.4f}",
             *(f"{run.final_loss / base.final_loss - 1:+.2%}" for base in bases),
+            f"{run.bytes:.2f}",
             f"{BATCH * LENGTH / np.median(run.seconds):,.0f}",
             f"{run.skipped}",
             f"2**{np.log2(run.scales[-1]):g}",
@@ -182,7 +199,7 @@ def main(args=None) -> list[Run]:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "--policy",
-        nargs="+",
+        nargs="*",
         default=["mixed_bfloat16", "mixed_float16"],
         help="one or more policies, as mixed_float8 or p=f32,c=bf16,o=f32",
     )
@@ -192,6 +209,13 @@ def main(args=None) -> list[Run]:
         choices=RECIPES,
         default=["current"],
         help="how mixed_float8 scales; a run for each",
+    )
+    parser.add_argument(
+        "--optimizer-state",
+        nargs="+",
+        choices=STATES,
+        default=[],
+        help="moments in few bits, and parameters in bfloat16; a run for each",
     )
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
@@ -209,11 +233,20 @@ def main(args=None) -> list[Run]:
             mpjax.get_policy(policy)  # a misspelled one raises here, not later
             every[policy] = policy
 
+    states = {}
+    for state in args.optimizer_state:
+        params = "f32" if state in ("bfloat16", "8bit") else "bf16"
+        every[state] = f"p={params},c=bf16,o=f32"
+        states[state] = state
+
     model = mpjax.linen.MixedPrecision(Transformer(), [*every.values()][-1])
     tokens = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32)
     print(mpjax.linen.tabulate(model, jax.random.key(0), tokens))
 
-    runs = [train(*item, args.steps, args.seed) for item in every.items()]
+    runs = [
+        train(name, rules, args.steps, args.seed, states.get(name))
+        for name, rules in every.items()
+    ]
     Console().print(table(runs))
     plot(runs, args.plot)
     print(f"Plot of loss and loss scale: {args.plot}")

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
@@ -31,15 +32,18 @@ class NewValue:
     that adding it, as ``optax.apply_updates`` would, is an error. Zeros change nothing.
 
     Attributes:
+      seal: float0[], which refuses all arithmetic. A product with bits, of
+        ``optax.scale_by_schedule`` say, would give other bits, and no error.
       bits: uint32[...], those of the new value, exclusive or those of the old one.
     """
 
+    seal: np.ndarray
     bits: Array
 
     @classmethod
     def of(cls, old: Array, new: Array) -> "NewValue":
         """The update that makes one parameter another of its dtype."""
-        return cls(_bits(old) ^ _bits(new))
+        return cls(np.zeros((), jax.dtypes.float0), _bits(old) ^ _bits(new))
 
     def applied(self, param: Array) -> Array:
         """The new value.

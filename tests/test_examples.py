@@ -1,5 +1,6 @@
 """The examples, as a user runs them, reach what float32 reaches."""
 
+import functools
 import importlib.util
 import pathlib
 
@@ -56,6 +57,22 @@ def test_autocast_anything(capsys):
         for run in (float32, bfloat16):
             assert np.mean(run.losses[-5:]) < 0.8 * run.losses[0]
     assert "haiku" in capsys.readouterr().out
+
+
+@pytest.mark.long
+def test_train_lm_has_the_bytes_of_optimizer_states(tmp_path, monkeypatch, capsys):
+    example = load("train_lm")
+    small = functools.partial(example.Transformer, width=256, depth=1)
+    monkeypatch.setattr(example, "Transformer", small)
+    states = ["8bit", "split-8bit", "stochastic-8bit"]
+    arguments = ["--steps", "3", "--plot", str(tmp_path / "plot.png"), "--policy"]
+    runs = example.main([*arguments, "--optimizer-state", *states])
+    assert [run.name for run in runs] == ["float32", *states]
+    sizes = [run.bytes for run in runs]
+    np.testing.assert_allclose(sizes, [12, 6.1, 6.1, 4.1], atol=0.05)
+    losses = np.array([run.losses for run in runs])
+    np.testing.assert_allclose(losses, losses[:1].repeat(4, 0), rtol=0.02)
+    assert "bytes" in capsys.readouterr().out
 
 
 @pytest.mark.long

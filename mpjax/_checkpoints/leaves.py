@@ -49,7 +49,7 @@ def check_agrees(path: Path, leaf: Any, saved: Any, source: Path) -> None:
         )
     there = jnp.dtype(saved.dtype)
     is_number = isinstance(leaf, bool | int | float) or not shape
-    if there == dtype or (_is_cast(there) and _is_cast(dtype)):
+    if there == dtype or (is_cast(there) and is_cast(dtype)):
         return
     if is_number and _is_whole(there) and _is_whole(dtype):
         return  # a counter that was a Python number, or in 64 bits
@@ -103,7 +103,8 @@ def _dtype(leaf: Any) -> Any:
     return leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
 
 
-def _is_cast(dtype: Any) -> bool:
+def is_cast(dtype: Any) -> bool:
+    """Whether arrays of a dtype are cast to others: floats of 16 bits and more."""
     return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits >= 16
 
 

@@ -5,7 +5,9 @@ from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from mpjax._checkpoints.few_bits import check_converts
 from mpjax._checkpoints.finite import check_allowed, check_finite
 from mpjax._checkpoints.layout import Layout, Path, below, loss_scalings, path_of, shown
 from mpjax._checkpoints.leaves import check_agrees, check_leaf, like_leaf, place_of
@@ -32,6 +34,9 @@ def restore(
 
     * parameters, moments and averages in 16 and 32 bits are cast to the dtypes of
       ``like``;
+    * what `low_precision_state` and `low_precision_params` have stored becomes what
+      they store in ``like``, or float32, and the other way round: float32 parameters
+      and those of "float32" and "split" bit for bit, all else rounded to nearest;
     * where there was no loss scaling, its state is that of ``like``; where there is
       none now, it is left out;
     * scaling states that the checkpoint lacks begin as new, with the current amax in
@@ -101,6 +106,8 @@ def restore(
     matching = match(layout, saved)
     for path, source in matching.sources.items():
         check_agrees(path, layout.leaves[path], saved[source], source)
+    for own, other in matching.converted:
+        check_converts(own, other, layout.leaves, saved)
     states = _sources_of_states(layout, saved, matching, other_recipe)
     arrays = read(folder, _wanted(layout, saved, matching, states))
 
@@ -109,6 +116,10 @@ def restore(
         for path, source in matching.sources.items()
     }
     leaves |= {path: _new_leaf(path, layout.leaves[path]) for path in matching.new}
+    leaves |= {path: _new_seed(layout.leaves[path]) for path in matching.seeds}
+    for own, other in matching.converted:
+        made = own.encode(other.decode(arrays), layout.leaves)
+        leaves |= {path: like_leaf(layout.leaves[path], x) for path, x in made.items()}
     coming = _coming_loss_scale(layout, matching, leaves)
     params = _nested(leaves)
     for path, source in states.items():
@@ -135,7 +146,7 @@ def _sources_of_states(
             (layout.leaves[path], source) for path, source in matching.sources.items()
         )
         if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
-    )
+    ) and not any(a.method or b.method for a, b in matching.converted)
     sources = {}
     for path, state in layout.states.items():
         signature = matching.saved_states.get(path)
@@ -156,6 +167,13 @@ def _wanted(
 ) -> dict[Path, Any]:
     """What each array that is read is to be like, by its path in the checkpoint."""
     wanted = {source: layout.leaves[path] for path, source in matching.sources.items()}
+    for own, other in matching.converted:
+        like = layout.leaves[own.values]
+        for place in other.members:
+            shape = tuple(saved[place].shape)
+            sharding = place_of(like) if shape == np.shape(like) else None
+            dtype = jnp.dtype(saved[place].dtype)
+            wanted[place] = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
     for path, source in states.items():
         of_state = below(path, layout.leaves)
         history = next(name for name in of_state if name[0].startswith("history"))
@@ -174,6 +192,12 @@ def _new_leaf(path: Path, leaf: Any) -> Any:
             "like, which has a shape for it and no number: restore into a state with "
             "arrays, as TrainState.create makes one."
         )
+    return jnp.copy(leaf)  # which may be donated
+
+
+def _new_seed(leaf: Any) -> Any:
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        leaf = jnp.zeros_like(leaf)
     return jnp.copy(leaf)  # which may be donated
 
 

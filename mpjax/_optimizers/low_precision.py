@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from mpjax._checks import check_same_shapes, check_transformation, whole_number
 from mpjax._optimizers.codes import CODES, LowPrecisionArray
@@ -125,6 +126,7 @@ def low_precision_state(
         before = structure.unflatten(
             leaf.decode() if _is_stored(leaf) else leaf for leaf in old
         )
+        _check_same_arrays(old, before, updates)
         out, after = inner.update(widen(updates), before, widen(params), **extra_args)
         check_same_shapes("the states before and after", before, after)
         new = [
@@ -162,6 +164,8 @@ def _stored(
         # A parameter and its moments share random bits: it has the first use of them.
         uses[place.path] = use = uses.get(place.path, 0) + 1
         salt = salt_of(place.path if use < USES else f"{place.path} {place.field}")
+        # Of zeros of known shape XLA would make constants, which takes it seconds each.
+        leaf = lax.optimization_barrier(leaf)
         empty = LowPrecisionArray(leaf, None, code, block, salt, use % USES)
         new.append(empty.encode(leaf, jnp.zeros((), jnp.uint32)))
     unused = [rule for rule in rules if rule not in matched and not rule.optional]
@@ -179,6 +183,20 @@ def _stored(
             "mpjax.StateRule(field, format), or leave the wrapper out."
         )
     return structure.unflatten(new)
+
+
+def _check_same_arrays(stored: list[Any], state: ArrayTree, updates: ArrayTree) -> None:
+    """Raises a ValueError if an array in few bits is none of the parameters now."""
+    if not has_arrays(updates):
+        return
+    for leaf, place in zip(stored, places(state, updates), strict=True):
+        if _is_stored(leaf) and place is None:
+            raise ValueError(
+                "The state is that of other parameters: it has an array in few bits of "
+                f"shape {leaf.values.shape}, for which the updates have none at its "
+                "place. Begin with the state of a new init, or keep what is frozen "
+                "among the parameters, by optax.multi_transform."
+            )
 
 
 def _is_stored(node: Any) -> bool:

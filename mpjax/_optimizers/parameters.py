@@ -139,7 +139,8 @@ def low_precision_params(
                 state,
                 "pass what the init or update of this optimizer returned",
             )
-        check_same_shapes("updates and params", updates, params)
+        given = params.fast if isinstance(params, optax.LookaheadParams) else params
+        check_same_shapes("updates and params", updates, given)
         _check_same_tree(params, state, method)
         whole = joined(params, state.rest)
         wide, inner_state = inner.update(

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from mpjax._checks import check_flag, whole_number, wrong
 from mpjax._numerics.scales import Block
@@ -45,6 +46,16 @@ KINDS: dict[tuple[str, str], Kind] = {
     ("ScaleByAdaDeltaState", "e_g"): "second",
     ("ScaleByAdaDeltaState", "e_x"): "second",
     ("FactoredState", "v"): "second",
+    ("EmaState", "ema"): "first",
+    ("ScaleBySimplifiedAdEMAMixState", "m"): "first",
+    ("ScaleBySimplifiedAdEMAMixState", "n"): "second",
+    ("ProdigyState", "exp_avg"): "first",
+    ("ProdigyState", "exp_avg_sq"): "second",
+    ("DAdaptAdamWState", "exp_avg"): "first",
+    ("DAdaptAdamWState", "exp_avg_sq"): "second",
+    ("MomoState", "exp_avg"): "first",
+    ("MomoAdamState", "exp_avg"): "first",
+    ("MomoAdamState", "exp_avg_sq"): "second",
 }
 
 
@@ -198,11 +209,16 @@ def places(state: ArrayTree, params: ArrayTree) -> Iterator[Place | None]:
     """For each leaf of a state its place, or None if it is no parameter's.
 
     A leaf belongs to a parameter whose path its own ends in, and whose shape it has.
+    Those of ``optax.flatten`` belong to all parameters, one after the other, and those
+    of ``optax.lookahead`` to the fast ones.
     """
+    params = params.fast if isinstance(params, optax.LookaheadParams) else params
     own = {
         tuple(map(_name, path)): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
+    size = sum(np.size(leaf) for leaf in own.values())
+    own.setdefault((), jax.ShapeDtypeStruct((size,), jnp.float32))
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         yield _place(state, path, leaf, own)
 

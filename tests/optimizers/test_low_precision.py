@@ -301,6 +301,22 @@ def test_bytes_of_a_parameter():
     assert sizes["bfloat16"] < 4.001 and sizes["8bit"] < 2.04
 
 
+def test_a_compiled_init_makes_no_large_constants():
+    """XLA folds what is known, and takes seconds for reductions over constants."""
+    shapes = {"w": jax.ShapeDtypeStruct((256, 64), jnp.float32)}
+    init = jax.jit(mpjax.low_precision_state(optax.adam(1e-3)).init)
+    text = init.lower(shapes).as_text()
+    assert text.count("optimization_barrier") == 2
+
+
+def test_a_tree_that_changes_raises():
+    tx = mpjax.low_precision_state(optax.adam(1e-3))
+    state = tx.init(PARAMS)
+    for other in ({"b": PARAMS["b"]}, {"w": PARAMS["w"][:, :32], "b": PARAMS["b"]}):
+        with pytest.raises(ValueError, match="is that of other parameters"):
+            tx.update(other, state, other)
+
+
 def test_what_is_wrong_raises():
     tx = mpjax.low_precision_state(optax.adam(1e-3))
     with pytest.raises(ValueError, match=r"presets of formats are bfloat16, 8bit"):
