@@ -2,8 +2,8 @@
 
 What `low_precision_state` and `low_precision_params` have stored is known in a
 checkpoint by its paths, dtypes and shapes: beside ``inner_state`` there is a ``seed``;
-an array of the optimizer is its ``values`` and a ``scale``; and a parameter in 16 bits
-has the rest of it in ``rest/<method>``, at its own path.
+an array of the optimizer is its ``values``, or its ``log8``, and a ``scale``; and a
+parameter in 16 bits has the rest of it in ``rest/<method>``, at its own path.
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,11 +16,9 @@ import numpy as np
 
 from mpjax._checkpoints.layout import Path, shown
 from mpjax._checkpoints.leaves import is_cast
-from mpjax._optimizers.codes import CODES, Code
+from mpjax._optimizers.codes import CODES, Code, Linear, Logarithmic
 from mpjax._optimizers.halves import METHODS, joined, split
 from mpjax._typing import Array
-
-_CODES = {"uint8": "log8"} | {name: name for name in CODES if name != "log8"}
 
 
 @dataclass(frozen=True)
@@ -120,8 +118,8 @@ def stored_arrays(
             continue
         if not starts:
             outside.append(path)
-        code = _CODES.get(_dtype_name(leaves[path]))
-        if starts and path[-1] == "values" and code is not None:
+        code = _code_at(path, leaves[path])
+        if starts and code is not None:
             scale = (*path[:-1], "scale")
             scale = scale if scale in leaves else None
             found[path[:-1]] = Stored(path, code, scale)
@@ -186,6 +184,14 @@ def _rest_of(path: Path) -> tuple[str, Path] | None:
     if path[0] == "rest" and len(path) > 1 and path[1] in METHODS:
         return path[1], path[2:]
     return None
+
+
+def _code_at(path: Path, leaf: Any) -> str | None:
+    """The name of the code whose numbers are in an array, if it is one's."""
+    if path and path[-1] == Logarithmic.key:
+        return Logarithmic.key
+    dtype = _dtype_name(leaf)
+    return dtype if path and path[-1] == Linear.key and dtype in CODES else None
 
 
 def _dtype_name(leaf: Any) -> str:

@@ -10,8 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from mpjax._typing import Array
-
 _CALLS = ("jaxpr", "call_jaxpr")
 _INLINED = (
     "jit",
@@ -31,10 +29,14 @@ class Constant(NamedTuple):
 
     @property
     def number(self) -> np.generic:
+        if not self.bits:  # of float0
+            return np.zeros((), self.dtype)[()]
         return np.frombuffer(self.bits, self.dtype)[0]
 
     @property
-    def array(self) -> Array:
+    def array(self) -> Any:
+        if not self.bits:
+            return np.zeros((), self.dtype)
         return jnp.asarray(self.number, self.dtype)
 
 

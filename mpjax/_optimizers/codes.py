@@ -1,7 +1,7 @@
 """How an array of an optimizer's state is stored."""
 
 import dataclasses
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, Self, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from mpjax._typing import Array
 Rounding: TypeAlias = Literal["nearest", "stochastic"]
 # Of "log8": the bits of float32 that are dropped, a step of the last that is not, and
 # the exponent.
+_SCALE = jax.tree_util.GetAttrKey("scale")
 _DROPPED, _STEP, _EXPONENT = 20, 1 << 20, 0x7F800000
 
 
@@ -33,6 +34,7 @@ class Cast:
     dtype: str
     rounding: Rounding
     scales_blocks: ClassVar[bool] = False
+    key: ClassVar[str] = "values"
 
     def encode(self, x: Array, block: Block, bits: Array) -> tuple[Array, None]:
         if self.rounding == "nearest":
@@ -52,6 +54,7 @@ class Linear:
     dtype: str
     rounding: Rounding
     scales_blocks: ClassVar[bool] = True
+    key: ClassVar[str] = "values"
 
     def encode(self, x: Array, block: Block, bits: Array) -> tuple[Array, Array]:
         fmt = format_info(self.dtype)
@@ -86,6 +89,7 @@ class Logarithmic:
 
     rounding: Rounding
     scales_blocks: ClassVar[bool] = True
+    key: ClassVar[str] = "log8"  # int8, as the values of another code
 
     def encode(self, x: Array, block: Block, bits: Array) -> tuple[Array, Array]:
         amax = amax_of_blocks(x, block, jnp.float32)
@@ -127,13 +131,14 @@ CODES = {
 }
 
 
-@jax.tree_util.register_dataclass
+@jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True)
 class LowPrecisionArray:
     """An array of an optimizer's state as `low_precision_state` stores it; a pytree.
 
     Attributes:
       values: dtype[...], of the shape of the array, and so sharded as its parameter.
+        In the pytree, and so in a checkpoint, those of ``"log8"`` have its name.
       scale: bf16[...], one for each block, or None.
       code: what they mean.
       block: how many elements along each axis share a scale.
@@ -150,11 +155,22 @@ class LowPrecisionArray:
 
     values: Array
     scale: Array | None
-    code: Code = dataclasses.field(metadata={"static": True})
-    block: Block = dataclasses.field(metadata={"static": True})
-    salt: int = dataclasses.field(metadata={"static": True})
-    use: int = dataclasses.field(metadata={"static": True})
+    code: Code
+    block: Block
+    salt: int
+    use: int
     keeps_dtypes: ClassVar[bool] = True
+
+    def tree_flatten_with_keys(self):
+        """The arrays, with names that say what they mean."""
+        keys = jax.tree_util.GetAttrKey(self.code.key), _SCALE
+        children = tuple(zip(keys, (self.values, self.scale), strict=True))
+        return children, (self.code, self.block, self.salt, self.use)
+
+    @classmethod
+    def tree_unflatten(cls, static: tuple, children: tuple) -> Self:
+        """Of what `tree_flatten_with_keys` gave."""
+        return cls(*children, *static)
 
     def decode(self) -> Array:
         """f32[...]."""

@@ -122,12 +122,15 @@ def moments(state):
     decoded = {}
     for name in ("mu", "nu"):
         of_kernel = {p: x for p, x in found.items() if name in p and np.size(x) > 3}
-        values = next(x for p, x in of_kernel.items() if "scale" not in p)
+        path, values = next(
+            item for item in of_kernel.items() if "scale" not in item[0]
+        )
         scales = [
             x for p, x in of_kernel.items() if p.endswith("scale") or "'scale'" in p
         ]
         x = np.asarray(values, np.float32)
-        if values.dtype == jnp.uint8:
+        if "log8" in path:
+            x += 128
             x = 2.0 ** (x // 8 - 31) * (1 + x % 8 / 8)
         if scales:
             scale = np.asarray(scales[0], np.float32)
