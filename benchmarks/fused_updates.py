@@ -58,7 +58,9 @@ def compiled(target, dump):
         traced = jax.jit(update, donate_argnums=(0, 1)).trace(weight, state, grads)
         program = traced.lower(lowering_platforms=("tpu",)).compile()
         moved = 2 * held((weight, state)) + held(grads)
-        temp = program.memory_analysis().temp_size_in_bytes
+        memory = program.memory_analysis()
+        assert memory is not None
+        temp = memory.temp_size_in_bytes
         yield f"{name}, {grads.dtype.name} gradients", moved, temp
 
 

@@ -399,8 +399,10 @@ def train_lm_fp8() -> str:
 def optimizer_accuracy() -> str:
     rows = _results.read("optimizer_accuracy")
     schemes = list(dict.fromkeys(row.case["scheme"] for row in rows))
-    lm = {"task": "lm", "batch": 16, "steps": 500}
-    columns = {f"LM, seed {seed}": lm | {"seed": seed} for seed in range(3)}
+    lm: dict[str, Any] = {"task": "lm", "batch": 16, "steps": 500}
+    columns: dict[str, dict[str, Any]] = {
+        f"LM, seed {seed}": lm | {"seed": seed} for seed in range(3)
+    }
     columns["digits"] = {"task": "digits", "steps": 500, "seed": 0}
     columns["LM, 5000 steps"] = lm | {"batch": 4, "steps": 5000, "seed": 0}
     lines = []
@@ -416,7 +418,7 @@ def optimizer_accuracy() -> str:
             if found is not None and of is not None and scheme != base:
                 text = f"{found / of - 1:+.2%}"
             lines[-1].append(text)
-        case = columns["digits"] | {"scheme": scheme}
+        case: dict[str, Any] = columns["digits"] | {"scheme": scheme}
         accuracy = figures("optimizer_accuracy", **case).get("test_accuracy_percent")
         lines[-1].append("" if accuracy is None else f"{accuracy:.2f}")
     return markdown(["parameters, moments", *columns, "digits, test"], lines)

@@ -28,7 +28,7 @@ class Constant(NamedTuple):
     bits: bytes
 
     @property
-    def number(self) -> np.generic:
+    def number(self) -> Any:
         if not self.bits:  # of float0
             return np.zeros((), self.dtype)[()]
         return np.frombuffer(self.bits, self.dtype)[0]

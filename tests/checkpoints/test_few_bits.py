@@ -166,7 +166,8 @@ def test_from_split_in_8_bits_to_all_and_back(front, kind, tmp_path):
             np.testing.assert_allclose(
                 new, first[name], rtol=2.0**-4, atol=largest / 448
             )
-    run.step(back), other.step(there)
+    run.step(back)
+    other.step(there)
 
 
 def test_the_same_kind_is_restored_bit_for_bit(tmp_path):
