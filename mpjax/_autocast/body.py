@@ -107,6 +107,16 @@ class Body:
         value.versions[dtype] = atom
         return atom
 
+    def settle_moves(self, value: Value, eqn: Any) -> None:
+        """Writes what is moved out of a value before its memory is given away."""
+        for one in self._values.values():
+            root = one
+            while root.move is not None and root.source is not None:
+                root = root.source
+            if root is value and one is not value:
+                self.read(one, one.dtype, eqn)
+                one.move = None
+
     def write(
         self, eqn: Any, inputs: Sequence[Any], outputs: Sequence[Any], **changed: Any
     ) -> None:

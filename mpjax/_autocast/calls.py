@@ -22,13 +22,31 @@ _BY_INPUT = ("in_shardings", "in_layouts", "donated_invars")
 
 
 def rewrite_jit(rewriter: Rewriter, body: Body, eqn: Any, scope: Scope) -> None:
-    """A jitted function. A cast of an argument is made by who calls it."""
+    """A jitted function. A cast of an argument is made by who calls it.
+
+    An argument that is donated is, in the dtype of the program; a cast of it may be
+    what others read.
+    """
     values = _values(body, eqn.invars)
-    jaxpr = eqn.params["jaxpr"]
+    jaxpr, donated = eqn.params["jaxpr"], eqn.params["donated_invars"]
     program = rewriter.rewrite(jaxpr, _kinds(values), scope, len(values))
     changed = {"jaxpr": program.jaxpr}
     if program.asks_for_more:
         changed |= {key: _repeated(eqn.params[key], program) for key in _BY_INPUT}
+    if any(donated):
+        for value, is_donated in zip(values, donated, strict=True):
+            if is_donated:
+                body.settle_moves(value, eqn)
+        own = [
+            v
+            for v, asked in zip(eqn.invars, program.inputs, strict=True)
+            for _ in asked
+        ]
+        atoms = _read(body, eqn, values, program)
+        given = zip(_repeated(donated, program), own, atoms, strict=True)
+        donated = tuple(d and var is atom for d, var, atom in given)
+        if donated != eqn.params["donated_invars"]:
+            changed["donated_invars"] = donated
     _write(body, eqn, values, program, program.outputs, changed)
 
 

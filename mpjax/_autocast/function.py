@@ -69,7 +69,8 @@ def autocast(
       TypeError: ``fn`` is not callable, ``dtype`` is no floating dtype, or, when it is
         called, ``fn`` returns what is no array.
       ValueError: ``dtype`` has no 16 or 32 bits, there is no such level, a rule is one
-        for modules, or, when it is called, a rule matches nothing.
+        for modules, or, when it is called, a rule matches nothing or ``fn`` writes to
+        an NNX object among its arguments, which would be lost.
 
     Example:
       >>> import jax, jax.numpy as jnp, mpjax
@@ -102,7 +103,10 @@ def autocast(
             for i, value in zip(arrays, values, strict=True):
                 given[i] = value
             args, kwargs = jax.tree.unflatten(tree, given)
+            objects = _nnx_objects((args, kwargs))
+            before = [jax.tree.leaves(one) for one in objects]
             result = fn(*args, **kwargs)
+            _check_objects(name, objects, before)
             _check_result(name, result)
             out, found[:] = jax.tree.leaves(result), [jax.tree.structure(result)]
             return out
@@ -173,6 +177,36 @@ def _is_array(leaf: Any) -> bool:
     if isinstance(leaf, np.ndarray | np.generic):
         return leaf.dtype.kind not in "OSUMm"
     return isinstance(leaf, jax.Array)
+
+
+def _is_nnx(node: Any) -> bool:
+    """Whether a node is an NNX module, optimizer or Rngs, which writes to itself."""
+    return any(
+        base.__name__ in ("Pytree", "Object") and base.__module__.startswith("flax.nnx")
+        for base in type(node).__mro__
+    )
+
+
+def _nnx_objects(tree: Any) -> list[Any]:
+    return [one for one in jax.tree.leaves(tree, is_leaf=_is_nnx) if _is_nnx(one)]
+
+
+def _check_objects(
+    name: str, objects: Sequence[Any], before: Sequence[Sequence[Any]]
+) -> None:
+    """Raises a ValueError if what an NNX object holds is no longer what it held."""
+    for one, old in zip(objects, before, strict=True):
+        new = jax.tree.leaves(one)
+        if len(new) != len(old) or any(
+            a is not b for a, b in zip(new, old, strict=True)
+        ):
+            raise ValueError(
+                f"{name} writes to its argument of type {type(one).__name__} (batch "
+                "statistics, counts of random keys, sown values, ...), which is a copy "
+                "under autocast: the writes would be lost. Pass the two parts that "
+                "flax.nnx.split gives, merge them in the function and return "
+                "flax.nnx.state of the merged module."
+            )
 
 
 def _check_result(name: str, result: Any) -> None:

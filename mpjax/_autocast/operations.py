@@ -35,7 +35,7 @@ def rewrite_operation(body: Body, eqn: Any, wish: Wish) -> None:
     if name == "convert_element_type" and floats and written(eqn.outvars)[0]:
         _rewrite_cast(body, eqn, values[0])
         return
-    if not floats or wish.category is Category.UNCHANGED:
+    if not floats or wish.category is Category.UNCHANGED or _combines_freely(eqn):
         keep(body, eqn)
     elif name in MOVES and len(values) == 1 and wish.category is not Category.LOW:
         body.enter_move(eqn)
@@ -173,6 +173,14 @@ def _fits(values: Sequence[Value], dtype: np.dtype) -> bool:
     info = jnp.finfo(dtype)
     finite = [abs(n) for n in numbers if np.isfinite(n) and n != 0]
     return all(float(info.smallest_subnormal) <= n <= float(info.max) for n in finite)
+
+
+def _combines_freely(eqn: Any) -> bool:
+    """Whether a scatter applies a function of the program's to what it finds."""
+    combiner = eqn.params.get("update_jaxpr")
+    if eqn.primitive.name != "scatter" or combiner is None:
+        return False
+    return bool(getattr(combiner, "jaxpr", combiner).eqns)
 
 
 def _in_dtype(jaxpr: Any, dtype: np.dtype | None) -> Any:

@@ -163,3 +163,20 @@ def test_softmax_subtracts_in_float32():
     jaxpr = traced(lambda x, w: jax.nn.softmax(x @ w), X, W)
     (sub,) = (e for e in equations(jaxpr) if e.primitive.name == "sub")
     assert sub.outvars[0].aval.dtype == jnp.float32
+
+
+def test_what_a_scatter_applies_stays_as_it_is_written():
+    index = jnp.array([1, 2])
+
+    def fn(x, w):
+        h = x @ w
+        softened = h.at[index].apply(jax.nn.softplus)
+        return h.at[0].apply(jnp.sin), softened, h.at[index].multiply(2.0), h
+
+    jaxpr = traced(fn, X, W)
+    (sine, soft) = [e for e in equations(jaxpr) if e.primitive.name == "scatter"]
+    for eqn in (sine, soft):
+        assert {v.aval.dtype.name for v in eqn.invars} == {"float32", "int32"}
+    got = jax.jit(mpjax.autocast(fn))(X, W)
+    for one, other in zip(got, fn(X, W), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0.01)

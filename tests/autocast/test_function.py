@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax import lax
 from jaxprs import dots
 
@@ -157,6 +158,39 @@ def test_a_dtype_that_makes_no_sense_is_refused(dtype, error, match):
 def test_rules_are_rules(rules):
     with pytest.raises(TypeError, match=r"rules are an mpjax[.]Rule or a list"):
         mpjax.autocast(layer, rules=rules)
+
+
+def test_what_an_nnx_module_writes_to_itself_is_not_lost():
+    class Counted(nnx.Module):
+        def __init__(self):
+            self.kernel, self.count = nnx.Param(W), nnx.Variable(jnp.int32(0))
+
+        def __call__(self, x, *, count):
+            if count:
+                self.count[...] += 1
+            return x @ self.kernel[...]
+
+    model = Counted()
+
+    def loss(model, x, count):
+        return jnp.sum(model(x, count=count))
+
+    cast = mpjax.autocast(loss)
+    gradient = nnx.grad(cast)(model, X, count=False)
+    assert gradient["kernel"][...].dtype == jnp.float32
+    for call in (cast, nnx.grad(cast), nnx.jit(cast, static_argnames="count")):
+        with pytest.raises(ValueError, match="loss writes to its argument of type Cou"):
+            call(model, X, count=True)
+
+    graph, state = nnx.split(model)
+
+    def split(state, x):
+        model = nnx.merge(graph, state, copy=True)
+        return loss(model, x, count=True), nnx.state(model)
+
+    _, state = mpjax.autocast(split)(state, X)
+    nnx.update(model, state)
+    assert model.count[...] == 1
 
 
 def test_what_is_no_array_is_not_returned():
