@@ -12,6 +12,7 @@ the results take the place of, and temporary memory beside, which holds the grad
 """
 
 import argparse
+import re
 from typing import Any
 
 import _aot  # first: it sets what jax reads when imported
@@ -22,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 import mpjax
+import mpjax.optimizers
 
 WIDTH, DEPTH, HEADS, VOCABULARY, LENGTH = 768, 12, 12, 20480, 64
 SHAPES = {
@@ -44,6 +46,10 @@ def schemes():
     yield "float32, 8bit", f32, states(adamw)
     yield "split, 8bit", bf16, params(states(adamw), "split")
     yield "stochastic, 8bit", bf16, params(states(adamw), "stochastic")
+    fused = mpjax.optimizers.fused
+    yield "float32, 8bit, one pass", f32, fused(states(adamw))
+    for method in "split", "stochastic":
+        yield f"{method}, 8bit, one pass", bf16, fused(params(states(adamw), method))
 
 
 def loss_of(params: Any, tokens: jax.Array) -> jax.Array:
@@ -91,6 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--targets", nargs="+", default=["tpu7x"])
     parser.add_argument("--only", default="", help="programs: update or step")
+    parser.add_argument("--schemes", default="", help="a regular expression of schemes")
     args = parser.parse_args()
     for target in args.targets:
         reason = _aot.missing(target) if target != "cpu" else None
@@ -103,6 +110,9 @@ def main() -> None:
             table.add_column(column)
         bases: dict[str, float] = {}
         for name, dtype, tx in schemes():
+            is_tpu = target.startswith(("v", "tpu"))
+            if not re.search(args.schemes, name) or ("pass" in name and not is_tpu):
+                continue
             found, params, state = programs(dtype, tx)
             count = sum(x.size for x in jax.tree.leaves(params))
             held = sum(
