@@ -43,7 +43,7 @@ class NewValue:
     @classmethod
     def of(cls, old: Array, new: Array) -> "NewValue":
         """The update that makes one parameter another of its dtype."""
-        return cls(np.zeros((), jax.dtypes.float0), _bits(old) ^ _bits(new))
+        return cls(_seal(), _bits(old) ^ _bits(new))
 
     def applied(self, param: Array) -> Array:
         """The new value.
@@ -70,15 +70,17 @@ class Replacement:
     error.
 
     Attributes:
+      seal: float0[], as of `NewValue`.
       bits: uint[...], of as many bits as the parameter.
     """
 
+    seal: np.ndarray
     bits: Array
 
     @classmethod
     def of(cls, new: Array) -> "Replacement":
         """The update that makes a parameter another of its dtype."""
-        return cls(lax.bitcast_convert_type(new, _unsigned(new)))
+        return cls(_seal(), lax.bitcast_convert_type(new, _unsigned(new)))
 
     def applied(self, param: Array) -> Array:
         """The new value.
@@ -93,6 +95,10 @@ class Replacement:
                 "mpjax.scaled may stand outside of it. Put it inside."
             )
         return lax.bitcast_convert_type(self.bits, param.dtype)
+
+
+def _seal() -> np.ndarray:
+    return np.zeros((), jax.dtypes.float0)
 
 
 def _unsigned(x: Array) -> jnp.dtype:

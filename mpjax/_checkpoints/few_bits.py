@@ -188,9 +188,9 @@ def _rest_of(path: Path) -> tuple[str, Path] | None:
 
 def _code_at(path: Path, leaf: Any) -> str | None:
     """The name of the code whose numbers are in an array, if it is one's."""
-    if path and path[-1] == Logarithmic.key:
-        return Logarithmic.key
     dtype = _dtype_name(leaf)
+    if path and path[-1] == Logarithmic.key and dtype == "int8":
+        return Logarithmic.key
     return dtype if path and path[-1] == Linear.key and dtype in CODES else None
 
 

@@ -21,10 +21,10 @@ from mpjax._optimizers.noise import random_bits
 from mpjax._typing import Array
 
 Rounding: TypeAlias = Literal["nearest", "stochastic"]
-# Of "log8": the bits of float32 that are dropped, a step of the last that is not, and
-# the exponent.
 _SCALE = jax.tree_util.GetAttrKey("scale")
-_DROPPED, _STEP, _EXPONENT = 20, 1 << 20, 0x7F800000
+# Of "log8": the bits of float32 that are dropped, a step of the last that is not, the
+# exponent, and the largest number.
+_DROPPED, _STEP, _EXPONENT, _LARGEST = 20, 1 << 20, 0x7F800000, 1.875 * 2.0**127
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Logarithmic:
         amax = amax_of_blocks(x, block, jnp.float32)
         # The last code is 1.875 times the scale.
         top = (lax.bitcast_convert_type(amax, jnp.int32) + (_STEP - 1)) & _EXPONENT
-        is_finite = top < _EXPONENT
+        is_finite = amax <= _LARGEST  # no NaN, whose bits may overflow in the sum
         top = jnp.clip(top, 32 << 23, 254 << 23)
         scale = lax.bitcast_convert_type(top, jnp.float32)
         scale = jnp.where(amax == 0, 0.0, jnp.where(is_finite, scale, np.nan))
@@ -104,7 +104,13 @@ class Logarithmic:
             noise = lax.bitcast_convert_type(bits >> (32 - _DROPPED), jnp.int32)
         bottom = jnp.where(is_finite, top - (31 << 23), _EXPONENT)
         lowest = lax.bitcast_convert_type(bottom, jnp.float32)
-        x = jnp.maximum(x, expand_blocks(lowest, x.shape, block))
+        x = lax.platform_dependent(
+            x,
+            expand_blocks(lowest, x.shape, block),
+            tpu=jnp.maximum,  # one instruction
+            # NaN, which is 0x7FFFFFFF on some GPUs, would be rounded to no NaN.
+            default=lambda x, lowest: jnp.where(x > lowest, x, lowest),
+        )
         zero = expand_blocks(bottom + (128 << _DROPPED), x.shape, block)
         code = (lax.bitcast_convert_type(x, jnp.int32) + noise - zero) >> _DROPPED
         return code.astype(jnp.int8), scale.astype(jnp.bfloat16)

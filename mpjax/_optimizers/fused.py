@@ -57,7 +57,8 @@ def fused(
     ``fused(dynamic_loss_scaling(low_precision_params(low_precision_state(tx))))``. The
     state is that of ``inner``. Updates are new values of the parameters, which
     `mpjax.apply_updates`, `TrainState` and ``mpjax.nnx.Optimizer`` put in their place,
-    and optax refuses to add. On a TPU division, and the square root of infinity, may
+    and optax refuses to add; ``optax.set_to_zero``, to freeze some, goes inside: around
+    it parameters would be 0. On a TPU division, and the square root of infinity, may
     differ from XLA's in the last bit; the square root of infinity is NaN.
 
     Args:

@@ -59,9 +59,14 @@ def joined(params: ArrayTree, rest: dict[Method, ArrayTree]) -> ArrayTree:
     leaves, structure = jax.tree.flatten(params)
     rests = structure.flatten_up_to(tree)
     return structure.unflatten(
-        _join(p, r, method) if is_short(p) else p
+        _join(p, r, method_of(r, method)) if is_short(p) else p
         for p, r in zip(leaves, rests, strict=True)
     )
+
+
+def method_of(rest: Any, method: Method) -> Method:
+    """That of one parameter, which has no rest where ``optax.masked`` leaves it out."""
+    return "stochastic" if isinstance(rest, optax.MaskedNode) else method
 
 
 def _join(param: Array, rest: Any, method: Method) -> Array:

@@ -12,6 +12,7 @@ from mpjax._optimizers.codes import CODES, LowPrecisionArray
 from mpjax._optimizers.noise import USES, salt_of
 from mpjax._optimizers.rules import (
     Formats,
+    Place,
     StateRule,
     block_of,
     places,
@@ -87,8 +88,9 @@ def low_precision_state(
     Raises:
       TypeError: ``inner`` is no transformation, or ``formats`` are no rules.
       ValueError: there is no such preset. From ``init``: a rule matches nothing, a
-        format cannot hold what it is to, or there is no array that a rule matches. From
-        ``update``: the state is that of another tree, or of other shapes.
+        format cannot hold what it is to, what is to be stored is not float32, or there
+        is no array that a rule matches. From ``update``: the state is that of another
+        tree, or of other shapes.
 
     Example:
       >>> import jax.numpy as jnp, mpjax, optax
@@ -155,10 +157,10 @@ def _stored(
         if place is not None:
             matched |= {rule for rule in rules if rule.matches(place)}
         rule = None if place is None else rule_for(place, rules)
-        is_wide = leaf.dtype == jnp.float32
-        if place is None or rule is None or rule.format is None or not is_wide:
+        if place is None or rule is None or rule.format is None:
             new.append(leaf)
             continue
+        _check_wide(leaf, place, rule)
         code = CODES[rule.format](rule.rounding)
         block = block_of(leaf.shape, rule.block) if code.scales_blocks else ()
         # A parameter and its moments share random bits: it has the first use of them.
@@ -183,6 +185,17 @@ def _stored(
             "mpjax.StateRule(field, format), or leave the wrapper out."
         )
     return structure.unflatten(new)
+
+
+def _check_wide(leaf: Array, place: Place, rule: StateRule) -> None:
+    """Raises a ValueError if an array that is to be stored is not in float32."""
+    if leaf.dtype != jnp.float32:
+        raise ValueError(
+            f"{place.field} of {place.path!r} is {leaf.dtype}, and is stored in "
+            f"{rule.format} from float32: leave out the optimizer's own option for its "
+            "dtype, mu_dtype say, and parameters in float64, or let a rule with format "
+            "None match it, which leaves it as it is."
+        )
 
 
 def _check_same_arrays(stored: list[Any], state: ArrayTree, updates: ArrayTree) -> None:

@@ -15,7 +15,7 @@ from mpjax._checks import (
     whole_number,
     wrong,
 )
-from mpjax._optimizers.halves import METHODS, Method, is_short, joined, split
+from mpjax._optimizers.halves import METHODS, Method, is_short, joined, method_of, split
 from mpjax._optimizers.low_precision import LowPrecisionState
 from mpjax._optimizers.noise import random_bits, salt_of
 from mpjax._optimizers.rules import path_name
@@ -238,7 +238,7 @@ def with_float32_params(
     (method, old), *_ = state.rest.items()
     leaves, structure = jax.tree.flatten(params)
     halves = [
-        split(jnp.asarray(x, jnp.float32), p.dtype, method)
+        split(jnp.asarray(x, jnp.float32), p.dtype, method_of(r, method))
         if is_short(p)
         else (jnp.asarray(x, p.dtype), r)
         for p, x, r in zip(
@@ -293,9 +293,8 @@ def _check_same_tree(
             "convert it by mpjax.optimizers.float32_params and with_float32_params."
         )
     check_same_structure("params and those of the state", params, rest, _is_leaf)
-    for p, r in zip(
-        jax.tree.leaves(params), jax.tree.leaves(rest, is_leaf=_is_leaf), strict=True
-    ):
+    leaves, rests = (jax.tree.leaves(tree, is_leaf=_is_leaf) for tree in (params, rest))
+    for p, r in zip(leaves, rests, strict=True):
         if not _is_leaf(r) and (not is_short(p) or np.shape(p) != np.shape(r)):
             raise ValueError(
                 f"The state was made for a 16-bit parameter of shape {np.shape(r)}, "

@@ -242,12 +242,16 @@ def _field(state: ArrayTree, path: tuple) -> tuple[str, str]:
     for key in path:
         if isinstance(key, jax.tree_util.GetAttrKey):
             found = type(node).__name__, key.name
-            node = getattr(node, key.name)
-        else:
-            if isinstance(key, jax.tree_util.DictKey) and not found[1]:
-                found = "", str(key.key)
-            node = node[_name(key)]
+        elif isinstance(key, jax.tree_util.DictKey) and not found[1]:
+            found = "", str(key.key)
+        node = _child(node, key)
     return found
+
+
+def _child(node: Any, key: Any) -> Any:
+    """What a node of a tree, of any registered class, has at a key."""
+    pairs = jax.tree_util.tree_leaves_with_path(node, lambda x: x is not node)
+    return next(child for (own,), child in pairs if own == key)
 
 
 def rule_for(place: Place, rules: Sequence[StateRule]) -> StateRule | None:

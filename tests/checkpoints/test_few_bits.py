@@ -205,6 +205,17 @@ def test_shapes_and_integers_are_no_arrays_in_few_bits(tmp_path):
                 restore(checkpointer, narrow, tmp_path / name)
 
 
+def test_parameters_may_have_the_names_of_what_is_stored(tmp_path):
+    """Small ones, whose moments stay in float32."""
+    params = {name: jnp.ones(3) for name in ("log8", "values", "scale")}
+    wide, narrow = optimizer(None, None), optimizer(None, "8bit")
+    state = narrow.init(params)
+    with ocp.StandardCheckpointer() as checkpointer:
+        save(checkpointer, tmp_path / "a", state)
+        back = restore(checkpointer, wide.init(params), tmp_path / "a")
+    jax.tree.map(np.testing.assert_array_equal, back, state.inner_state)
+
+
 def test_arrays_are_made_on_the_devices_of_the_state(tmp_path):
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     wide = LinenRun(optimizer(None, None))

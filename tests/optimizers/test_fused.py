@@ -192,9 +192,12 @@ def test_what_is_wrong_raises():
     np.testing.assert_allclose(mpjax.apply_updates(ones, updates)["w"], 0.9)
     with pytest.raises(TypeError, match="Replacement"):
         optax.apply_updates(ones, updates)
-    halved = jax.tree.map(lambda x: x * 0.5, updates)
+    for factor in (0.5, -1):  # of which a product with bits has bits again
+        with pytest.raises(TypeError, match="float0"):
+            jax.tree.map(lambda x, factor=factor: factor * x, updates)
+    other = {"w": ones["w"].astype(jnp.bfloat16)}
     with pytest.raises(ValueError, match="something has computed with them"):
-        mpjax.apply_updates(ones, halved)
+        mpjax.apply_updates(other, updates)
     with pytest.raises(TypeError, match="shardings is a tree like the parameters"):
         wrong = mpjax.optimizers.fused(optax.sgd(0.1), shardings={"w": "x"})
         wrong.update(ones, wrong.init(ones), ones)

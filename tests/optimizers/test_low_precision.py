@@ -235,6 +235,30 @@ def test_arrays_are_told_by_the_state_they_are_in_and_not_by_name():
             mpjax.low_precision_state(tx, rule).init(shape)
 
 
+def test_states_may_have_nodes_of_any_class():
+    @jax.tree_util.register_pytree_node_class
+    class Box:  # without names
+        def __init__(self, content):
+            self.content = content
+
+        def tree_flatten(self):
+            return (self.content,), None
+
+        @classmethod
+        def tree_unflatten(cls, static, children):
+            return cls(*children)
+
+    momentum = optax.sgd(0.1, momentum=0.9)
+    boxed = optax.GradientTransformation(
+        lambda params: Box(momentum.init(params)),
+        lambda grads, state, params: (grads, state),
+    )
+    shape = {"w": jax.ShapeDtypeStruct((128, 64), jnp.float32)}
+    state = jax.eval_shape(mpjax.low_precision_state(boxed).init, shape)
+    trace = optax.tree.get(state.inner_state.content, "trace")["w"]
+    assert trace.values.dtype == jnp.float8_e5m2
+
+
 def test_the_states_in_the_table_are_those_of_optax():
     modules = [m for name, m in sys.modules.items() if name.startswith("optax")]
     states = {name: value for m in modules for name, value in vars(m).items()}
@@ -328,6 +352,9 @@ def test_what_is_wrong_raises():
         mpjax.low_precision_state(optax.adam(1e-3), rule).init(PARAMS)
     with pytest.raises(ValueError, match="No array of the optimizer's state is stored"):
         mpjax.low_precision_state(optax.sgd(1e-3)).init(PARAMS)
+    with pytest.raises(ValueError, match=r"mu of 'w' is bfloat16, .* mu_dtype say"):
+        inner = optax.adam(1e-3, mu_dtype=jnp.bfloat16)
+        mpjax.low_precision_state(inner).init(PARAMS)
     with pytest.raises(TypeError, match="state is a LowPrecisionState"):
         tx.update(PARAMS, optax.adam(1e-3).init(PARAMS), PARAMS)
     with pytest.raises(TypeError, match="formats is a preset or rules"):

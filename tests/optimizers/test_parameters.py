@@ -193,6 +193,30 @@ def test_parameters_that_are_replaced_are_trained_on(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_optax_leaves_parameters_out_around_it(method):
+    params = {name: jnp.ones(4, jnp.bfloat16) for name in ("w", "b")}
+    params["n"] = jnp.ones(4, jnp.int32)  # which the wrapper refuses
+    kinds = {
+        "w": mpjax.low_precision_params(optax.sgd(2.0**-9), method),
+        "b": optax.sgd(0.5),
+        "n": optax.set_to_zero(),
+    }
+    tx = optax.multi_transform(kinds, {name: name for name in params})
+    updates, state = tx.update(params, tx.init(params), params)
+    new = mpjax.apply_updates(params, updates)
+    whole = mpjax.optimizers.float32_params(new, state)
+    if method == "stochastic":
+        np.testing.assert_array_equal(whole["w"], new["w"])
+    else:
+        np.testing.assert_array_equal(whole["w"], np.float32(1 - 2.0**-9))
+    assert whole["b"].dtype == jnp.float32 and whole["n"].dtype == jnp.int32
+    np.testing.assert_array_equal(whole["b"], np.float32(0.5))
+    again = mpjax.optimizers.with_float32_params(new, state, whole)
+    jax.tree.map(np.testing.assert_array_equal, again[0], new)
+    assert jax.tree.structure(again[1]) == jax.tree.structure(state)
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_train_state_and_nnx_take_new_values(method):
     tx = mpjax.low_precision_params(optax.sgd(2.0**-3), method)
     params = {"w": jnp.ones(4, jnp.bfloat16)}
