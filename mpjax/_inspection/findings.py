@@ -117,7 +117,8 @@ _ALL = (
         "Keep angles in float32 until after sin and cos: a rule of float32 for a "
         "module with frequencies as parameters, Rule(cast_inputs=False) for times and "
         "coordinates.",
-        "compute this in float32, and cast the sine and the cosine",
+        "compute this in float32, of arguments that Rule(cast_inputs=False) leaves in "
+        "float32, and cast the sine and the cosine",
         suggestions.angles,
     ),
     FindingKind(
