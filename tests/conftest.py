@@ -9,6 +9,7 @@ are the instructions: not at 0, where no product and sum become one.
 """
 
 import os
+import pathlib
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -36,3 +37,14 @@ def front_end(request):
     from front_ends import FRONT_ENDS
 
     return FRONT_ENDS[request.param]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def memory_is_bounded():
+    """What a process has compiled is let go where it takes more than 4 GB."""
+    yield
+    statm = pathlib.Path("/proc/self/statm")
+    if statm.exists():
+        pages = int(statm.read_text().split()[1])
+        if pages * os.sysconf("SC_PAGE_SIZE") > 4e9:
+            jax.clear_caches()
