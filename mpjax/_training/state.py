@@ -111,10 +111,10 @@ class TrainState(train_state.TrainState):
 
         Raises:
           TypeError: ``apply_fn`` is no function, or ``tx`` no optimizer.
-          ValueError: there are states of scaling among ``params``; or the model
-            computes in float16 and ``tx`` scales no loss; or ``tx``
-            is ``optax.apply_if_finite``, which does not tell what it skips; or there
-            are states of scaling beside ``optax.LookaheadParams``; or a
+          ValueError: there are states of scaling among ``params``, which are not all
+            variables by collection; or the model computes in float16 and ``tx`` scales
+            no loss; or ``tx`` is ``optax.apply_if_finite``, which does not tell what it
+            skips; or there are states of scaling beside ``optax.LookaheadParams``; or a
             collection has the name of an attribute of the state, or of a parameter
             of `apply_gradients`.
         """
@@ -124,7 +124,8 @@ class TrainState(train_state.TrainState):
         own = {name: kwargs.pop(name) for name in kwargs.keys() & fields}
         collections = {**own.pop("collections", {}), **kwargs}
         check_names(cls, collections)
-        if found_states(params, ScalingState):
+        is_all = isinstance(params, Mapping) and "params" in params
+        if found_states(params, ScalingState) and not is_all:
             raise ValueError(
                 "params are parameters, got states of delayed scaling among them: pass "
                 f"those as {SCALING}=variables[{SCALING!r}]."
