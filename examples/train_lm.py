@@ -159,17 +159,18 @@ def table(runs: list[Run]) -> Table:
     """The runs, compared with those in float32 and in bfloat16."""
     bases = [run for run in runs if run.name in ("float32", "mixed_bfloat16")]
     result = Table(title=f"Mean loss of the last {SMOOTH} steps, nats a byte")
-    result.add_column("policy")
+    result.add_column("policy", overflow="fold")
     short = {"float32": "to f32", "mixed_bfloat16": "to bf16"}
     comparisons = [short[base.name] for base in bases]
-    for column in "loss", *comparisons, "bytes", "tokens/s", "skipped", "scale":
+    sizes = ["bytes"] if len({run.bytes for run in runs}) > 1 else []
+    for column in "loss", *comparisons, *sizes, "tokens/s", "skipped", "scale":
         result.add_column(column, no_wrap=True)
     for run in runs:
         result.add_row(
             run.name,
             f"{run.final_loss:.4f}",
             *(f"{run.final_loss / base.final_loss - 1:+.2%}" for base in bases),
-            f"{run.bytes:.2f}",
+            *(f"{run.bytes:.2f}" for _ in sizes),
             f"{BATCH * LENGTH / np.median(run.seconds):,.0f}",
             f"{run.skipped}",
             f"2**{np.log2(run.scales[-1]):g}",
