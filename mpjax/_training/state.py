@@ -124,7 +124,8 @@ class TrainState(train_state.TrainState):
         own = {name: kwargs.pop(name) for name in kwargs.keys() & fields}
         collections = {**own.pop("collections", {}), **kwargs}
         check_names(cls, collections)
-        is_all = isinstance(params, Mapping) and "params" in params
+        given: Any = params
+        is_all = isinstance(given, Mapping) and "params" in given
         if found_states(params, ScalingState) and not is_all:
             raise ValueError(
                 "params are parameters, got states of delayed scaling among them: pass "
