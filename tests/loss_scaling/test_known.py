@@ -109,7 +109,7 @@ def test_training_is_the_same_bit_for_bit(make, microbatches):
         for factor in FACTORS:
             state = step(state, X * factor)
             states.append(numbers(state))
-        assert step._cache_size() == 1
+        assert step._cache_size() <= 1
         runs.append(states)
     for expected, actual in zip(*runs, strict=True):
         jax.tree.map(np.testing.assert_array_equal, actual, expected)

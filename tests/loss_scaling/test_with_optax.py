@@ -70,7 +70,7 @@ def test_state_is_found_and_works_wherever_it_is(name, tx):
             expected = -0.5 if kind == "." else 0.0
             for leaf in jax.tree.leaves(updates):
                 np.testing.assert_array_equal(leaf, expected)
-        assert update._cache_size() == 1
+        assert update._cache_size() <= 1
         assert mpjax.loss_scale(opt_state) == (4.0 if "static" in name else 2.0)
 
 
@@ -137,7 +137,7 @@ def test_optimizers_of_optax_step_as_without_and_stand_still_when_skipped(name, 
                 (params, opt_state.inner_state),
                 (wanted, inner_state),
             )
-        assert update._cache_size() == 1
+        assert update._cache_size() <= 1
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16])

@@ -63,7 +63,7 @@ def trained(tx, steps=8):
     params, state = PARAMS, tx.init(PARAMS)
     for i in range(steps):
         params, state = step(params, state, i)
-    assert step._cache_size() == 1
+    assert step._cache_size() <= 1
     return params, state
 
 

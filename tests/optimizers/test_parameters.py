@@ -138,7 +138,7 @@ def test_a_skipped_step_leaves_every_bit(method):
     assert not mpjax.last_step_finite(other)
     jax.tree.map(np.testing.assert_array_equal, after, params)
     jax.tree.map(np.testing.assert_array_equal, other.inner_state, state.inner_state)
-    assert step._cache_size() == 1
+    assert step._cache_size() <= 1
 
 
 def test_bytes_of_training_state():

@@ -43,7 +43,7 @@ def train(front_end, mesh):
         state = jax.jit(program.create, out_shardings=shardings)()
         step = jax.jit(program.step, out_shardings=(shardings, None), donate_argnums=0)
         decisions, state = run(program, step, state, put)
-        assert step._cache_size() == 1
+        assert step._cache_size() <= 1
         arrays = [*program.params(state), program.history(state)]
         assert not all(x.is_fully_addressable for x in arrays)
         mpjax.check_training(arrays)

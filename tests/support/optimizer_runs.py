@@ -28,5 +28,5 @@ def run(tx, kinds, params) -> list[mpjax.LossScalingState]:
         updates, opt_state = update(gradients(params, kind), opt_state, params)
         params = optax.apply_updates(params, updates)
         states.append(opt_state)
-    assert update._cache_size() == 1
+    assert update._cache_size() <= 1
     return states

