@@ -53,7 +53,10 @@ def names(fn, *args):
 def test_the_user_s_rule_rules_and_multiplies_in_16_bits(fn, inside):
     def run(w):
         if inside == "scan":
-            step = lambda x, _: (fn(x, w), None)  # noqa: E731
+
+            def step(x, _):
+                return fn(x, w), None
+
             return jnp.sum(jax.lax.scan(step, X, None, length=2)[0])
         if inside == "vmap":
             return jnp.sum(jax.vmap(fn, (0, None))(X[:, None], w))
