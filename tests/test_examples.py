@@ -1,21 +1,12 @@
 """The examples, as a user runs them, reach what float32 reaches."""
 
 import functools
-import importlib.util
-import pathlib
 
 import jax
 import numpy as np
 import pytest
 
-EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from examples import EXAMPLES, load
 
 
 @pytest.fixture(autouse=True)

@@ -1,9 +1,5 @@
 """The models of the examples train in float16 under autocast, with a scaled loss."""
 
-import functools
-import importlib.util
-import pathlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,17 +10,9 @@ from jaxprs import dots
 
 import mpjax
 import mpjax.linen
+from examples import load
 
-EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 STEPS = 25
-
-
-@functools.cache
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(autouse=True)
